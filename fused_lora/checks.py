@@ -1,0 +1,85 @@
+"""Argument checks: every invalid call ends here, before anything is launched or changed."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+BACKENDS = ("auto", "triton", "torch")
+
+
+def check_rank(r: object) -> None:
+    """Raises TypeError or ValueError unless r is an integer of at least 1."""
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"r: got {r!r}, wanted an integer of at least 1")
+    if r < 1:
+        raise ValueError(f"r: got {r}, wanted at least 1")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raises TypeError or ValueError unless value is a finite real number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: got {value}, wanted a finite number")
+
+
+def check_dropout(name: str, p: object) -> None:
+    """Raises TypeError or ValueError unless p is a probability in [0, 1)."""
+    check_number(name, p)
+    if not 0.0 <= p < 1.0:  # type: ignore[operator]  # check_number saw to it
+        raise ValueError(f"{name}: got {p}, wanted a probability in [0, 1)")
+
+
+def check_backend(backend: object) -> None:
+    """Raises ValueError unless backend is one of "auto", "triton" and "torch"."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, wanted one of {', '.join(BACKENDS)}")
+
+
+def check_tensors(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
+) -> None:
+    """Raises TypeError or ValueError unless types, shapes, dtypes and devices fit together."""
+    tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
+    if bias is not None:
+        tensors["bias"] = bias
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, wanted a torch.Tensor")
+        if tensor.dtype not in DTYPES:
+            wanted = ", ".join(str(dtype) for dtype in DTYPES)
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, wanted one of {wanted}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name}: got layout {tensor.layout}, wanted a dense tensor")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: is on {tensor.device}, wanted x's device, {x.device}")
+
+    _check_shape("weight", weight, "[out_features, in_features]", (None, None))
+    N, K = weight.shape
+    if x.ndim == 0 or x.shape[-1] != K:
+        raise ValueError(
+            f"x: got shape {list(x.shape)}, wanted [..., {K}] to fit weight {[N, K]}"
+        )
+    _check_shape("lora_A", lora_A, f"[r, {K}] to fit weight {[N, K]}", (None, K))
+    r = lora_A.shape[0]
+    if r == 0:
+        raise ValueError(f"lora_A: got shape {list(lora_A.shape)} (r = 0), wanted r of at least 1")
+    _check_shape("lora_B", lora_B, f"[{N}, {r}] to fit weight {[N, K]} and lora_A", (N, r))
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight: got dtype {weight.dtype}, wanted x's dtype, {x.dtype}")
+    if bias is not None:
+        _check_shape("bias", bias, f"[{N}] to fit weight {[N, K]}", (N,))
+        if bias.dtype != x.dtype:
+            raise TypeError(f"bias: got dtype {bias.dtype}, wanted x's dtype, {x.dtype}")
+
+
+def _check_shape(name: str, tensor: Tensor, wanted: str, shape: tuple[int | None, ...]) -> None:
+    if tensor.ndim != len(shape) or any(
+        size is not None and size != got for size, got in zip(shape, tensor.shape, strict=True)
+    ):
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}, wanted {wanted}")

@@ -1,0 +1,122 @@
+"""`inject`: puts adapters into an existing model's `nn.Linear`s and freezes the rest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from . import checks
+from .dispatch import Backend
+from .linear import FusedLoRALinear
+
+
+@dataclass(frozen=True)
+class InjectReport:
+    """What `inject` did; ``print`` it to read it."""
+
+    layers: tuple[str, ...]  # paths of the modules that were replaced
+    skipped: dict[str, str]  # paths that matched but were not replaced -> why
+    trainable: int  # parameters of the adapters
+    total: int  # all parameters, the adapters' included, shared ones counted once
+    adapted: int  # parameters of the replaced weights: what full fine-tuning of them would train
+
+    @property
+    def saved(self) -> float:
+        """Share of the replaced weights' parameters that need not be trained, 0 to 1."""
+        return 1.0 - self.trainable / self.adapted
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.layers)} layers adapted: {self.trainable:,} trainable parameters of "
+            f"{self.total:,} ({self.trainable / self.total:.2%}); instead of {self.adapted:,} "
+            f"in those layers' weights, {self.saved:.1%} saved"
+        ]
+        lines += [f"  skipped {path}: {why}" for path, why in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def inject(
+    model: nn.Module,
+    r: int,
+    lora_alpha: float,
+    target_modules: str | Sequence[str],
+    *,
+    exclude_modules: str | Sequence[str] | None = None,
+    lora_dropout: float = 0.0,
+    use_rslora: bool = False,
+    adapter_dtype: torch.dtype | None = None,
+    backend: Backend = "auto",
+) -> InjectReport:
+    """Replaces matching `nn.Linear`s with `FusedLoRALinear`s in place and freezes everything else.
+
+    Args:
+        model: any module. Its weights are shared, not copied.
+        target_modules: PEFT's rules. A list of names matches a module whose path is a name or ends
+            in "." + name; a string is a regular expression for the whole path, or "all-linear" for
+            every `nn.Linear` but the output head (`get_output_embeddings`, where there is one).
+        exclude_modules: matched in the same way, and left out.
+        r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, backend: see `FusedLoRALinear`.
+
+    Returns:
+        The report: which layers, what was skipped and why, and the numbers of parameters.
+
+    Raises:
+        ValueError: nothing matched (the message lists what there is to match), the model is itself
+            an `nn.Linear` or already has adapters, a pattern is no regular expression, or a layer's
+            argument is out of range. The model is unchanged then.
+        TypeError: an argument is of the wrong type.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
+    if type(model) is nn.Linear:
+        raise ValueError("model: got an nn.Linear itself; use FusedLoRALinear.from_linear")
+    checks.check_rank(r)
+    checks.check_number("lora_alpha", lora_alpha)
+    checks.check_dropout("lora_dropout", lora_dropout)
+    checks.check_backend(backend)
+    modules = dict(model.named_modules())
+    adapted = [path for path, module in modules.items() if isinstance(module, FusedLoRALinear)]
+    if adapted:
+        raise ValueError(f"model: already has adapters, at {adapted[0]} and {len(adapted) - 1} more")
+    linears = [path for path, module in modules.items() if type(module) is nn.Linear]
+
+    if target_modules == "all-linear":
+        matched = _without_output_head(model, linears)
+    else:
+        matched = _match("target_modules", target_modules, list(modules))
+    if exclude_modules is not None:
+        excluded = set(_match("exclude_modules", exclude_modules, matched))
+        matched = [path for path in matched if path not in excluded]
+    layers = [path for path in matched if path in set(linears)]
+    skipped = {
+        path: f"is a {type(modules[path]).__name__}, not an nn.Linear"
+        for path in matched
+        if path not in set(layers)
+    }
+    if not layers:
+        names = sorted({path.rpartition(".")[2] for path in linears})
+        raise ValueError(
+            f"target_modules: {target_modules!r} matches no nn.Linear; wanted some of {names}"
+            + (f"; it does match {skipped}" if skipped else "")
+        )
+
+    shared: dict[int, FusedLoRALinear] = {}  # a module used at two paths stays one module
+    for path in layers:
+        linear = model.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        if id(linear) not in shared:
+            shared[id(linear)] = FusedLoRALinear.from_linear(
+                linear,
+                r,
+                lora_alpha,
+                lora_dropout=lora_dropout,
+                use_rslora=use_rslora,
+                adapter_dtype=adapter_dtype,
+                backend=backend,
+            )
+    ...
+    raise NotImplementedError

@@ -1,0 +1,70 @@
+"""The PyTorch path: for CPUs and for what the kernels cannot take. Strategy "library".
+
+Same contract as triton_backend: 2-D x and g, saved h already scaled, nothing overwritten but its
+own outputs, and no [M, N] temporary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .kernels.dropout import Dropout
+from .reference import keep_mask
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout: Dropout | None,
+) -> tuple[Tensor, Tensor]:
+    """y [M, N] and h = scaling * (D o x) A^T [M, r], both in x's dtype."""
+    if bias is None:
+        y = x @ weight.t()
+    else:
+        y = torch.addmm(bias, x, weight.t())
+    if dropout is not None:
+        x = torch.where(keep_mask(dropout.seed, dropout.threshold, *x.shape), x, 0.0)
+        scaling *= dropout.keep_scale
+    h = x @ lora_A.to(x.dtype).t()
+    h *= scaling
+    return y.addmm_(h, lora_B.to(x.dtype).t()), h
+
+
+def backward(
+    g: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    h: Tensor | None,
+    scaling: float,
+    dropout: Dropout | None,
+    *,
+    need_dx: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dA and dB for g = dL/dy [M, N]: dA iff x is given, dB iff h is given."""
+    dx = dA = None
+    dB = (g.t() @ h).to(lora_B.dtype) if h is not None else None
+    if not need_dx and x is None:
+        return dx, dA, dB
+    keep_scale = 1.0
+    keep: Tensor | None = None
+    if dropout is not None:
+        keep = keep_mask(dropout.seed, dropout.threshold, g.shape[0], lora_A.shape[1])
+        keep_scale = dropout.keep_scale
+    # The one scale of dA and of the adapter's part of dx is put on dh, the smallest of them.
+    dh = g @ lora_B.to(g.dtype)  # [M, r]
+    dh *= scaling * keep_scale
+    if need_dx:
+        dx = dh @ lora_A.to(g.dtype)
+        if keep is not None:
+            dx.masked_fill_(~keep, 0.0)
+        dx.addmm_(g, weight)
+    if x is not None:
+        dA = (dh.t() @ (x if keep is None else torch.where(keep, x, 0.0))).to(lora_A.dtype)
+    return dx, dA, dB

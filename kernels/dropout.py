@@ -1,0 +1,30 @@
+"""What a dropout mask is made of: a seed on the device and a 16-bit threshold."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+LANE_VALUES = 1 << 16  # each decision compares 16 random bits with the threshold
+
+
+class Dropout(NamedTuple):
+    """Dropout of one call: the mask is a pure function of ``seed`` and ``threshold``.
+
+    The seed stays on the device (one int64 element), so that drawing it needs no synchronisation
+    and a CUDA graph draws a new one at each replay.
+    """
+
+    seed: torch.Tensor
+    threshold: int  # an element is kept iff its 16 bits are at least this
+
+    @property
+    def keep_scale(self) -> float:
+        """1 / P(keep), from the threshold itself, so that E[D o x] = x holds exactly."""
+        return LANE_VALUES / (LANE_VALUES - self.threshold)
+
+
+def dropout_threshold(p: float) -> int:
+    """p in units of 2^-16, below 2^16 so that the scale stays finite."""
+    return min(round(p * LANE_VALUES), LANE_VALUES - 1)

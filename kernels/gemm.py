@@ -1,0 +1,240 @@
+"""The LoRA GEMM: base product and adapter in one pass, one template for forward and dx.
+
+    y = x W + h B (+ bias)      x [M, K], W [K, N], h [M, R], B [R, N], y [M, N]
+    h = scale * x A             A [K, R]
+
+Forward passes W = W0^T, A = A^T, B = B^T and gets y and h; the input gradient passes x = g,
+W = W0, A = B, B = A and gets dx and dh. All are views: strides carry the transposes.
+
+The kernel has three forms, told apart by which pointers are None:
+    one pass   a_ptr given            x is loaded once and multiplied by both W and A
+    second     a_ptr None, h_ptr given    h was made before; h B is R / BLOCK_R more K steps
+    plain      both None              y = scale * (D o x) W, which is how `second`'s h is made
+Dropout (seed_ptr given) is on x in the plain form and on h B in the second form, so that each
+element of the mask is drawn once; in the one-pass form it would be drawn N / BLOCK_N times.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .configs import TileConfig, padded_rank
+from .device import device_guard
+from .dropout import Dropout
+from .tiles import grouped_tile, keep_mask
+
+GROUP_M = 8  # rows of tiles that run side by side and share W's tiles in L2
+
+
+@triton.jit(do_not_specialize=["scale", "threshold"])
+def lora_gemm_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    a_ptr,
+    h_ptr,
+    b_ptr,
+    y_ptr,
+    seed_ptr,
+    M,
+    N,
+    K,
+    R,
+    stride_xm,
+    stride_xk,
+    stride_wk,
+    stride_wn,
+    stride_bias,
+    stride_ak,
+    stride_ar,
+    stride_br,
+    stride_bn,
+    scale,
+    threshold,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    ONE_PASS: tl.constexpr = a_ptr is not None
+    SECOND: tl.constexpr = a_ptr is None and h_ptr is not None
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    scale = tl.cast(scale, tl.float32)  # Inductor passes Python floats as fp64
+
+    pid_m, pid_n = grouped_tile(
+        tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M
+    )
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_r = tl.arange(0, BLOCK_R)
+    # int64 before any stride: tensors of more than 2^31 elements
+    rows = offs_m.to(tl.int64)[:, None]
+    cols = offs_n.to(tl.int64)[None, :]
+    ks = offs_k.to(tl.int64)
+    in_m = (offs_m < M)[:, None]
+    in_n = (offs_n < N)[None, :]
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if SECOND:
+        for r in range(0, R, BLOCK_R):
+            in_r = r + offs_r < R
+            h_ptrs = h_ptr + rows * R + (r + offs_r)[None, :]
+            h = tl.load(h_ptrs, mask=in_m & in_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
+            b_ptrs = b_ptr + (r + offs_r).to(tl.int64)[:, None] * stride_br + cols * stride_bn
+            b = tl.load(b_ptrs, mask=in_r[:, None] & in_n, other=0.0)  # [BLOCK_R, BLOCK_N]
+            acc = tl.dot(h, b.to(dtype), acc, input_precision=PRECISION)
+        if seed_ptr is not None:
+            # Before the K loop: the accumulator starts as D o (h B) and needs no second one.
+            keep = keep_mask(
+                tl.load(seed_ptr), threshold, offs_m, pid_n * BLOCK_N, BLOCK_M, BLOCK_N
+            )
+            acc = tl.where(keep, acc * scale, 0.0)
+
+    x_ptrs = x_ptr + rows * stride_xm + ks[None, :] * stride_xk
+    w_ptrs = w_ptr + ks[:, None] * stride_wk + cols * stride_wn
+    step_x = tl.cast(stride_xk, tl.int64) * BLOCK_K
+    step_w = tl.cast(stride_wk, tl.int64) * BLOCK_K
+    if ONE_PASS:
+        acc_h = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+        a_ptrs = a_ptr + ks[:, None] * stride_ak + offs_r.to(tl.int64)[None, :] * stride_ar
+        step_a = tl.cast(stride_ak, tl.int64) * BLOCK_K
+    for k in range(0, K, BLOCK_K):
+        in_k = offs_k < (BLOCK_K if EVEN_K else K - k)
+        x = tl.load(x_ptrs, mask=in_m & in_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        w = tl.load(w_ptrs, mask=in_k[:, None] & in_n, other=0.0)  # [BLOCK_K, BLOCK_N]
+        if not SECOND and seed_ptr is not None:
+            keep = keep_mask(tl.load(seed_ptr), threshold, offs_m, k, BLOCK_M, BLOCK_K)
+            x = tl.where(keep, x, 0.0)
+        acc = tl.dot(x, w.to(dtype), acc, input_precision=PRECISION)
+        x_ptrs += step_x
+        w_ptrs += step_w
+        if ONE_PASS:
+            in_a = in_k[:, None] & (offs_r < R)[None, :]
+            a = tl.load(a_ptrs, mask=in_a, other=0.0)  # [BLOCK_K, BLOCK_R]
+            acc_h = tl.dot(x, a.to(dtype), acc_h, input_precision=PRECISION)
+            a_ptrs += step_a
+
+    if ONE_PASS:
+        h = (acc_h * scale).to(dtype)  # [BLOCK_M, BLOCK_R]
+        if h_ptr is not None and pid_n == 0:
+            h_ptrs = h_ptr + rows * R + offs_r[None, :]
+            tl.store(h_ptrs, h, mask=in_m & (offs_r < R)[None, :])
+        b_ptrs = b_ptr + offs_r.to(tl.int64)[:, None] * stride_br + cols * stride_bn
+        b = tl.load(b_ptrs, mask=(offs_r < R)[:, None] & in_n, other=0.0)  # [BLOCK_R, BLOCK_N]
+        acc = tl.dot(h, b.to(dtype), acc, input_precision=PRECISION)
+    elif not SECOND:
+        acc *= scale
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + offs_n.to(tl.int64) * stride_bias, mask=offs_n < N, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    tl.store(y_ptr + rows * N + cols, acc.to(dtype), mask=in_m & in_n)
+
+
+def _launch(
+    config: TileConfig,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    a: torch.Tensor | None = None,
+    h: torch.Tensor | None = None,
+    b: torch.Tensor | None = None,
+    scale: float = 1.0,
+    dropout: Dropout | None = None,
+) -> torch.Tensor:
+    (M, K), N = x.shape, w.shape[1]
+    R = b.shape[0] if b is not None else 1
+    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    if M == 0 or N == 0:
+        return y
+    BLOCK_R = padded_rank(R) if a is not None else min(padded_rank(R), config.BLOCK_K)
+    grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
+    with device_guard(x.device):
+        lora_gemm_kernel[grid](
+            x,
+            w,
+            bias,
+            a,
+            h,
+            b,
+            y,
+            dropout.seed if dropout else None,
+            M,
+            N,
+            K,
+            R,
+            *x.stride(),
+            *w.stride(),
+            bias.stride(0) if bias is not None else 0,
+            *(a.stride() if a is not None else (0, 0)),
+            *(b.stride() if b is not None else (0, 0)),
+            scale,
+            dropout.threshold if dropout else 0,
+            BLOCK_R=BLOCK_R,
+            GROUP_M=GROUP_M,
+            EVEN_K=K % config.BLOCK_K == 0,
+            PRECISION=dot_precision(x.dtype),
+            **config.meta(),
+        )
+    return y
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """tf32 for fp32 operands only where torch itself may use it for its matrix products."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
+
+
+def gemm_one_pass(
+    config: TileConfig,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    bias: torch.Tensor | None,
+    scale: float,
+    store_h: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """y = x w + h b + bias with h = scale * x a, in one launch.
+
+    x [M, K], w [K, N], a [K, R], b [R, N], bias [N] or None: any strides; a and b in any floating
+    dtype, the rest in x's. Returns y [M, N] and, if ``store_h``, h [M, R], both in x's dtype.
+    """
+    h = x.new_empty((x.shape[0], a.shape[1])) if store_h else None
+    return _launch(config, x, w, bias=bias, a=a, h=h, b=b, scale=scale), h
+
+
+def gemm_add_lora(
+    config: TileConfig,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    h: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> torch.Tensor:
+    """y = x w + D o (h b) + bias; h [M, R] contiguous in x's dtype, the rest as above."""
+    scale = dropout.keep_scale if dropout else 1.0
+    return _launch(config, x, w, bias=bias, h=h, b=b, scale=scale, dropout=dropout)
+
+
+def gemm_scaled(
+    config: TileConfig,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    *,
+    scale: float,
+    dropout: Dropout | None = None,
+) -> torch.Tensor:
+    """y = scale * (D o x) w; w [K, N] in any floating dtype, y [M, N] contiguous in x's."""
+    if dropout:
+        scale *= dropout.keep_scale
+    return _launch(config, x, w, scale=scale, dropout=dropout)

@@ -1,0 +1,41 @@
+"""Small ``@triton.jit`` helpers shared by the kernels: program order and the dropout mask."""
+
+import triton
+import triton.language as tl
+
+# Philox-4x32 with 7 rounds is the fewest that pass BigCrush (Salmon et al., "Parallel random
+# numbers: as easy as 1, 2, 3", SC'11, table 2). `fused_lora.reference.keep_mask` draws the same.
+PHILOX_ROUNDS = tl.constexpr(7)
+# One Philox call gives 128 bits: eight decisions of 16 bits, for eight neighbouring columns.
+COLUMNS_PER_DRAW = tl.constexpr(8)
+
+
+@triton.jit
+def grouped_tile(pid, num_pid_m, num_pid_n, GROUP_M: tl.constexpr):
+    """Tile (pid_m, pid_n) of program `pid`: down GROUP_M rows first, so that L2 keeps W's tiles."""
+    programs_in_group = GROUP_M * num_pid_n
+    first_m = (pid // programs_in_group) * GROUP_M
+    group_rows = min(num_pid_m - first_m, GROUP_M)
+    pid_m = first_m + (pid % programs_in_group) % group_rows
+    pid_n = (pid % programs_in_group) // group_rows
+    return pid_m, pid_n
+
+
+@triton.jit
+def keep_mask(
+    seed, threshold, offs_m, first_col, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
+):
+    """Dropout decisions for rows `offs_m` and columns `first_col + arange(BLOCK_COLS)`.
+
+    Element (m, k) is kept iff its 16 bits, lane k % 8 of Philox(seed, counter = (k // 8, m, 0, 0)),
+    are at least `threshold`. It depends on (seed, m, k) only: not on tiles, strides or kernel.
+    """
+    draws = first_col // COLUMNS_PER_DRAW + tl.arange(0, BLOCK_COLS // COLUMNS_PER_DRAW)
+    zero = tl.zeros([BLOCK_ROWS, BLOCK_COLS // COLUMNS_PER_DRAW], tl.int32)
+    c0 = zero + draws[None, :]
+    c1 = zero + offs_m[:, None]
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero, zero, PHILOX_ROUNDS)
+    # join() adds a last axis, so the order below makes the axes (column / 8, word, half).
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    lanes = tl.join(words & 0xFFFF, words >> 16)
+    return tl.reshape(lanes, [BLOCK_ROWS, BLOCK_COLS]) >= threshold
