@@ -1,0 +1,20 @@
+"""LoRA layers in one fused GPU pass: Triton kernels, their autograd function and a drop-in layer."""
+
+from . import reference
+from .autograd import LoRALinearFunction, explain, lora_linear
+from .dispatch import Explanation
+from .inject import InjectReport, inject
+from .linear import FusedLoRALinear
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Explanation",
+    "FusedLoRALinear",
+    "InjectReport",
+    "LoRALinearFunction",
+    "explain",
+    "inject",
+    "lora_linear",
+    "reference",
+]

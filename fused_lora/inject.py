@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -43,9 +43,9 @@ def inject(
     model: nn.Module,
     r: int,
     lora_alpha: float,
-    target_modules: str | Sequence[str],
+    target_modules: str | Collection[str],
     *,
-    exclude_modules: str | Sequence[str] | None = None,
+    exclude_modules: str | Collection[str] | None = None,
     lora_dropout: float = 0.0,
     use_rslora: bool = False,
     adapter_dtype: torch.dtype | None = None,
@@ -78,24 +78,24 @@ def inject(
     checks.check_number("lora_alpha", lora_alpha)
     checks.check_dropout("lora_dropout", lora_dropout)
     checks.check_backend(backend)
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     adapted = [path for path, module in modules.items() if isinstance(module, FusedLoRALinear)]
     if adapted:
         raise ValueError(f"model: already has adapters, at {adapted[0]} and {len(adapted) - 1} more")
-    linears = [path for path, module in modules.items() if type(module) is nn.Linear]
+    linears = {path for path, module in modules.items() if type(module) is nn.Linear}
 
     if target_modules == "all-linear":
-        matched = _without_output_head(model, linears)
+        matched = _without_output_head(model, modules)
     else:
         matched = _match("target_modules", target_modules, list(modules))
     if exclude_modules is not None:
         excluded = set(_match("exclude_modules", exclude_modules, matched))
         matched = [path for path in matched if path not in excluded]
-    layers = [path for path in matched if path in set(linears)]
+    layers = [path for path in matched if path in linears]
     skipped = {
         path: f"is a {type(modules[path]).__name__}, not an nn.Linear"
         for path in matched
-        if path not in set(layers)
+        if path not in linears
     }
     if not layers:
         names = sorted({path.rpartition(".")[2] for path in linears})
@@ -104,12 +104,13 @@ def inject(
             + (f"; it does match {skipped}" if skipped else "")
         )
 
-    shared: dict[int, FusedLoRALinear] = {}  # a module used at two paths stays one module
+    # Built first and put in last, so that a failure leaves the model as it was. A module that is
+    # used at several paths stays one module.
+    replacements: dict[nn.Module, FusedLoRALinear] = {}
     for path in layers:
-        linear = model.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
-        if id(linear) not in shared:
-            shared[id(linear)] = FusedLoRALinear.from_linear(
+        linear = modules[path]
+        if linear not in replacements:
+            replacements[linear] = FusedLoRALinear.from_linear(
                 linear,
                 r,
                 lora_alpha,
@@ -118,5 +119,38 @@ def inject(
                 adapter_dtype=adapter_dtype,
                 backend=backend,
             )
-    ...
-    raise NotImplementedError
+    model.requires_grad_(False)
+    for path in layers:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, replacements[modules[path]])
+    return InjectReport(
+        layers=tuple(layers),
+        skipped=skipped,
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total=sum(p.numel() for p in model.parameters()),
+        adapted=sum(layer.weight.numel() for layer in replacements.values()),
+    )
+
+
+def _match(name: str, patterns: object, paths: list[str]) -> list[str]:
+    """The paths that PEFT would match: a regular expression in full, or a list of suffixes."""
+    if isinstance(patterns, str):
+        try:
+            pattern = re.compile(patterns)
+        except re.error as error:
+            raise ValueError(f"{name}: {patterns!r} is no regular expression: {error}") from None
+        return [path for path in paths if pattern.fullmatch(path)]
+    if not isinstance(patterns, (list, tuple, set, frozenset)) or not all(
+        isinstance(suffix, str) for suffix in patterns
+    ):
+        raise TypeError(f"{name}: got {patterns!r}, wanted a string or a list of strings")
+    return [
+        path for path in paths if any(path == s or path.endswith("." + s) for s in patterns if s)
+    ]
+
+
+def _without_output_head(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+    """Every linear layer but the one that transformers calls the output embeddings."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    return [path for path, m in modules.items() if type(m) is nn.Linear and m is not head]
