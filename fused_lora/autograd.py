@@ -6,11 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import checks, torch_backend
 from .dispatch import Backend, Call, Explanation, Plan, describe, explain_call, plan
 from .kernels.dropout import Dropout, dropout_threshold
+
+
+def _as_matrix(t: Tensor) -> Tensor:
+    """[..., C] -> [M, C], a view wherever the strides allow one; sizes of 0 too."""
+    return t.flatten(0, -2) if t.ndim > 1 else t.unsqueeze(0)
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -18,8 +22,8 @@ class LoRALinearFunction(torch.autograd.Function):
 
     Saves x, h [M, r], the weights and the dropout seed: no mask, no dropped copy of x, nothing of
     size [M, N]. Computes the gradients that `needs_input_grad` asks for and no others; W0 is
-    frozen and gets none. Differentiable once: a second derivative is refused by PyTorch's
-    `once_differentiable`. `lora_linear` is the checked way in.
+    frozen and gets none. Differentiable once: backward raises RuntimeError under
+    ``create_graph=True``. `lora_linear` is the checked way in.
     """
 
     @staticmethod
@@ -40,7 +44,7 @@ class LoRALinearFunction(torch.autograd.Function):
         ``seed`` (int64, one element, on x's device) and ``threshold`` (p * 2^16) make the dropout
         mask; None is no dropout. ``plan``: from `dispatch.plan`.
         """
-        x2 = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty((x.shape[:-1].numel(), 0))
+        x2 = _as_matrix(x)
         dropout = Dropout(seed, threshold) if seed is not None else None
         needs_x, _, needs_A, needs_B = ctx.needs_input_grad[:4]
         arguments = (x2, weight, lora_A, lora_B, bias, scaling, dropout)
@@ -63,13 +67,19 @@ class LoRALinearFunction(torch.autograd.Function):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of forward's arguments."""
+        # `once_differentiable` would let this pass where only A and B depend on the second
+        # derivative, and leave their share out of it.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "lora_linear: its gradients cannot be differentiated again (create_graph=True); "
+                "fused_lora.reference.lora_linear can"
+            )
         x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
         needs_x, _, needs_A, needs_B, needs_bias = ctx.needs_input_grad[:5]
-        g2 = g.reshape(-1, lora_B.shape[0])
-        x2 = x.reshape(g2.shape[0], lora_A.shape[1]) if needs_A else None
+        g2 = _as_matrix(g)
+        x2 = _as_matrix(x) if needs_A else None
         dropout = Dropout(seed, ctx.threshold) if seed is not None else None
         arguments = (g2, x2, weight, lora_A, lora_B, h, ctx.scaling, dropout)
         if ctx.plan.backend == "triton":

@@ -187,7 +187,7 @@ def _launch(
 
 def dot_precision(dtype: torch.dtype) -> str:
     """tf32 for fp32 operands only where torch itself may use it for its matrix products."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 

@@ -1,0 +1,69 @@
+"""Where the tests run, and what watches them.
+
+With a CUDA device the kernels run on it, and every test that takes `device` is marked `gpu`.
+Without one they run in Triton's interpreter, on CPU tensors.
+"""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA:  # read by Triton when a kernel is defined, so before any import of fused_lora.kernels
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if CUDA and "device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
+        elif not CUDA and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_randomness(request: pytest.FixtureRequest) -> None:
+    """New inputs in every run; the seed is shown when a test fails."""
+    seed = int(os.environ.get("SEED", torch.seed() % 2**31))
+    torch.manual_seed(seed)
+    request.node.add_report_section("setup", "randomness", f"SEED={seed}")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN, so that reading what was never written shows."""
+    if CUDA:  # cuBLAS wants a workspace setting for this mode; the CPU run is enough
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where the kernels run here: a GPU, or the CPU under the interpreter."""
+    return torch.device("cuda", 0) if CUDA else torch.device("cpu")
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernel launchers that were called, in order: which backend and strategy really ran."""
+    from fused_lora import triton_backend
+
+    called: list[str] = []
+
+    def record(name: str) -> None:
+        launcher = getattr(triton_backend, name)
+
+        def recorded(*args: object, **kwargs: object) -> object:
+            called.append(name)
+            return launcher(*args, **kwargs)
+
+        monkeypatch.setattr(triton_backend, name, recorded)
+
+    for name in ("gemm_one_pass", "gemm_add_lora", "gemm_scaled", "grad_lora_a", "grad_lora_b"):
+        record(name)
+    return called
