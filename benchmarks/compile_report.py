@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_lora.kernels.configs import Kind, TileConfig, padded_rank, ship
+from fused_lora.kernels.configs import Kind, TileConfig, padded, ship
 from fused_lora.kernels.device import SHARED_MEMORY, DeviceInfo
 from fused_lora.kernels.gemm import GROUP_M, lora_gemm_kernel
 from fused_lora.kernels.grads import lora_grad_kernel
@@ -114,7 +114,7 @@ def _source(case: Case) -> ASTSource:
         pointers = {"x_ptr": x, "w_ptr": adapter if case.kind == "plain" else x, "y_ptr": x}
         constexprs |= {"stride_xk": 1, "GROUP_M": GROUP_M, "EVEN_K": True, "PRECISION": "ieee"}
         constexprs["stride_wn" if case.transposed else "stride_wk"] = 1
-        constexprs["BLOCK_R"] = padded_rank(case.r)
+        constexprs["BLOCK_R"] = padded(case.r)
         if case.kind != "plain":
             pointers |= {"h_ptr": x, "b_ptr": adapter, "bias_ptr": x}
             constexprs |= {"stride_bias": 1}
@@ -123,7 +123,7 @@ def _source(case: Case) -> ASTSource:
             pointers["a_ptr"] = adapter
             constexprs["stride_ar" if case.transposed else "stride_ak"] = 1
         elif case.kind == "second":
-            constexprs["BLOCK_R"] = min(padded_rank(case.r), case.config.BLOCK_K)
+            constexprs["BLOCK_R"] = min(padded(case.r), case.config.BLOCK_K)
         if case.dropout:
             pointers["seed_ptr"] = "*i64"
         floats = {"scale"}

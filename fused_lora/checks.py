@@ -41,6 +41,13 @@ def check_backend(backend: object) -> None:
         raise ValueError(f"backend: got {backend!r}, wanted one of {', '.join(BACKENDS)}")
 
 
+def check_dtype(name: str, dtype: object) -> None:
+    """Raises TypeError unless dtype is one that a LoRA layer computes in."""
+    if dtype not in DTYPES:
+        wanted = ", ".join(str(dtype) for dtype in DTYPES)
+        raise TypeError(f"{name}: got {dtype}, wanted one of {wanted}")
+
+
 def check_tensors(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
 ) -> None:
@@ -51,9 +58,7 @@ def check_tensors(
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, wanted a torch.Tensor")
-        if tensor.dtype not in DTYPES:
-            wanted = ", ".join(str(dtype) for dtype in DTYPES)
-            raise TypeError(f"{name}: got dtype {tensor.dtype}, wanted one of {wanted}")
+        check_dtype(f"{name}'s dtype", tensor.dtype)
         if tensor.layout != torch.strided:
             raise TypeError(f"{name}: got layout {tensor.layout}, wanted a dense tensor")
         if tensor.device != x.device:

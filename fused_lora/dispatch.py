@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .kernels.configs import MAX_RANK, choose_config, padded_rank, ship
+from .kernels.configs import MAX_RANK, choose_config, padded, ship
 from .kernels.device import DeviceInfo, device_info
 
 Backend = Literal["auto", "triton", "torch"]
@@ -119,7 +119,7 @@ def predicted_extra(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
     }
     if ship("one_pass", call.r, itemsize, call.dropout, device):
         tile = choose_config("one_pass", call.M, call.N, call.r, itemsize, False, device)
-        extra["one_pass"] = padded_rank(call.r) / tile.BLOCK_N
+        extra["one_pass"] = padded(call.r) / tile.BLOCK_N
     return extra
 
 

@@ -57,6 +57,7 @@ class FusedLoRALinear(nn.Module):
         adapter_dtype: torch.dtype | None = None,
         backend: Backend = "auto",
     ) -> None:
+        checks.check_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
         base = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._adopt(base, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, backend)
 
@@ -99,13 +100,10 @@ class FusedLoRALinear(nn.Module):
         checks.check_number("lora_alpha", lora_alpha)
         checks.check_dropout("lora_dropout", lora_dropout)
         checks.check_backend(backend)
-        if base.weight.dtype not in checks.DTYPES:
-            raise TypeError(f"dtype: got {base.weight.dtype}, wanted one of {checks.DTYPES}")
+        checks.check_dtype("the base weight's dtype", base.weight.dtype)
         if adapter_dtype is None:
-            half = base.weight.dtype in (torch.bfloat16, torch.float16)
-            adapter_dtype = torch.float32 if half else base.weight.dtype
-        elif adapter_dtype not in checks.DTYPES:
-            raise TypeError(f"adapter_dtype: got {adapter_dtype}, wanted one of {checks.DTYPES}")
+            adapter_dtype = torch.promote_types(base.weight.dtype, torch.float32)
+        checks.check_dtype("adapter_dtype", adapter_dtype)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.r = r
         self.lora_alpha = lora_alpha

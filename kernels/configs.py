@@ -37,9 +37,9 @@ class TileConfig:
         return asdict(self)
 
 
-def padded_rank(r: int) -> int:
-    """The width of a tile that holds rank r: a power of two that tl.dot takes."""
-    return max(MIN_DOT, 1 << (r - 1).bit_length())
+def padded(size: int) -> int:
+    """The side of a tile that holds ``size``: a power of two that tl.dot takes."""
+    return max(MIN_DOT, 1 << (size - 1).bit_length())
 
 
 # Largest tile first: the most arithmetic per byte. Smaller ones fill the GPU when M or N is small.
@@ -82,7 +82,7 @@ def is_valid(
     """
     if kind == "one_pass" and (dropout or r > MAX_ONE_PASS_RANK):
         return False
-    block_r = padded_rank(r) if kind == "one_pass" else 0
+    block_r = padded(r) if kind == "one_pass" else 0
     operands = itemsize * config.BLOCK_K * (config.BLOCK_M + config.BLOCK_N)
     adapter = 4 * config.BLOCK_K * block_r
     if config.num_stages * (operands + adapter) > device.shared_memory:
@@ -104,7 +104,7 @@ def ship(
     """The valid configurations for this kind of call, largest first; empty if there is none."""
     configs = _candidates(kind, itemsize)
     if kind in ("plain", "grad"):  # the output is as wide as the rank
-        configs = tuple(replace(c, BLOCK_N=min(c.BLOCK_N, padded_rank(r))) for c in configs)
+        configs = tuple(replace(c, BLOCK_N=min(c.BLOCK_N, padded(r))) for c in configs)
     return tuple(c for c in configs if is_valid(c, kind, r, itemsize, dropout, device))
 
 
@@ -114,13 +114,15 @@ def choose_config(
 ) -> TileConfig:
     """The largest valid tile that gives every multiprocessor one of the output [M, N].
 
-    Where none does, the one that makes the most tiles. Raises ValueError where `ship` is empty.
+    Where none does, the one that makes the most tiles; in either case none that is more than half
+    empty rows, if there is another. Raises ValueError where `ship` is empty.
     """
     valid = ship(kind, r, itemsize, dropout, device)
     if not valid:
         raise ValueError(f"no {kind} tile configuration takes rank {r} on {device}")
     if kind == "grad":  # split over the reduction, so that one tile size fills any GPU
         return valid[0]
+    valid = tuple(c for c in valid if c.BLOCK_M <= 2 * padded(M)) or valid[-1:]
 
     def tiles(config: TileConfig) -> int:
         return -(-M // config.BLOCK_M) * -(-N // config.BLOCK_N)

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import TileConfig, padded_rank
+from .configs import TileConfig, padded
 from .device import device_guard
 from .dropout import Dropout
 from .tiles import grouped_tile, keep_mask
@@ -77,6 +77,7 @@ def lora_gemm_kernel(
     rows = offs_m.to(tl.int64)[:, None]
     cols = offs_n.to(tl.int64)[None, :]
     ks = offs_k.to(tl.int64)
+    ranks = offs_r.to(tl.int64)
     in_m = (offs_m < M)[:, None]
     in_n = (offs_n < N)[None, :]
 
@@ -84,9 +85,9 @@ def lora_gemm_kernel(
     if SECOND:
         for r in range(0, R, BLOCK_R):
             in_r = r + offs_r < R
-            h_ptrs = h_ptr + rows * R + (r + offs_r)[None, :]
+            h_ptrs = h_ptr + rows * R + (r + ranks)[None, :]
             h = tl.load(h_ptrs, mask=in_m & in_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
-            b_ptrs = b_ptr + (r + offs_r).to(tl.int64)[:, None] * stride_br + cols * stride_bn
+            b_ptrs = b_ptr + (r + ranks)[:, None] * stride_br + cols * stride_bn
             b = tl.load(b_ptrs, mask=in_r[:, None] & in_n, other=0.0)  # [BLOCK_R, BLOCK_N]
             acc = tl.dot(h, b.to(dtype), acc, input_precision=PRECISION)
         if seed_ptr is not None:
@@ -102,7 +103,7 @@ def lora_gemm_kernel(
     step_w = tl.cast(stride_wk, tl.int64) * BLOCK_K
     if ONE_PASS:
         acc_h = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-        a_ptrs = a_ptr + ks[:, None] * stride_ak + offs_r.to(tl.int64)[None, :] * stride_ar
+        a_ptrs = a_ptr + ks[:, None] * stride_ak + ranks[None, :] * stride_ar
         step_a = tl.cast(stride_ak, tl.int64) * BLOCK_K
     for k in range(0, K, BLOCK_K):
         in_k = offs_k < (BLOCK_K if EVEN_K else K - k)
@@ -123,9 +124,9 @@ def lora_gemm_kernel(
     if ONE_PASS:
         h = (acc_h * scale).to(dtype)  # [BLOCK_M, BLOCK_R]
         if h_ptr is not None and pid_n == 0:
-            h_ptrs = h_ptr + rows * R + offs_r[None, :]
+            h_ptrs = h_ptr + rows * R + ranks[None, :]
             tl.store(h_ptrs, h, mask=in_m & (offs_r < R)[None, :])
-        b_ptrs = b_ptr + offs_r.to(tl.int64)[:, None] * stride_br + cols * stride_bn
+        b_ptrs = b_ptr + ranks[:, None] * stride_br + cols * stride_bn
         b = tl.load(b_ptrs, mask=(offs_r < R)[:, None] & in_n, other=0.0)  # [BLOCK_R, BLOCK_N]
         acc = tl.dot(h, b.to(dtype), acc, input_precision=PRECISION)
     elif not SECOND:
@@ -153,7 +154,7 @@ def _launch(
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if M == 0 or N == 0:
         return y
-    BLOCK_R = padded_rank(R) if a is not None else min(padded_rank(R), config.BLOCK_K)
+    BLOCK_R = padded(R) if a is not None else min(padded(R), config.BLOCK_K)
     grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
     with device_guard(x.device):
         lora_gemm_kernel[grid](

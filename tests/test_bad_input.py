@@ -11,15 +11,16 @@ import torch
 from fused_lora import FusedLoRALinear, explain, lora_linear
 
 
+GOOD = {
+    "x": torch.randn(4, 6),
+    "weight": torch.randn(5, 6),
+    "lora_A": torch.randn(2, 6),
+    "lora_B": torch.randn(5, 2),
+}
+
+
 def _call(function=lora_linear, **changes):
-    arguments = {
-        "x": torch.randn(4, 6),
-        "weight": torch.randn(5, 6),
-        "lora_A": torch.randn(2, 6),
-        "lora_B": torch.randn(5, 2),
-        "scaling": 1.0,
-    }
-    arguments |= changes
+    arguments = GOOD | {"scaling": 1.0} | changes
     tensors = [arguments.pop(name) for name in ("x", "weight", "lora_A", "lora_B")]
     return function(*tensors, **arguments)
 
@@ -28,8 +29,8 @@ BAD = {
     "x not a tensor": ({"x": [1.0]}, TypeError, "x: got list"),
     "x a scalar": ({"x": torch.tensor(1.0)}, ValueError, "x: got shape []"),
     "x of another width": ({"x": torch.randn(4, 7)}, ValueError, "x: got shape [4, 7]"),
-    "x integer": ({"x": torch.ones(4, 6, dtype=torch.int64)}, TypeError, "x: got dtype torch.int"),
-    "x complex": ({"x": torch.ones(4, 6) * 1j}, TypeError, "x: got dtype torch.complex64"),
+    "x integer": ({"x": torch.ones(4, 6, dtype=torch.int64)}, TypeError, "x's dtype: got torch.int"),
+    "x complex": ({"x": torch.ones(4, 6) * 1j}, TypeError, "x's dtype: got torch.complex64"),
     "x sparse": ({"x": torch.eye(6).to_sparse()}, TypeError, "x: got layout torch.sparse_coo"),
     "weight 1-D": ({"weight": torch.randn(6)}, ValueError, "weight: got shape [6]"),
     "weight of another dtype": (
@@ -40,7 +41,7 @@ BAD = {
     "weight integer": (
         {"weight": torch.ones(5, 6, dtype=torch.int8)},
         TypeError,
-        "weight: got dtype torch.int8",
+        "weight's dtype: got torch.int8",
     ),
     "weight trainable": (
         {"weight": torch.randn(5, 6, requires_grad=True)},
@@ -114,22 +115,12 @@ def test_refused_by_the_kernels_and_taken_by_torch(name, launches, device):
         _call(backend="triton", **changes)
     assert launches == []
     assert _call(**changes).shape[0] == 4
-    assert message in str(explain(**_named(changes))) or name == "a tensor subclass"
-
-
-def _named(changes):
-    full = {
-        "x": torch.randn(4, 6),
-        "weight": torch.randn(5, 6),
-        "lora_A": torch.randn(2, 6),
-        "lora_B": torch.randn(5, 2),
-    }
-    return full | changes
+    assert message in str(explain(**GOOD | changes)) or name == "a tensor subclass"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without")
 def test_bf16_under_the_interpreter_is_refused(launches):
-    half = {n: t.bfloat16() for n, t in _named({}).items()}
+    half = {n: t.bfloat16() for n, t in GOOD.items()}
     with pytest.raises(RuntimeError, match="bfloat16 under TRITON_INTERPRET=1"):
         _call(backend="triton", **half)
     assert launches == []

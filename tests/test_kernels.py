@@ -1,0 +1,147 @@
+"""The kernels one by one: every tile configuration, what each compiles to, and wide offsets."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fused_lora import reference
+from fused_lora.kernels import configs
+from fused_lora.kernels.device import INTERPRETED, SHARED_MEMORY, DeviceInfo
+from fused_lora.kernels.dropout import Dropout
+from fused_lora.kernels.gemm import gemm_add_lora, gemm_one_pass, gemm_scaled
+from fused_lora.kernels.grads import grad_lora_a, grad_lora_b
+
+M, N, K, R = 133, 261, 70, 20
+DTYPES = [(torch.float32, 1e-6), (torch.float16, 2e-3)]  # of the result's norm: a few roundings
+H100 = DeviceInfo(capability=90, num_sms=132, shared_memory=SHARED_MEMORY[90])
+
+
+def _configs(kind, itemsize, dropout=False):
+    tiles = configs.ship(kind, R, itemsize, dropout, INTERPRETED)
+    assert tiles
+    return tiles
+
+
+def _normal(device, dtype, *shape):
+    return torch.randn(*shape).to(device, dtype)
+
+
+def _assert_close(got, exact, tolerance):
+    assert ((got.double() - exact).norm() / exact.norm()).item() < tolerance
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_one_pass_in_every_configuration(device, dtype, tolerance):
+    x, w = _normal(device, dtype, M, K), _normal(device, dtype, K, N)
+    a, b = _normal(device, dtype, K, R), _normal(device, dtype, R, N)
+    bias = _normal(device, dtype, N)
+    h64 = 0.5 * x.double() @ a.double()
+    y64 = x.double() @ w.double() + h64 @ b.double() + bias.double()
+    for config in _configs("one_pass", dtype.itemsize):
+        y, h = gemm_one_pass(config, x, w, a, b, bias=bias, scale=0.5, store_h=True)
+        _assert_close(h, h64, tolerance)
+        _assert_close(y, y64, tolerance)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_split_in_every_configuration(device, dtype, tolerance, p):
+    x, w = _normal(device, dtype, M, K), _normal(device, dtype, K, N)
+    a, b = _normal(device, dtype, K, R), _normal(device, dtype, R, N)
+    dropout, keep_k, keep_n = None, 1.0, 1.0
+    if p:
+        dropout = Dropout(torch.tensor([5], device=device), round(p * 65536))
+        keep_k = reference.keep_mask(*dropout, M, K).double() * dropout.keep_scale
+        keep_n = reference.keep_mask(*dropout, M, N).double() * dropout.keep_scale
+    h64 = 0.5 * (keep_k * x.double()) @ a.double()
+    for config in _configs("plain", dtype.itemsize, p > 0):
+        _assert_close(gemm_scaled(config, x, a, scale=0.5, dropout=dropout), h64, tolerance)
+    h = h64.to(dtype)
+    y64 = x.double() @ w.double() + keep_n * (h.double() @ b.double())
+    for config in _configs("second", dtype.itemsize, p > 0):
+        _assert_close(gemm_add_lora(config, x, w, h, b, dropout=dropout), y64, tolerance)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_gradients_in_every_configuration(device, dtype, tolerance, p):
+    x, g = _normal(device, dtype, M, K), _normal(device, dtype, M, N)
+    h = _normal(device, dtype, M, R)
+    dropout, keep = None, 1.0
+    if p:
+        dropout = Dropout(torch.tensor([5], device=device), round(p * 65536))
+        keep = reference.keep_mask(*dropout, M, K).double() * dropout.keep_scale
+    dA64 = h.double().t() @ (keep * x.double())
+    for config in _configs("grad", dtype.itemsize, p > 0):
+        dA = grad_lora_a(config, x, h, dtype=torch.float32, dropout=dropout)
+        _assert_close(dA, dA64, tolerance)
+        dB = grad_lora_b(config, g, h, dtype=dtype)
+        _assert_close(dB, g.double().t() @ h.double(), tolerance)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("capability", sorted(SHARED_MEMORY))
+def test_every_rank_has_a_configuration_on_every_gpu(capability, itemsize, dropout):
+    device = DeviceInfo(capability, num_sms=100, shared_memory=SHARED_MEMORY[capability])
+    for r in (1, 16, 17, 64, 65, configs.MAX_RANK):
+        for kind in ("second", "plain", "grad"):
+            assert configs.ship(kind, r, itemsize, dropout, device)
+    assert configs.ship("one_pass", 16, itemsize, False, device)
+
+
+def test_choice_of_a_tile():
+    def choose(M, N, r=16, kind="one_pass"):
+        return configs.choose_config(kind, M, N, r, 2, False, H100)
+
+    assert (choose(8192, 4096).BLOCK_M, choose(8192, 4096).BLOCK_N) == (128, 256)
+    assert choose(1, 4096).BLOCK_M == 16
+    with pytest.raises(ValueError, match="no one_pass tile configuration takes rank 65"):
+        choose(8192, 4096, r=65)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_what_ships_compiles_fits_and_keeps_its_tensor_cores(arch, tmp_path):
+    rows_file = tmp_path / "rows.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = ["-m", "benchmarks.compile_report", "--arch", arch, "--json", str(rows_file)]
+    run = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = json.loads(rows_file.read_text())
+    assert len(rows) > 50
+    assert all(row["stack"] == 0 for row in rows)
+    assert {row["kind"] for row in rows} == {"one_pass", "second", "plain", "grad"}
+    if arch == "sm_90":
+        large = [r for r in rows if r["dtype"] == "bf16" and r["config"]["BLOCK_M"] >= 64]
+        assert large
+        assert all("HGMMA" in row["tensor_core"] for row in large)
+
+
+@pytest.mark.parametrize("kernel", ["lora_gemm_kernel", "lora_grad_kernel"])
+def test_offsets_are_64_bit(kernel):
+    """No 32-bit product of an index and a stride: it would wrap beyond 2^31 elements."""
+    program = f"""
+import re
+from benchmarks import compile_report
+import triton
+from triton.backends.compiler import GPUTarget
+kind = "grad" if {kernel!r} == "lora_grad_kernel" else "one_pass"
+case = next(c for c in compile_report.cases([90], ["bf16"]) if c.kind == kind and not c.dropout)
+ttir = triton.compile(compile_report._source(case), target=GPUTarget("cuda", 90, 32)).asm["ttir"]
+# Every offset that reaches a pointer must have been computed in 64 bits.
+offsets = re.findall(r"tt.addptr [^:]*: [^,]*, (\\S+)", ttir)
+assert offsets, ttir
+print(sorted(set(offsets)))
+assert all("i64" in offset for offset in offsets), sorted(set(offsets))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
