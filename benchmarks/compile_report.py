@@ -99,8 +99,7 @@ def _operands(kind: Kind, dtype: str, r: int) -> list[tuple[str, bool]]:
 
 def _source(case: Case) -> ASTSource:
     x, adapter = f"*{case.dtype}", f"*{case.adapter_dtype}"
-    constexprs: dict[str, object] = dict(case.config.meta())
-    del constexprs["num_warps"], constexprs["num_stages"]
+    constexprs: dict[str, object] = {k: v for k, v in case.config.meta().items() if k.isupper()}
     # None (no such operand) and 1 (contiguous) are specialised by the launcher: constants here.
     if case.kind == "grad":
         kernel = lora_grad_kernel
@@ -138,7 +137,8 @@ def _source(case: Case) -> ASTSource:
             signature[name] = pointers.get(name, "fp32" if name in floats else "i32")
             if name not in floats | {"threshold"}:
                 attrs[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, {(names.index(k),): v for k, v in constexprs.items()}, attrs)
+    constants = {(names.index(name),): value for name, value in constexprs.items()}
+    return ASTSource(kernel, signature, constants, attrs)
 
 
 def resources(case: Case) -> Resources:
@@ -147,14 +147,14 @@ def resources(case: Case) -> Resources:
     compiled = triton.compile(
         _source(case),
         target=GPUTarget("cuda", case.arch, 32),
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+        options={k: v for k, v in config.meta().items() if not k.isupper()},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = _cuobjdump("--dump-resource-usage", cubin.name)
         sass = _cuobjdump("--dump-sass", cubin.name)
-    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
+    registers, stack = (int(re.findall(rf"{key}:(\d+)", usage)[0]) for key in ("REG", "STACK"))
     found = TENSOR_CORE.findall(sass)
     tensor_core = {name: found.count(name) for name in sorted(set(found))}
     shared = compiled.metadata.shared

@@ -1,4 +1,4 @@
-"""LoRA layers in one fused GPU pass: Triton kernels, their autograd function and a drop-in layer."""
+"""LoRA layers in one fused GPU pass: Triton kernels, their autograd function, a drop-in layer."""
 
 from . import reference
 from .autograd import LoRALinearFunction, explain, lora_linear

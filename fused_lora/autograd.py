@@ -77,7 +77,7 @@ class LoRALinearFunction(torch.autograd.Function):
                 "fused_lora.reference.lora_linear can"
             )
         x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
-        needs_x, _, needs_A, needs_B, needs_bias = ctx.needs_input_grad[:5]
+        needs_x, _, needs_A, _, needs_bias = ctx.needs_input_grad[:5]
         g2 = _as_matrix(g)
         x2 = _as_matrix(x) if needs_A else None
         dropout = Dropout(seed, ctx.threshold) if seed is not None else None
@@ -85,9 +85,7 @@ class LoRALinearFunction(torch.autograd.Function):
         if ctx.plan.backend == "triton":
             from . import triton_backend
 
-            dx, dA, dB = triton_backend.backward(
-                *arguments, ctx.plan.strategy_dx, need_dx=needs_x
-            )
+            dx, dA, dB = triton_backend.backward(*arguments, ctx.plan.strategy_dx, need_dx=needs_x)
         else:
             dx, dA, dB = torch_backend.backward(*arguments, need_dx=needs_x)
         dx = dx.view(ctx.x_shape) if dx is not None else None

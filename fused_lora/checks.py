@@ -67,9 +67,7 @@ def check_tensors(
     _check_shape("weight", weight, "[out_features, in_features]", (None, None))
     N, K = weight.shape
     if x.ndim == 0 or x.shape[-1] != K:
-        raise ValueError(
-            f"x: got shape {list(x.shape)}, wanted [..., {K}] to fit weight {[N, K]}"
-        )
+        raise ValueError(f"x: got shape {list(x.shape)}, wanted [..., {K}] to fit weight {[N, K]}")
     _check_shape("lora_A", lora_A, f"[r, {K}] to fit weight {[N, K]}", (None, K))
     r = lora_A.shape[0]
     if r == 0:

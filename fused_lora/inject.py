@@ -81,7 +81,8 @@ def inject(
     modules = dict(model.named_modules(remove_duplicate=False))
     adapted = [path for path, module in modules.items() if isinstance(module, FusedLoRALinear)]
     if adapted:
-        raise ValueError(f"model: already has adapters, at {adapted[0]} and {len(adapted) - 1} more")
+        more = len(adapted) - 1
+        raise ValueError(f"model: has adapters already, at {adapted[0]} and {more} more")
     linears = {path for path, module in modules.items() if type(module) is nn.Linear}
 
     if target_modules == "all-linear":

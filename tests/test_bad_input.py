@@ -10,7 +10,6 @@ import torch
 
 from fused_lora import FusedLoRALinear, explain, lora_linear
 
-
 GOOD = {
     "x": torch.randn(4, 6),
     "weight": torch.randn(5, 6),
@@ -29,7 +28,11 @@ BAD = {
     "x not a tensor": ({"x": [1.0]}, TypeError, "x: got list"),
     "x a scalar": ({"x": torch.tensor(1.0)}, ValueError, "x: got shape []"),
     "x of another width": ({"x": torch.randn(4, 7)}, ValueError, "x: got shape [4, 7]"),
-    "x integer": ({"x": torch.ones(4, 6, dtype=torch.int64)}, TypeError, "x's dtype: got torch.int"),
+    "x integer": (
+        {"x": torch.ones(4, 6, dtype=torch.int64)},
+        TypeError,
+        "x's dtype: got torch.int",
+    ),
     "x complex": ({"x": torch.ones(4, 6) * 1j}, TypeError, "x's dtype: got torch.complex64"),
     "x sparse": ({"x": torch.eye(6).to_sparse()}, TypeError, "x: got layout torch.sparse_coo"),
     "weight 1-D": ({"weight": torch.randn(6)}, ValueError, "weight: got shape [6]"),

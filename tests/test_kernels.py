@@ -104,15 +104,18 @@ def test_choice_of_a_tile():
         choose(8192, 4096, r=65)
 
 
+def _compile(*arguments):
+    """Runs Python where Triton compiles, in a process of its own: here it may interpret."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, *arguments]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_what_ships_compiles_fits_and_keeps_its_tensor_cores(arch, tmp_path):
     rows_file = tmp_path / "rows.json"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = ["-m", "benchmarks.compile_report", "--arch", arch, "--json", str(rows_file)]
-    run = subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    _compile("-m", "benchmarks.compile_report", "--arch", arch, "--json", str(rows_file))
     rows = json.loads(rows_file.read_text())
     assert len(rows) > 50
     assert all(row["stack"] == 0 for row in rows)
@@ -140,8 +143,4 @@ assert offsets, ttir
 print(sorted(set(offsets)))
 assert all("i64" in offset for offset in offsets), sorted(set(offsets))
 """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    _compile("-c", program)

@@ -142,8 +142,10 @@ def test_kernels_read_a_transposed_weight_in_place(device, monkeypatch):
     r=st.integers(1, 70),
     dropout_p=st.sampled_from([0.0, 0.05, 0.5]),
     bias=st.booleans(),
+    seed=st.integers(0, 2**31),
 )
-def test_any_shape(M, N, K, r, dropout_p, bias):
+def test_any_shape(M, N, K, r, dropout_p, bias, seed):
+    torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     p = problem(M, N, K, r, device=device, dropout_p=dropout_p, bias=bias)
     check(run(fused("triton"), p), p)
@@ -259,9 +261,7 @@ def test_autocast(device, backend, dtype):
         assert y.dtype == torch.nn.functional.linear(p.x, p.weight).dtype == dtype
     grads = torch.autograd.grad(y, leaves, p.g.to(dtype))
     assert all(grad.dtype == torch.float32 for grad in grads)
-    half = replace(
-        p, **{n: getattr(p, n).detach().to(dtype) for n in ("x", "weight", "bias", "g")}
-    )
+    half = replace(p, **{n: getattr(p, n).detach().to(dtype) for n in ("x", "weight", "bias", "g")})
     check({"y": y.detach(), "dlora_A": grads[1], "dlora_B": grads[2]}, half)
 
 
@@ -279,10 +279,13 @@ def test_backend_really_ran(device, launches):
     assert launches
 
 
-@pytest.mark.parametrize(("strategy", "kernels"), [
-    ("one_pass", ["gemm_one_pass"]),
-    ("split", ["gemm_scaled", "gemm_add_lora"]),
-])
+@pytest.mark.parametrize(
+    ("strategy", "kernels"),
+    [
+        ("one_pass", ["gemm_one_pass"]),
+        ("split", ["gemm_scaled", "gemm_add_lora"]),
+    ],
+)
 def test_launches_of_a_strategy(device, launches, strategy, kernels):
     p = problem(8, 8, 8, 2, device=device)
     run(fused(Plan("triton", strategy, strategy)), p)
