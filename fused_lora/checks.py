@@ -20,18 +20,22 @@ def check_rank(r: object) -> None:
         raise ValueError(f"r: got {r}, wanted at least 1")
 
 
-def check_number(name: str, value: object) -> None:
-    """Raises TypeError or ValueError unless value is a finite real number."""
+def _check_real(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted a number")
-    if not math.isfinite(value):
+
+
+def check_number(name: str, value: object) -> None:
+    """Raises TypeError or ValueError unless value is a finite real number."""
+    _check_real(name, value)
+    if not math.isfinite(value):  # type: ignore[arg-type]
         raise ValueError(f"{name}: got {value}, wanted a finite number")
 
 
 def check_dropout(name: str, p: object) -> None:
     """Raises TypeError or ValueError unless p is a probability in [0, 1)."""
-    check_number(name, p)
-    if not 0.0 <= p < 1.0:  # type: ignore[operator]  # check_number saw to it
+    _check_real(name, p)
+    if not 0.0 <= p < 1.0:  # type: ignore[operator]  # so NaN is refused too
         raise ValueError(f"{name}: got {p}, wanted a probability in [0, 1)")
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from . import checks
 from .kernels.configs import MAX_RANK, choose_config, padded, ship
 from .kernels.device import DeviceInfo, device_info
 
@@ -38,7 +39,6 @@ class Call:
     device: torch.device
     dropout: bool
     plain_tensors: bool  # no subclasses (DTensor, quantised weights, ...)
-    tracing: bool  # inside torch.compile or torch.export
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,6 @@ def kernel_obstacle(call: Call) -> Exception | None:
     """Why the Triton kernels cannot take this call, as the exception to raise; None if they can."""
     if not TRITON_INSTALLED:
         return RuntimeError("triton is not installed")
-    if call.tracing:
-        return RuntimeError("the call is being traced by torch.compile or torch.export")
     if not call.plain_tensors:
         return TypeError("an argument is a tensor subclass; the kernels take plain tensors")
     if call.device.type == "cpu" and not _interpreting():
@@ -153,10 +151,9 @@ def plan(call: Call, backend: Backend) -> Plan:
     return Plan("triton", _kernel_strategy(call), _kernel_strategy(_transposed(call)))
 
 
-def describe(
+def _describe(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, dropout: bool
 ) -> Call:
-    """The `Call` for checked arguments."""
     N, K = weight.shape
     tensors = (x, weight, lora_A, lora_B, bias)
     return Call(
@@ -170,8 +167,36 @@ def describe(
         plain_tensors=all(
             t is None or type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors
         ),
-        tracing=torch.compiler.is_compiling(),
     )
+
+
+def _facts(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.layout, type(tensor)
+
+
+_calls: dict[tuple[object, ...], Call] = {}  # a checked call by the facts about its arguments
+_MAX_CALLS = 4096
+
+
+def checked_call(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, dropout: bool
+) -> Call:
+    """What the call is, or the TypeError or ValueError of `checks.check_tensors`.
+
+    What was checked once is not checked again: 5 instead of 11 us a call.
+    """
+    try:
+        facts = (_facts(x), _facts(weight), _facts(lora_A), _facts(lora_B))
+        key = (facts, None if bias is None else _facts(bias), dropout)
+        call = _calls.get(key)
+    except AttributeError:  # not a tensor: the checks say which
+        call = None
+    if call is None:
+        checks.check_tensors(x, weight, lora_A, lora_B, bias)
+        if len(_calls) >= _MAX_CALLS:
+            _calls.clear()
+        call = _calls[key] = _describe(x, weight, lora_A, lora_B, bias, dropout)
+    return call
 
 
 def explain_call(call: Call, backend: Backend) -> Explanation:

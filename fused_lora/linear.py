@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks
-from .autograd import lora_linear
 from .dispatch import Backend
+from .functional import lora_linear
 
 
 class FusedLoRALinear(nn.Module):

@@ -7,6 +7,7 @@ own outputs, and no [M, N] temporary.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels.dropout import Dropout
@@ -23,14 +24,11 @@ def forward(
     dropout: Dropout | None,
 ) -> tuple[Tensor, Tensor]:
     """y [M, N] and h = scaling * (D o x) A^T [M, r], both in x's dtype."""
-    if bias is None:
-        y = x @ weight.t()
-    else:
-        y = torch.addmm(bias, x, weight.t())
+    y = F.linear(x, weight, bias)
     if dropout is not None:
         x = torch.where(keep_mask(dropout.seed, dropout.threshold, *x.shape), x, 0.0)
         scaling *= dropout.keep_scale
-    h = x @ lora_A.to(x.dtype).t()
+    h = F.linear(x, lora_A.to(x.dtype))
     h *= scaling
     return y.addmm_(h, lora_B.to(x.dtype).t()), h
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_lora import reference
 from fused_lora.autograd import LoRALinearFunction
-from fused_lora.dispatch import Backend, Plan, describe, plan
+from fused_lora.dispatch import Backend, Plan, checked_call, plan
 from fused_lora.kernels.dropout import dropout_threshold
 
 FORWARD_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
@@ -94,7 +94,7 @@ def fused(backend: Backend | Plan) -> Callable[[Problem], Tensor]:
         threshold = dropout_threshold(p.dropout_p)
         chosen = backend
         if not isinstance(chosen, Plan):
-            described = describe(p.x, p.weight, p.lora_A, p.lora_B, p.bias, threshold > 0)
+            described = checked_call(p.x, p.weight, p.lora_A, p.lora_B, p.bias, threshold > 0)
             chosen = plan(described, chosen)
         seed = p.seed if threshold else None
         y: Tensor = LoRALinearFunction.apply(

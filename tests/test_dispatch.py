@@ -19,7 +19,6 @@ CALL = Call(
     device=torch.device("cuda", 0),
     dropout=False,
     plain_tensors=True,
-    tracing=False,
 )
 
 
@@ -46,7 +45,6 @@ def h100(monkeypatch):
         ({"dtype": torch.float64}, "torch", "library"),
         ({"r": 513}, "torch", "library"),
         ({"plain_tensors": False}, "torch", "library"),
-        ({"tracing": True}, "torch", "library"),
         ({"device": torch.device("cpu")}, "torch", "library"),
     ],
 )

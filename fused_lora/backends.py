@@ -1,0 +1,79 @@
+"""Runs a plan: forward and backward of one call on the backend that was chosen for it.
+
+Both take x and g of any number of dimensions; autocast has done its work before and is off here.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from . import torch_backend
+from .dispatch import Plan
+from .kernels.dropout import Dropout
+
+_NOTHING = nullcontext()
+
+
+def _as_matrix(t: Tensor) -> Tensor:
+    """[..., C] -> [M, C], a view wherever the strides allow one; sizes of 0 too."""
+    return t.flatten(0, -2) if t.ndim > 1 else t.unsqueeze(0)
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return _NOTHING  # entering autocast where it is off already would cost 4 us
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout: Dropout | None,
+    plan: Plan,
+    *,
+    need_h: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """y [..., N] and, if needed, h = scaling * (D o x) A^T [M, r], both in x's dtype."""
+    arguments = (_as_matrix(x), weight, lora_A, lora_B, bias, scaling, dropout)
+    h: Tensor | None
+    with _no_autocast(x.device):
+        if plan.backend == "triton":
+            from . import triton_backend
+
+            y, h = triton_backend.forward(*arguments, plan.strategy, need_h=need_h)
+        else:
+            y, h = torch_backend.forward(*arguments)
+    return y.view(*x.shape[:-1], y.shape[-1]), h if need_h else None
+
+
+def backward(
+    g: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    h: Tensor | None,
+    scaling: float,
+    dropout: Dropout | None,
+    plan: Plan,
+    *,
+    need_dx: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx [..., K], dA and dB for g = dL/dy [..., N]: dA iff x is given, dB iff h is given."""
+    x2 = None if x is None else _as_matrix(x)
+    arguments = (_as_matrix(g), x2, weight, lora_A, lora_B, h, scaling, dropout)
+    with _no_autocast(g.device):
+        if plan.backend == "triton":
+            from . import triton_backend
+
+            dx, dA, dB = triton_backend.backward(*arguments, plan.strategy_dx, need_dx=need_dx)
+        else:
+            dx, dA, dB = torch_backend.backward(*arguments, need_dx=need_dx)
+    return None if dx is None else dx.view(*g.shape[:-1], dx.shape[-1]), dA, dB

@@ -1,0 +1,133 @@
+"""`lora_linear` and `explain`: the checked ways in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, ops
+from .autograd import LoRALinearFunction
+from .dispatch import Backend, Explanation, checked_call, explain_call, plan
+from .kernels.dropout import dropout_threshold
+
+
+def _is_constant(scaling: float) -> bool:
+    """False where Dynamo traces a float that changed before: it has no value while tracing."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # 0.25 s to import
+
+    return has_static_value(scaling)
+
+
+def _check_options(weight: Tensor, scaling: float, dropout_p: float, backend: Backend) -> None:
+    checks.check_backend(backend)
+    if not torch.compiler.is_compiling() or _is_constant(scaling):
+        checks.check_number("scaling", scaling)
+    checks.check_dropout("dropout_p", dropout_p)
+    if torch.is_grad_enabled() and getattr(weight, "requires_grad", False):
+        raise ValueError(
+            "weight: requires a gradient, but LoRA's base weight is frozen and gets none; "
+            "call weight.requires_grad_(False) or pass weight.detach()"
+        )
+
+
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, Any, Any]:
+    """The three as autocast would give them to `F.linear`.
+
+    The adapters are not cast: both backends take them in any dtype, so that fp32 adapters get
+    fp32 gradients and x needs no fp32 copy.
+    """
+    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+
+    def cast(tensor: Any) -> Any:
+        eligible = isinstance(tensor, Tensor) and tensor.is_floating_point()
+        return tensor.to(dtype) if eligible and tensor.dtype != torch.float64 else tensor
+
+    return cast(x), cast(weight), cast(bias)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    backend: Backend = "auto",
+) -> Tensor:
+    """y = x W0^T + bias + scaling * (D o x) A^T B^T (LoRA, https://arxiv.org/abs/2106.09685).
+
+    Args:
+        x: input [..., K], floating point, any strides.
+        weight: frozen base weight W0 [N, K] in x's dtype, any strides. Gets no gradient.
+        lora_A, lora_B: adapter [r, K] and [N, r], in any floating dtype; they are multiplied in
+            x's dtype with fp32 accumulation, as under autocast, and their gradients have their own
+            dtype. No copy of x is made for fp32 adapters over a bf16 x.
+        scaling: alpha / r (rsLoRA: alpha / sqrt(r)); finite. Not differentiated.
+        bias: [N] in x's dtype, or None; trainable if it requires a gradient.
+        dropout_p: probability in [0, 1) of dropping an element of the adapter's input, rounded to
+            a multiple of 2^-16. Applied whenever it is not 0; the seed comes from torch's generator
+            for x's device, and the mask is the same on every backend.
+        backend: "triton" (raises if the kernels cannot take the call), "torch", or "auto".
+
+    Returns:
+        y [..., N] in x's dtype (under autocast: in the autocast dtype), contiguous.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, shape, dtype, device or range.
+        RuntimeError: ``backend="triton"`` where the kernels cannot run.
+    """
+    _check_options(weight, scaling, dropout_p, backend)
+    x, weight, bias = _autocast(x, weight, bias)
+    threshold = dropout_threshold(dropout_p)
+    if torch.compiler.is_compiling():
+        checks.check_tensors(x, weight, lora_A, lora_B, bias)
+        seed = _draw_seed(x.device) if threshold else None
+        if not _is_constant(scaling):
+            # An operator's float is a constant of the graph: each alpha would recompile.
+            lora_B, scaling = (
+                lora_B.to(torch.promote_types(lora_B.dtype, torch.float32)) * scaling,
+                1.0,
+            )
+        need_h = torch.is_grad_enabled() and lora_B.requires_grad
+        y: Tensor = ops.lora_linear_op(
+            x, weight, lora_A, lora_B, bias, scaling, seed, threshold, backend, need_h
+        )[0]
+        return y
+    chosen = plan(checked_call(x, weight, lora_A, lora_B, bias, threshold > 0), backend)
+    seed = _draw_seed(x.device) if threshold else None
+    y = LoRALinearFunction.apply(
+        x, weight, lora_A, lora_B, bias, float(scaling), seed, threshold, chosen
+    )
+    return y
+
+
+def _draw_seed(device: torch.device) -> Tensor:
+    """From torch's generator for the device, and left there: no synchronisation."""
+    return torch.randint(2**63 - 1, (1,), device=device)
+
+
+def explain(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    backend: Backend = "auto",
+) -> Explanation:
+    """Which backend and strategy `lora_linear` takes for these arguments, and why not the others.
+
+    Takes and raises what `lora_linear` does; computes nothing. ``print`` the result to read it.
+    """
+    _check_options(weight, scaling, dropout_p, backend)
+    x, weight, bias = _autocast(x, weight, bias)
+    dropout = dropout_threshold(dropout_p) > 0
+    return explain_call(checked_call(x, weight, lora_A, lora_B, bias, dropout), backend)

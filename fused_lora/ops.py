@@ -1,0 +1,154 @@
+"""Registered operators, for what traces: torch.compile, torch.export, AOTInductor.
+
+Eager calls go to `LoRALinearFunction` itself, which costs no dispatch. The operators decide their
+plan when they run, on real shapes: a graph with a dynamic M holds no decision that one M made.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .dispatch import Backend, Plan, checked_call, plan
+from .kernels.dropout import Dropout
+
+
+def _plan(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    dropout: bool,
+    backend: str,
+) -> Plan:
+    return plan(checked_call(x, weight, lora_A, lora_B, bias, dropout), cast(Backend, backend))
+
+
+@torch.library.custom_op("fused_lora::lora_linear", mutates_args=())
+def lora_linear_op(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    seed: Tensor | None,
+    threshold: int,
+    backend: str,
+    need_h: bool,
+) -> tuple[Tensor, Tensor]:
+    """`lora_linear` with the dropout seed given. h [M, r] comes out empty unless it is needed."""
+    dropout = None if seed is None else Dropout(seed, threshold)
+    chosen = _plan(x, weight, lora_A, lora_B, bias, dropout is not None, backend)
+    y, h = backends.forward(
+        x, weight, lora_A, lora_B, bias, scaling, dropout, chosen, need_h=need_h
+    )
+    return y, x.new_empty(0) if h is None else h
+
+
+@lora_linear_op.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    seed: Tensor | None,
+    threshold: int,
+    backend: str,
+    need_h: bool,
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return y, x.new_empty((x.shape[:-1].numel(), lora_A.shape[0]) if need_h else 0)
+
+
+@torch.library.custom_op("fused_lora::lora_linear_backward", mutates_args=())
+def lora_linear_backward_op(
+    g: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    h: Tensor | None,
+    scaling: float,
+    seed: Tensor | None,
+    threshold: int,
+    backend: str,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx [..., K], dA [r, K] and dB [N, r]; those that are not needed come out empty."""
+    dropout = None if seed is None else Dropout(seed, threshold)
+    # g has y's M and dtype, which with the weights is all that the forward's plan depended on.
+    like_x = g.new_empty(1).expand(*g.shape[:-1], weight.shape[1])
+    chosen = _plan(like_x, weight, lora_A, lora_B, None, dropout is not None, backend)
+    gradients = backends.backward(
+        g, x, weight, lora_A, lora_B, h, scaling, dropout, chosen, need_dx=need_dx
+    )
+    dx, dA, dB = (g.new_empty(0) if t is None else t for t in gradients)
+    return dx, dA, dB
+
+
+@lora_linear_backward_op.register_fake
+def _(
+    g: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    h: Tensor | None,
+    scaling: float,
+    seed: Tensor | None,
+    threshold: int,
+    backend: str,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    none = g.new_empty(0)
+    return (
+        g.new_empty((*g.shape[:-1], weight.shape[1])) if need_dx else none,
+        torch.empty_like(lora_A, memory_format=torch.contiguous_format) if x is not None else none,
+        torch.empty_like(lora_B, memory_format=torch.contiguous_format) if h is not None else none,
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, lora_A, lora_B, _, scaling, seed, threshold, backend, need_h = inputs
+    needs_A = ctx.needs_input_grad[2]
+    ctx.save_for_backward(
+        x if needs_A else None, weight, lora_A, lora_B, output[1] if need_h else None, seed
+    )
+    ctx.set_materialize_grads(False)
+    ctx.scaling, ctx.threshold, ctx.backend = scaling, threshold, backend
+
+
+def _backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
+    needs_x, _, needs_A, needs_B, needs_bias = ctx.needs_input_grad[:5]
+    dx, dA, dB = lora_linear_backward_op(
+        g,
+        x,
+        weight,
+        lora_A,
+        lora_B,
+        h if needs_B else None,
+        ctx.scaling,
+        seed,
+        ctx.threshold,
+        ctx.backend,
+        needs_x,
+    )
+    return (
+        dx if needs_x else None,
+        None,
+        dA if needs_A else None,
+        dB if needs_B else None,
+        g.sum_to_size(g.shape[-1:]) if needs_bias else None,
+        *[None] * 5,
+    )
+
+
+lora_linear_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,206 @@
+"""torch.compile, torch.export and the registered operators behind them."""
+
+import pytest
+import torch
+from oracle import TRAINED, check, fused, problem
+from torch import nn
+
+from fused_lora import FusedLoRALinear, inject, lora_linear
+from fused_lora.ops import lora_linear_backward_op, lora_linear_op
+
+COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def recompiled(monkeypatch):
+    """The number of graphs that dynamo has made."""
+    return lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def _call(p, scaling=None, **kwargs):
+    return lora_linear(
+        p.x,
+        p.weight,
+        p.lora_A,
+        p.lora_B,
+        scaling=p.scaling if scaling is None else scaling,
+        bias=p.bias,
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_values_and_gradients(device, launches, compiler, dynamic, backend):
+    compiled = torch.compile(_call, backend=compiler, fullgraph=True, dynamic=dynamic)
+    p = problem((3, 7), 12, 20, 4, device=device)
+    leaves = {name: getattr(p, name).requires_grad_() for name in TRAINED}
+    y = compiled(p, backend=backend)
+    grads = torch.autograd.grad(y, list(leaves.values()), p.g)
+    check({"y": y.detach()} | {f"d{n}": g for n, g in zip(leaves, grads, strict=True)}, p)
+    assert bool(launches) == (backend == "triton")
+
+
+def test_only_the_wanted_gradients(device, launches):
+    p = problem(6, 12, 20, 4, device=device)
+    p.lora_B.requires_grad_()
+    compiled = torch.compile(_call, backend="aot_eager", fullgraph=True)
+    compiled(p, backend="triton").sum().backward()
+    assert p.lora_B.grad is not None
+    assert launches == ["gemm_one_pass", "grad_lora_b"]
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_no_recompilation_when_M_changes(compiler, recompiled):
+    p = problem(6, 12, 20, 4)
+    A = p.lora_A.requires_grad_()
+
+    @torch.compile(backend=compiler, fullgraph=True, dynamic=True)
+    def call(x):
+        return lora_linear(x, p.weight, A, p.lora_B, scaling=2.0, dropout_p=0.1)
+
+    call(torch.randn(6, 20)).sum().backward()
+    before = recompiled()
+    for M in (7, 64, 3, 1000):
+        call(torch.randn(M, 20)).sum().backward()
+    assert recompiled() == before
+
+
+def test_at_most_one_recompilation_when_alpha_changes(recompiled):
+    """Dynamo takes the first value of a float for a constant and the second for a variable."""
+    p = problem(6, 12, 20, 4)
+    compiled = torch.compile(_call, backend="aot_eager", fullgraph=True)
+    compiled(p, 1.0)
+    compiled(p, 0.5)
+    before = recompiled()
+    for scaling in (0.25, 3.0, 7.5):
+        torch.testing.assert_close(compiled(p, scaling), _call(p, scaling))
+    assert recompiled() == before
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_dropout_draws_a_new_mask_each_call_and_the_same_in_backward(compiler):
+    K = 64
+    eye, x = torch.eye(K), torch.ones(32, K, requires_grad=True)
+
+    @torch.compile(backend=compiler, fullgraph=True)
+    def call(x):
+        return lora_linear(x, torch.zeros(K, K), eye, eye, scaling=1.0, dropout_p=0.5)
+
+    first, second = call(x), call(x)
+    assert not torch.equal(first, second)
+    (dx,) = torch.autograd.grad(first, x, torch.ones_like(first))
+    assert torch.equal(dx, first)  # x is ones: both are the scaled mask
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("use_reentrant", [False])
+def test_activation_checkpointing_inside_compile(compiler, use_reentrant):
+    layer = FusedLoRALinear(16, 16, 4, lora_dropout=0.5)
+    nn.init.normal_(layer.lora_B)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    layer.lora_A.data.copy_(torch.eye(4, 16))
+
+    @torch.compile(backend=compiler, fullgraph=True)
+    def call(x):
+        return torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=use_reentrant)
+
+    x = torch.ones(64, 16, requires_grad=True)
+    y = call(x)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    kept = (dx[:, :4] != 0).double()  # column k of x reaches y through row k of A alone
+    expected = 2 * layer.scaling * kept @ layer.lora_B.detach().double().t()
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_with_adapters(recompiled):
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    inject(model, 2, 4, "all-linear")
+    for module in (model[0], model[2]):
+        nn.init.normal_(module.lora_B)
+    x = torch.randn(5, 8)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+    compiled(x).sum().backward()
+    assert model[0].lora_A.grad is not None
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_bad_input_is_refused_while_tracing():
+    compiled = torch.compile(lora_linear, backend="aot_eager")
+    t = torch.ones(4, 4)
+    with pytest.raises(ValueError, match="lora_B: got shape"):
+        compiled(t, t, t, torch.ones(3, 4), scaling=1.0)
+    torch._dynamo.reset()
+    with pytest.raises(ValueError, match="scaling: got inf"):
+        compiled(t, t, t, t, scaling=float("inf"))
+
+
+def test_autocast_under_compile(device):
+    p = problem(6, 12, 20, 4, device=device)
+    A = p.lora_A.requires_grad_()
+    with torch.autocast(device.type, torch.float16):
+        y = torch.compile(_call, backend="aot_eager", fullgraph=True)(p)
+    assert y.dtype == torch.float16
+    y.sum().backward()
+    assert A.grad.dtype == torch.float32
+
+
+def _layouts(t):
+    """Contiguous, transposed and sliced."""
+    wide = torch.zeros(t.shape[0] * 2, t.shape[1] * 2, dtype=t.dtype, device=t.device)
+    sliced = wide[::2, ::2]
+    sliced.copy_(t)
+    return {"contiguous": t, "transposed": t.t().contiguous().t(), "sliced": sliced}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "empty"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_opcheck(device, layout, dropout_p):
+    p = problem(0 if layout == "empty" else 5, 6, 8, 2, device=device)
+    names = ("x", "weight", "lora_A", "lora_B")
+    tensors = [getattr(p, name) for name in names]
+    if layout != "empty":
+        tensors = [_layouts(t)[layout] for t in tensors]
+    x, weight, A, B = (
+        t.detach().requires_grad_(n != "weight") for t, n in zip(tensors, names, strict=True)
+    )
+    seed = torch.tensor([3], device=device) if dropout_p else None
+    dropout = (seed, round(dropout_p * 65536))
+    torch.library.opcheck(lora_linear_op, (x, weight, A, B, p.bias, 0.5, *dropout, "torch", True))
+    h = torch.randn(x.shape[0], 2, device=device)
+    arguments = [t.detach() for t in (p.g, x, weight, A, B)]
+    torch.library.opcheck(lora_linear_backward_op, (*arguments, h, 0.5, *dropout, "torch", True))
+
+
+def test_export():
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    inject(model, 2, 4, "all-linear")
+    nn.init.normal_(model[2].lora_B)
+    model.eval().requires_grad_(False)
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(model, (torch.randn(5, 8),), dynamic_shapes=({0: batch},))
+    x = torch.randn(9, 8)
+    torch.testing.assert_close(program.module()(x), model(x))
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert "fused_lora.lora_linear.default" in targets
+
+
+def test_eager_calls_make_no_operator_call(monkeypatch):
+    from fused_lora import ops
+
+    monkeypatch.setattr(ops, "lora_linear_op", None)
+    p = problem(5, 6, 8, 2)
+    check({"y": fused("auto")(p)}, p)
+    torch.testing.assert_close(_call(p), fused("auto")(p))
