@@ -1,0 +1,259 @@
+"""PEFT models on the fused path: `fuse` swaps a live model's forwards in place, `unfuse` undoes it.
+
+    report = fused_lora.peft.fuse(model)   # model: PeftModel, or any module with PEFT's LoRA layers
+    print(report)
+
+Only the class of each layer changes. Parameters, names, hooks, optimisers and checkpoints stay as
+they are, and a layer's state (active adapters, merged, disabled, ...) is looked at on each call: a
+call that the fused path does not take goes to PEFT's own forward. Needs the extra "peft".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import MethodType, TracebackType
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import layer as peft_lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from . import checks
+from .dispatch import Backend
+from .functional import lora_linear
+
+
+class FusedPeftLinear(peft_lora.Linear):  # type: ignore[misc]  # peft is untyped
+    """`peft.tuners.lora.Linear` with its forward in one fused call, wherever that is the same."""
+
+    fused_lora_backend: Backend = "auto"
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., K] -> y [..., N], as PEFT's."""
+        if args or kwargs or obstacle(self) is not None or not _fits(self, x):
+            y: Tensor = super().forward(x, *args, **kwargs)
+            return y
+        base = self.base_layer
+        weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
+        adapters = _active(self)
+        first = adapters[0]
+        lora_A, lora_B = self.lora_A[first].weight, self.lora_B[first].weight
+        scaling = self.scaling[first]
+        if len(adapters) > 1:  # side by side: their products add up, and x is read once for all
+            lora_A = torch.cat([self.lora_A[a].weight for a in adapters])
+            lora_B = torch.cat([self.lora_B[a].weight * self.scaling[a] for a in adapters], dim=1)
+            scaling = 1.0
+        return lora_linear(
+            x,
+            weight,
+            lora_A,
+            lora_B,
+            scaling=scaling,
+            bias=_bias(self, adapters, x),
+            dropout_p=_dropout_p(self, first),
+            backend=self.fused_lora_backend,
+        )
+
+
+def _active(layer: peft_lora.Linear) -> list[str]:
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _dropout_p(layer: peft_lora.Linear, adapter: str) -> float:
+    dropout = layer.lora_dropout[adapter]
+    return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def _bias(layer: peft_lora.Linear, adapters: list[str], x: Tensor) -> Tensor | None:
+    """The base layer's bias and those of every lora_B (`lora_bias=True`), scaled, in one."""
+    bias: Tensor | None = layer.base_layer.bias
+    biased = [name for name in adapters if layer.lora_B[name].bias is not None]
+    if not biased:
+        return bias
+    total = sum(layer.lora_B[name].bias * layer.scaling[name] for name in biased)
+    assert isinstance(total, Tensor)
+    return (total if bias is None else bias + total).to(layer.base_layer.weight.dtype)
+
+
+def _fits(layer: peft_lora.Linear, x: object) -> bool:
+    """Whether x is what the base layer takes; where it isn't, PEFT's forward raises its error."""
+    if not isinstance(x, Tensor) or x.dim() == 0:
+        return False
+    return x.dtype == layer.base_layer.weight.dtype or torch.is_autocast_enabled(x.device.type)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__  # accelerate's hooks replace it
+    )
+
+
+def obstacle(layer: peft_lora.Linear) -> str | None:
+    """Why this `peft.tuners.lora.Linear`, in its present state, goes to PEFT's own forward.
+
+    None if the fused path takes it.
+    """
+    if layer.disable_adapters:
+        return "its adapters are disabled"
+    if layer.merged:
+        return "its adapters are merged"
+    base = layer.base_layer
+    if type(base) is not nn.Linear and type(base) is not Conv1D:
+        return f"its base layer is a {type(base).__name__}, not an nn.Linear or Conv1D"
+    if base.weight.dtype not in checks.DTYPES:
+        return f"its base weight is {base.weight.dtype}"
+    if base.weight.requires_grad and torch.is_grad_enabled():
+        return "its base weight requires a gradient"
+    if _hooked(base):
+        return "its base layer has hooks"
+    adapters = _active(layer)
+    if not adapters:
+        return "none of its adapters is active"
+    for name in adapters:
+        if name in layer.lora_variant:
+            return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
+        A, B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+        if type(A) is not nn.Linear or type(B) is not nn.Linear:
+            return f"adapter {name!r} is made of {type(A).__name__} and {type(B).__name__}"
+        if type(dropout) is not nn.Dropout and type(dropout) is not nn.Identity:
+            return f"adapter {name!r} has a {type(dropout).__name__} for its dropout"
+        if _hooked(A) or _hooked(B) or _hooked(dropout):
+            return f"adapter {name!r} has hooks"
+        if len(adapters) > 1 and _dropout_p(layer, name):
+            return "several adapters are active, each with a dropout mask of its own"
+    return None
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """What `fuse` did; ``print`` it to read it. As a context manager it unfuses on leaving."""
+
+    fused: tuple[str, ...]  # paths of the layers on the fused path
+    not_fused: dict[str, str]  # path -> why PEFT's own forward runs there
+    _model: nn.Module = field(repr=False)
+
+    def __str__(self) -> str:
+        total = len(self.fused) + len(self.not_fused)
+        lines = [f"{len(self.fused)} of {total} LoRA layers fused"]
+        width = max(map(len, self.not_fused), default=0)
+        lines += [f"  {path:{width}}  not fused: {why}" for path, why in self.not_fused.items()]
+        return "\n".join(lines)
+
+    def __enter__(self) -> FuseReport:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        unfuse(self._model)
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, peft_lora.LoraLayer]]:
+    for path, module in model.named_modules():
+        if isinstance(module, peft_lora.LoraLayer):
+            yield path, module
+
+
+def _swap(layer: peft_lora.Linear, new: type[peft_lora.Linear]) -> None:
+    old = type(layer)
+    layer.__class__ = new
+    wrapped = layer.__dict__.get("_old_forward")  # accelerate calls this one between its hooks
+    if isinstance(wrapped, MethodType) and wrapped.__func__ is old.forward:
+        layer._old_forward = MethodType(new.forward, layer)
+
+
+def _cannot_swap(layer: peft_lora.LoraLayer) -> str | None:
+    if type(layer) not in (peft_lora.Linear, FusedPeftLinear):
+        return f"is a {type(layer).__module__}.{type(layer).__name__}, not a lora.Linear"
+    if "forward" in layer.__dict__ and "_old_forward" not in layer.__dict__:
+        return "its forward was replaced by another library"
+    return None
+
+
+def fuse(model: nn.Module, *, strict: bool = False, backend: Backend = "auto") -> FuseReport:
+    """Puts every eligible `peft.tuners.lora.Linear` of a live model on the fused path, in place.
+
+    On the fast path: dropout, bias, ``lora_bias``, rsLoRA, fp32 adapters over a half base,
+    Conv1D (GPT-2), several active adapters, ``scale_layer``, patterns of r and alpha. A layer whose
+    state does not allow it now (merged, disabled, ...) is listed with the reason and takes the
+    fast path as soon as its state does. Calling it again changes nothing.
+
+    Args:
+        model: a PeftModel, or any module that contains PEFT's LoRA layers.
+        strict: raise instead of leaving a layer to PEFT.
+        backend: as for `lora_linear`.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: it has no LoRA layers of PEFT's; or, if ``strict``, one that is not fused. The
+            model is unchanged then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
+    checks.check_backend(backend)
+    layers = dict(_lora_layers(model))
+    if not layers:
+        raise ValueError(
+            "model: has no LoRA layers of PEFT's; wanted a PeftModel with a LoraConfig "
+            "(for a plain model there is fused_lora.inject)"
+        )
+    not_fused = {}
+    for path, layer in layers.items():
+        why = _cannot_swap(layer) or obstacle(layer)
+        if why is not None:
+            not_fused[path] = why
+    if strict and not_fused:
+        listed = "; ".join(f"{path}: {why}" for path, why in not_fused.items())
+        raise ValueError(f"model: {len(not_fused)} LoRA layers cannot be fused: {listed}")
+    for layer in layers.values():
+        if _cannot_swap(layer) is None:
+            if type(layer) is peft_lora.Linear:
+                _swap(layer, FusedPeftLinear)
+            layer.fused_lora_backend = backend
+    fused = tuple(path for path in layers if path not in not_fused)
+    return FuseReport(fused, not_fused, model)
+
+
+def unfuse(model: nn.Module) -> None:
+    """Gives every fused layer PEFT's own class back. Nothing happens where none is fused."""
+    for _, layer in _lora_layers(model):
+        if type(layer) is FusedPeftLinear:
+            del layer.fused_lora_backend
+            _swap(layer, peft_lora.Linear)
+
+
+def register(config: LoraConfig) -> None:
+    """Makes models still to be created with ``config`` come fused, by PEFT's custom-module hook.
+
+    Quantised and other subclasses of `nn.Linear` fall through to PEFT's own dispatch.
+
+    Raises TypeError unless ``config`` is a `peft.LoraConfig`.
+    """
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"config: got {type(config).__name__}, wanted a peft.LoraConfig")
+    config._register_custom_module({nn.Linear: _create, Conv1D: _create})
+
+
+def _create(
+    target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any
+) -> nn.Module | None:
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if type(base) is not nn.Linear and type(base) is not Conv1D:
+        return None
+    layer = peft_lora.dispatch_default(target, adapter_name, config=config, **kwargs)
+    if type(layer) is peft_lora.Linear:
+        _swap(layer, FusedPeftLinear)
+        layer.fused_lora_backend = "auto"
+    return layer  # type: ignore[no-any-return]

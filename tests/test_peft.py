@@ -1,0 +1,366 @@
+"""`fused_lora.peft`: fused PEFT models give PEFT's results, and `unfuse` leaves no trace."""
+
+import copy
+import pickle
+import re
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+from peft.tuners.lora import Linear as PeftLinear  # noqa: E402
+from transformers.pytorch_utils import Conv1D  # noqa: E402
+
+import fused_lora.peft as fused_peft  # noqa: E402
+from fused_lora.peft import FusedPeftLinear, fuse, register, unfuse  # noqa: E402
+
+
+class Net(nn.Module):
+    """Two linear layers and one of GPT-2's transposed ones."""
+
+    def __init__(self, bias=True):
+        super().__init__()
+        self.up = nn.Linear(12, 20, bias=bias)
+        self.conv = Conv1D(16, 20)
+        self.down = nn.Linear(16, 8, bias=bias)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.conv(torch.relu(self.up(x)))))
+
+
+def _model(adapters=1, base_bias=True, base_dtype=torch.float32, **config):
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["up", "conv", "down"]} | config
+    if "conv" in config["target_modules"]:
+        config["fan_in_fan_out"] = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's own advice on fan_in_fan_out and lora_bias
+        model = peft.get_peft_model(Net(base_bias).to(base_dtype), peft.LoraConfig(**config))
+        for n in range(1, adapters):
+            more = config | {"r": 3 + n, "bias": "none"}
+            model.add_adapter(f"other{n}", peft.LoraConfig(**more))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    return model
+
+
+def _outputs(model, x):
+    """y and the gradients of everything that trains."""
+    model.zero_grad()
+    y = model(x)
+    y.float().square().sum().backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach()} | grads
+
+
+def _assert_same(got, expected, **tolerance):
+    assert got.keys() == expected.keys()
+    for name in got:
+        assert got[name].dtype == expected[name].dtype, name
+        torch.testing.assert_close(got[name], expected[name], msg=name, **tolerance)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many layers took the fused path since the last look."""
+    seen = []
+    real = fused_peft.lora_linear
+    monkeypatch.setattr(
+        fused_peft, "lora_linear", lambda *a, **k: seen.append(k["dropout_p"]) or real(*a, **k)
+    )
+    return seen
+
+
+CONFIGS = {
+    "plain": {},
+    "no bias": {"base_bias": False},
+    "rslora": {"use_rslora": True},
+    "lora_bias": {"lora_bias": True},
+    "lora_bias over no bias": {
+        "lora_bias": True,
+        "base_bias": False,
+        "target_modules": ["up", "down"],
+    },
+    "trained bias": {"bias": "all"},
+    "patterns": {"rank_pattern": {"up": 7}, "alpha_pattern": {"down": 3}},
+    "two adapters": {"adapters": 2},
+    "three adapters": {"adapters": 3},
+    "gaussian": {"init_lora_weights": "gaussian"},
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_values_and_gradients_are_pefts(config, calls):
+    model = _model(**config).double()
+    model.base_model.set_adapter(list(model.peft_config))
+    x = torch.randn(3, 5, 12, dtype=torch.float64)
+    expected = _outputs(model, x)
+    report = fuse(model)
+    assert report.not_fused == {}
+    _assert_same(_outputs(model, x), expected, rtol=1e-9, atol=1e-9)
+    assert len(calls) == len(report.fused)
+
+
+def test_kernels_run_under_a_fused_model(device, launches):
+    model = _model(target_modules=["up", "down"]).to(device)
+    x = torch.randn(5, 12, device=device)
+    expected = _outputs(model, x)
+    fuse(model, backend="triton")
+    _assert_same(_outputs(model, x), expected, rtol=1e-4, atol=1e-4)
+    assert launches.count("gemm_one_pass") + launches.count("gemm_add_lora") >= 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fp32_adapters_over_a_half_base(calls, dtype):
+    model = _model(base_dtype=dtype, target_modules=["up", "down"])
+    assert model.base_model.model.up.lora_A["default"].weight.dtype == torch.float32
+    x = torch.randn(5, 12, dtype=dtype)
+    expected = _outputs(model, x)
+    fuse(model)
+    eps = torch.finfo(dtype).eps
+    got = _outputs(model, x)
+    _assert_same(
+        got, expected, rtol=20 * eps, atol=20 * eps * expected["y"].abs().max().item() ** 2
+    )
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(calls, dtype):
+    model, x = _model(target_modules=["up", "down"]), torch.randn(5, 12)
+    with torch.autocast("cpu", dtype):
+        expected = model(x)
+        fuse(model)
+        y = model(x)
+    assert y.dtype == expected.dtype
+    assert len(calls) == 2
+    torch.testing.assert_close(y, expected, rtol=0.1, atol=0.1)
+
+
+def test_dropout_in_training_only(calls):
+    model, x = _model(lora_dropout=0.5, target_modules=["up", "down"]), torch.randn(200, 12)
+    expected = model.eval()(x)
+    fuse(model)
+    torch.testing.assert_close(model(x), expected)
+    assert calls == [0.0, 0.0]
+    model.train()
+    assert not torch.equal(model(x), model(x))
+    assert calls[2:] == [0.5] * 4
+
+
+def test_state_is_looked_at_on_each_call(calls):
+    model, x = _model(adapters=2, target_modules=["up", "down"]), torch.randn(5, 12)
+    plain = copy.deepcopy(model).eval()
+    fuse(model.eval())
+
+    def same():
+        calls.clear()
+        torch.testing.assert_close(model(x), plain(x))
+        return len(calls)
+
+    assert same() == 2
+    for m in (model, plain):
+        m.set_adapter("other1")
+    assert same() == 2
+    with model.disable_adapter(), plain.disable_adapter():
+        assert same() == 0
+    assert same() == 2
+    for m in (model, plain):
+        m.merge_adapter()
+    assert same() == 0
+    for m in (model, plain):
+        m.unmerge_adapter()
+    assert same() == 2
+    for m in (model, plain):
+        for layer in (m.base_model.model.up, m.base_model.model.down):
+            layer.scale_layer(0.5)
+    assert same() == 2
+    for m in (model, plain):
+        m.delete_adapter("other1")
+        m.set_adapter("default")
+    assert same() == 2
+
+
+def test_adapter_names_go_to_peft(calls):
+    model, x = _model(adapters=2, target_modules=["up", "down"]).eval(), torch.randn(3, 12)
+    names = ["default", "__base__", "other1"]
+    expected = model(x, adapter_names=names)
+    fuse(model)
+    torch.testing.assert_close(model(x, adapter_names=names), expected)
+    assert calls == []
+
+
+def test_merge_and_unload_of_a_fused_model():
+    model, x = _model().eval(), torch.randn(5, 12)
+    fuse(model)
+    expected = model(x)
+    merged = model.merge_and_unload()
+    assert type(merged.up) is nn.Linear
+    torch.testing.assert_close(merged(x), expected)
+
+
+def test_nothing_but_the_class_changes(tmp_path):
+    model = _model()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    before = dict(model.named_parameters())
+    keys, text = list(model.state_dict()), repr(model)
+    fuse(model)
+    assert all(before[n] is p for n, p in model.named_parameters())
+    assert list(model.state_dict()) == keys
+    model(torch.randn(5, 12)).sum().backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(Net(), tmp_path)
+    for name, value in model.base_model.model.up.lora_A["default"].state_dict().items():
+        assert torch.equal(again.base_model.model.up.lora_A["default"].state_dict()[name], value)
+    unfuse(model)
+    assert repr(model) == text
+    layer = model.base_model.model.up
+    assert type(layer) is PeftLinear
+    assert "fused_lora_backend" not in layer.__dict__
+    unfuse(model)
+
+
+def test_hooks_on_the_layer_still_run():
+    model = _model()
+    seen = []
+    model.base_model.model.up.register_forward_hook(lambda *a: seen.append("up"))
+    fuse(model)
+    model(torch.randn(5, 12))
+    assert seen == ["up"]
+
+
+def test_as_a_context_manager():
+    model = _model()
+    with fuse(model) as report:
+        assert len(report.fused) == 3
+        assert type(model.base_model.model.up) is FusedPeftLinear
+    assert type(model.base_model.model.up) is PeftLinear
+
+
+def test_copies_of_a_fused_model(calls):
+    model, x = _model().eval(), torch.randn(5, 12)
+    fuse(model)
+    expected = model(x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        calls.clear()
+        assert torch.equal(other(x), expected)
+        assert len(calls) == 3
+
+
+def test_accelerates_hooks():
+    accelerate = pytest.importorskip("accelerate")
+    model, x = _model(target_modules=["up", "down"]).eval(), torch.randn(5, 12)
+    expected = model(x)
+    accelerate.hooks.add_hook_to_module(model.base_model.model.up, accelerate.hooks.ModelHook())
+    report = fuse(model)
+    assert len(report.fused) == 2
+    torch.testing.assert_close(model(x), expected)
+    unfuse(model)
+    torch.testing.assert_close(model(x), expected)
+
+
+class _Frozen(nn.Linear):
+    pass
+
+
+def _subclass(model):
+    model.base_model.model.up.base_layer.__class__ = _Frozen
+
+
+def _base_hook(model):
+    model.base_model.model.up.base_layer.register_forward_hook(lambda *a: None)
+
+
+def _adapter_hook(model):
+    model.base_model.model.up.lora_A["default"].register_forward_hook(lambda *a: None)
+
+
+def _trainable_base(model):
+    model.base_model.model.up.base_layer.weight.requires_grad_(True)
+
+
+def _odd_dropout(model):
+    model.base_model.model.up.lora_dropout["default"] = nn.AlphaDropout(0.1).eval()
+
+
+def _replaced_forward(model):
+    model.base_model.model.up.forward = model.base_model.model.up.base_layer.forward
+
+
+def _merge(model):
+    model.merge_adapter()
+
+
+REFUSED = [
+    (_subclass, "its base layer is a _Frozen, not an nn.Linear or Conv1D"),
+    (_base_hook, "its base layer has hooks"),
+    (_adapter_hook, "adapter 'default' has hooks"),
+    (_trainable_base, "its base weight requires a gradient"),
+    (_odd_dropout, "adapter 'default' has a AlphaDropout for its dropout"),
+    (_replaced_forward, "its forward was replaced by another library"),
+    (_merge, "its adapters are merged"),
+]
+
+
+@pytest.mark.parametrize(("change", "why"), REFUSED, ids=lambda p: getattr(p, "__name__", ""))
+def test_what_is_not_fused_is_reported_and_still_right(change, why):
+    model, x = _model(target_modules=["up", "down"]).eval(), torch.randn(5, 12)
+    change(model)
+    expected = model(x)
+    with pytest.raises(ValueError, match=re.escape(why)):
+        fuse(model, strict=True)
+    assert type(model.base_model.model.down) is PeftLinear
+    report = fuse(model)
+    assert report.not_fused["base_model.model.up"] == why
+    assert re.search(rf"base_model\.model\.up +not fused: {re.escape(why)}", str(report))
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_other_lora_layers_and_variants_are_reported():
+    net = nn.ModuleDict({"emb": nn.Embedding(10, 4), "lin": nn.Linear(4, 4)})
+    config = peft.LoraConfig(r=2, target_modules=["emb", "lin"])
+    report = fuse(peft.get_peft_model(net, config))
+    assert report.fused == ("base_model.model.lin",)
+    assert "Embedding, not a lora.Linear" in report.not_fused["base_model.model.emb"]
+    assert str(report).startswith("1 of 2 LoRA layers fused")
+
+
+def test_refused_models():
+    with pytest.raises(TypeError, match="model: got list"):
+        fuse([])
+    with pytest.raises(ValueError, match=r"has no LoRA layers of PEFT's.*fused_lora\.inject"):
+        fuse(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="backend: got 'cuda'"):
+        fuse(_model(), backend="cuda")
+
+
+def test_register_makes_fused_layers_and_lets_subclasses_through(calls):
+    config = peft.LoraConfig(r=4, target_modules=["up", "conv", "down"], fan_in_fan_out=True)
+    register(config)
+    net = Net()
+    net.down.__class__ = _Frozen
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
+        model = peft.get_peft_model(net, config)
+    inner = model.base_model.model
+    assert [type(m) for m in (inner.up, inner.conv, inner.down)] == [
+        FusedPeftLinear,
+        FusedPeftLinear,
+        PeftLinear,
+    ]
+    model(torch.randn(5, 12))
+    assert len(calls) == 2
+    with pytest.raises(TypeError, match="config: got dict"):
+        register({})
+
+
+def test_compile(calls):
+    model, x = _model(lora_dropout=0.0).eval(), torch.randn(5, 12)
+    expected = model(x)
+    fuse(model)
+    y = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(y, expected)
