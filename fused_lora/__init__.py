@@ -1,5 +1,7 @@
 """LoRA layers in one fused GPU pass: Triton kernels, their autograd function, a drop-in layer."""
 
+from typing import Any
+
 from . import reference
 from .autograd import LoRALinearFunction
 from .dispatch import Explanation
@@ -16,6 +18,16 @@ __all__ = [
     "LoRALinearFunction",
     "explain",
     "inject",
+    "load_adapter",
     "lora_linear",
     "reference",
+    "save_adapter",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("load_adapter", "save_adapter"):  # they need safetensors, an extra
+        from . import adapters
+
+        return getattr(adapters, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from numbers import Real
 
 import torch
@@ -28,7 +28,7 @@ def _check_real(name: str, value: object) -> None:
 def check_number(name: str, value: object) -> None:
     """Raises TypeError or ValueError unless value is a finite real number."""
     _check_real(name, value)
-    if not math.isfinite(value):  # type: ignore[arg-type]
+    if not -sys.float_info.max <= value <= sys.float_info.max:  # type: ignore[operator]
         raise ValueError(f"{name}: got {value}, wanted a finite number")
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -48,6 +49,8 @@ def inject(
     exclude_modules: str | Collection[str] | None = None,
     lora_dropout: float = 0.0,
     use_rslora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
     adapter_dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> InjectReport:
@@ -59,6 +62,8 @@ def inject(
             in "." + name; a string is a regular expression for the whole path, or "all-linear" for
             every `nn.Linear` but the output head (`get_output_embeddings`, where there is one).
         exclude_modules: matched in the same way, and left out.
+        rank_pattern, alpha_pattern: other r and lora_alpha for the layers whose path, or the end
+            of it after a dot, is matched by the key, a regular expression; the first match counts.
         r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, backend: see `FusedLoRALinear`.
 
     Returns:
@@ -85,13 +90,7 @@ def inject(
         raise ValueError(f"model: has adapters already, at {adapted[0]} and {more} more")
     linears = {path for path, module in modules.items() if type(module) is nn.Linear}
 
-    if target_modules == "all-linear":
-        matched = _without_output_head(model, modules)
-    else:
-        matched = _match("target_modules", target_modules, list(modules))
-    if exclude_modules is not None:
-        excluded = set(_match("exclude_modules", exclude_modules, matched))
-        matched = [path for path in matched if path not in excluded]
+    matched = match_modules(model, target_modules, exclude_modules)
     layers = [path for path in matched if path in linears]
     skipped = {
         path: f"is a {type(modules[path]).__name__}, not an nn.Linear"
@@ -107,14 +106,16 @@ def inject(
 
     # Built first and put in last, so that a failure leaves the model as it was. A module that is
     # used at several paths stays one module.
+    ranks = per_layer("rank_pattern", rank_pattern or {}, r, layers)
+    alphas = per_layer("alpha_pattern", alpha_pattern or {}, lora_alpha, layers)
     replacements: dict[nn.Module, FusedLoRALinear] = {}
     for path in layers:
         linear = modules[path]
         if linear not in replacements:
             replacements[linear] = FusedLoRALinear.from_linear(
                 linear,
-                r,
-                lora_alpha,
+                ranks[path],
+                alphas[path],
                 lora_dropout=lora_dropout,
                 use_rslora=use_rslora,
                 adapter_dtype=adapter_dtype,
@@ -131,6 +132,37 @@ def inject(
         total=sum(p.numel() for p in model.parameters()),
         adapted=sum(layer.weight.numel() for layer in replacements.values()),
     )
+
+
+Number = TypeVar("Number", int, float)
+
+
+def per_layer(
+    name: str, pattern: Mapping[str, Number], default: Number, paths: list[str]
+) -> dict[str, Number]:
+    """The number for each path, by PEFT's rule for rank_pattern and alpha_pattern."""
+    values = dict.fromkeys(paths, default)
+    for key, value in reversed(list(pattern.items())):  # the first match counts, so it comes last
+        for path in _match(name, rf"(.*\.)?({key})", paths):
+            values[path] = value
+    return values
+
+
+def match_modules(
+    model: nn.Module,
+    target_modules: str | Collection[str],
+    exclude_modules: str | Collection[str] | None,
+) -> list[str]:
+    """The paths of the modules that PEFT's rules match, of any type; see `inject`."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if target_modules == "all-linear":
+        matched = _without_output_head(model, modules)
+    else:
+        matched = _match("target_modules", target_modules, list(modules))
+    if exclude_modules is None:
+        return matched
+    excluded = set(_match("exclude_modules", exclude_modules, matched))
+    return [path for path in matched if path not in excluded]
 
 
 def _match(name: str, patterns: object, paths: list[str]) -> list[str]:

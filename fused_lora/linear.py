@@ -109,7 +109,7 @@ class FusedLoRALinear(nn.Module):
         self.lora_alpha = lora_alpha
         self.lora_dropout = float(lora_dropout)
         self.use_rslora = use_rslora
-        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.scaling = self.scaling_of(lora_alpha, r, use_rslora)
         self.backend: Backend = backend
         self.merged = False
         self.weight = nn.Parameter(base.weight.detach(), requires_grad=False)
@@ -121,6 +121,11 @@ class FusedLoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty((r, self.in_features), **factory))
         self.lora_B = nn.Parameter(torch.empty((self.out_features, r), **factory))
         self.reset_lora_parameters()
+
+    @staticmethod
+    def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
+        """What B A x is multiplied by: lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA."""
+        return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
     def reset_lora_parameters(self) -> None:
         """Kaiming-uniform A (a = sqrt(5), as `nn.Linear` and PEFT) and zero B: y starts at W0 x."""

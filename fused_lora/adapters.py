@@ -1,0 +1,348 @@
+"""Adapters on disk, in PEFT's format: `save_adapter` and `load_adapter`.
+
+A folder holds adapter_config.json and adapter_model.safetensors. Both are untrusted input: every
+field and every tensor is checked before the model is touched, and nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from . import checks
+from .inject import inject, match_modules, per_layer
+from .linear import FusedLoRALinear
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_MAX_CONFIG_BYTES = 1 << 20
+
+# Fields that we use, and fields that say nothing about the computation.
+_USED = {
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+}
+_HARMLESS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
+    "inference_mode",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",  # means something with use_qalora only
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+# Values under which a field that could change the computation does not. Any other field must be
+# null, false or empty.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "bias": ("none",),
+    # The others change the base weights, which a folder with A and B alone cannot bring back.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Writes the adapters of a model made with `inject` so that PEFT and `load_adapter` load them.
+
+    Each file is written beside its place and moved there: one that exists is whole. A module that
+    is reached at several paths is saved under the first.
+
+    Raises:
+        TypeError, ValueError: model is no module, has no adapters, has merged ones, or ones that
+            differ in dropout or rsLoRA, which PEFT's format has one value for.
+        OSError: the folder cannot be made or written.
+    """
+    layers = _layers(model)
+    if not layers:
+        raise ValueError("model: has no FusedLoRALinear; wanted one made with fused_lora.inject")
+    merged = [path for path, layer in layers.items() if layer.merged]
+    if merged:
+        raise ValueError(f"model: {merged[0]} is merged; call unmerge() before saving")
+    config = _config(model, layers)
+    tensors = {}
+    for path, layer in layers.items():
+        for name in ("lora_A", "lora_B"):
+            tensors[_key(path, name)] = getattr(layer, name).detach().cpu().contiguous()
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / WEIGHTS_NAME, lambda to: save_file(tensors, to, metadata={"format": "pt"}))
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    _write(folder / CONFIG_NAME, lambda to: Path(to).write_text(text))
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Loads what `save_adapter` or PEFT saved.
+
+    A model without adapters gets them injected as the config says, trainable; one that has them
+    must have the same layers, ranks and scaling, and keeps its dropout. Values are cast to the
+    parameters' dtype.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        TypeError, ValueError: a file is not what it should be, asks for something that changes the
+            computation and is not supported (the field is named), or does not fit the model. The
+            model is unchanged then.
+    """
+    layers = _layers(model)
+    merged = [path for path, layer in layers.items() if layer.merged]
+    if merged:
+        raise ValueError(f"model: {merged[0]} is merged; call unmerge() before loading")
+    folder = Path(directory)
+    config = _read_config(folder / CONFIG_NAME)
+    tensors = _read_weights(folder)
+    options = {k: config[k] for k in ("exclude_modules", "rank_pattern", "alpha_pattern")}
+    linears = {
+        path: module
+        for path, module in model.named_modules()
+        if type(module) is nn.Linear or isinstance(module, FusedLoRALinear)
+    }
+    if layers:
+        ranks = {path: layer.r for path, layer in layers.items()}
+    else:
+        matched = match_modules(model, config["target_modules"], config["exclude_modules"])
+        paths = [path for path in matched if path in linears]
+        ranks = per_layer("rank_pattern", config["rank_pattern"], config["r"], paths)
+    _check_tensors(tensors, {path: (ranks[path], linears[path]) for path in ranks})
+    if layers:
+        _check_scalings(layers, config)
+    else:
+        inject(
+            model,
+            config["r"],
+            config["lora_alpha"],
+            config["target_modules"],
+            lora_dropout=config["lora_dropout"],
+            use_rslora=config["use_rslora"],
+            **options,
+        )
+        layers = _layers(model)
+    with torch.no_grad():
+        for path, layer in layers.items():
+            layer.lora_A.copy_(tensors[_key(path, "lora_A")])
+            layer.lora_B.copy_(tensors[_key(path, "lora_B")])
+
+
+def _layers(model: object) -> dict[str, FusedLoRALinear]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
+    if isinstance(model, FusedLoRALinear):
+        raise ValueError("model: got a FusedLoRALinear itself, wanted a module that contains some")
+    return {path: m for path, m in model.named_modules() if isinstance(m, FusedLoRALinear)}
+
+
+def _key(path: str, name: str) -> str:
+    return f"{_PREFIX}{path}.{name}.weight"
+
+
+def _write(path: Path, write: Callable[[str], object]) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are for the owner alone
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _only(name: str, layers: dict[str, FusedLoRALinear]) -> Any:
+    values = {getattr(layer, name) for layer in layers.values()}
+    if len(values) > 1:
+        raise ValueError(f"model: its layers differ in {name}, {values}; PEFT's format has one")
+    return values.pop()
+
+
+def _config(model: nn.Module, layers: dict[str, FusedLoRALinear]) -> dict[str, object]:
+    """The fields of PEFT's LoraConfig that these layers set."""
+    first = next(iter(layers.values()))
+    name = getattr(getattr(model, "config", None), "name_or_path", None)
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": name or None,
+        "r": first.r,
+        "lora_alpha": first.lora_alpha,
+        "lora_dropout": _only("lora_dropout", layers),
+        "use_rslora": _only("use_rslora", layers),
+        "target_modules": _target_modules(model, layers),
+        "rank_pattern": {re.escape(p): m.r for p, m in layers.items() if m.r != first.r},
+        "alpha_pattern": {
+            re.escape(p): m.lora_alpha
+            for p, m in layers.items()
+            if m.lora_alpha != first.lora_alpha
+        },
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "task_type": None,
+    }
+
+
+def _target_modules(model: nn.Module, layers: dict[str, FusedLoRALinear]) -> list[str] | str:
+    """The shortest form by which PEFT matches these layers and no other module."""
+    names = sorted({path.rpartition(".")[2] for path in layers})
+    paths = [path for path, _ in model.named_modules()]
+    for targets in (names, sorted(layers)):
+        if set(match_modules(model, targets, None)) == set(layers):
+            return targets
+    assert set(layers) <= set(paths)
+    return "|".join(re.escape(path) for path in sorted(layers))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The checked config with every field that we use."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise ValueError(f"{path}: has more than {_MAX_CONFIG_BYTES:,} bytes, is no adapter config")
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: got a JSON {type(config).__name__}, wanted an object")
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type: got {config.get('peft_type')!r}, wanted 'LORA'")
+    for field, value in config.items():
+        if field in _USED or field in _HARMLESS:
+            continue
+        neutral = (
+            any(value is v or value == v for v in _NEUTRAL[field])
+            if field in _NEUTRAL
+            else (value is None or value is False or value in ("", [], {}))
+        )
+        if not neutral:
+            raise ValueError(
+                f"{path}: {field}: got {value!r}, which changes the computation and is not "
+                "supported"
+            )
+    defaults: dict[str, Any] = {
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "exclude_modules": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    config = defaults | {k: v for k, v in config.items() if v is not None}
+    _check_config(path, config)
+    return config
+
+
+def _check_config(path: Path, config: dict[str, Any]) -> None:
+    for field in ("r", "target_modules"):
+        if field not in config:
+            raise ValueError(f"{path}: {field}: is missing")
+    if not isinstance(config["use_rslora"], bool):
+        raise ValueError(f"{path}: use_rslora: got {config['use_rslora']!r}, wanted true or false")
+    for field in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config[field], dict):
+            raise ValueError(f"{path}: {field}: got {config[field]!r}, wanted an object")
+    for field in ("target_modules", "exclude_modules"):
+        value = config[field]
+        if isinstance(value, str):
+            _check_pattern(path, value)
+        elif value is not None and not (
+            isinstance(value, list) and all(isinstance(name, str) for name in value)
+        ):
+            raise ValueError(f"{path}: {field}: got {value!r}, wanted a string or a list of them")
+    for pattern in (*config["rank_pattern"], *config["alpha_pattern"]):
+        _check_pattern(path, pattern)
+    try:
+        for r in (config["r"], *config["rank_pattern"].values()):
+            checks.check_rank(r)
+        for alpha in (config["lora_alpha"], *config["alpha_pattern"].values()):
+            checks.check_number("lora_alpha", alpha)
+        checks.check_dropout("lora_dropout", config["lora_dropout"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _check_pattern(path: Path, pattern: str) -> None:
+    """Refuses what could take for ever to match: repeated groups, or many repetitions."""
+    if re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+?{]", pattern)) > 4:
+        raise ValueError(
+            f"{path}: got the pattern {pattern!r}, wanted at most four repetitions "
+            "and none of a group"
+        )
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        pickled = folder / "adapter_model.bin"
+        advice = f"; {pickled.name} is a pickle, which is never loaded: convert it to safetensors"
+        raise FileNotFoundError(
+            f"{path}: there is no such file" + (advice if pickled.exists() else "")
+        )
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: is no safetensors file, or a damaged one: {error}") from None
+    return tensors
+
+
+def _check_tensors(
+    tensors: dict[str, Tensor], expected: dict[str, tuple[int, nn.Linear | FusedLoRALinear]]
+) -> None:
+    shapes: dict[str, list[int]] = {}
+    for path, (r, linear) in expected.items():
+        shapes[_key(path, "lora_A")] = [r, linear.in_features]
+        shapes[_key(path, "lora_B")] = [linear.out_features, r]
+    missing, unexpected = sorted(shapes.keys() - tensors), sorted(tensors.keys() - shapes)
+    if missing or unexpected:
+        raise ValueError(
+            f"{WEIGHTS_NAME}: does not fit the model's layers: {len(missing)} tensors are missing "
+            f"{missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
+        )
+    for key, tensor in tensors.items():
+        if list(tensor.shape) != shapes[key]:
+            raise ValueError(
+                f"{WEIGHTS_NAME}: {key}: got shape {list(tensor.shape)}, wanted {shapes[key]}"
+            )
+        if tensor.dtype not in checks.DTYPES:
+            raise ValueError(f"{WEIGHTS_NAME}: {key}: got {tensor.dtype}, wanted floating point")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{WEIGHTS_NAME}: {key}: has values that are not finite")
+
+
+def _check_scalings(layers: dict[str, FusedLoRALinear], config: dict[str, Any]) -> None:
+    paths = list(layers)
+    alphas = per_layer("alpha_pattern", config["alpha_pattern"], config["lora_alpha"], paths)
+    for path, layer in layers.items():
+        scaling = FusedLoRALinear.scaling_of(alphas[path], layer.r, config["use_rslora"])
+        if scaling != layer.scaling:
+            raise ValueError(
+                f"{CONFIG_NAME}: gives {path} a scaling of {scaling}, the model's is "
+                f"{layer.scaling}"
+            )

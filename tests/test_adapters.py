@@ -1,0 +1,264 @@
+"""Adapters on disk: PEFT's format in both directions, and what damaged or hostile files get."""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+from fused_lora import FusedLoRALinear, inject  # noqa: E402
+from fused_lora.adapters import load_adapter, save_adapter  # noqa: E402
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.o_proj = nn.Linear(8, 6), nn.Linear(6, 8, bias=False)
+
+    def forward(self, x):
+        return self.o_proj(torch.relu(self.q_proj(x)))
+
+
+def _base(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(Block(), nn.Linear(8, 8), Block()).double()
+
+
+def _adapted(**options):
+    model = _base()
+    options = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "o_proj"]} | options
+    inject(model, **options)
+    for module in model.modules():
+        if isinstance(module, FusedLoRALinear):
+            nn.init.normal_(module.lora_B)
+    return model.eval()
+
+
+X = torch.randn(5, 8, dtype=torch.float64)
+
+OPTIONS = {
+    "names": {},
+    "one path": {"target_modules": ["0.q_proj"]},
+    "rslora and dropout": {"use_rslora": True, "lora_dropout": 0.25},
+    "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"2\.o_proj": 1.5}},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_round_trip(tmp_path, options):
+    model = _adapted(**options)
+    save_adapter(model, tmp_path)
+    for other in (_base(), _adapted(**options)):  # without adapters, and with
+        load_adapter(other, tmp_path)
+        assert torch.equal(other.eval()(X), model(X))
+    assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_peft_loads_what_we_save(tmp_path, options):
+    peft = pytest.importorskip("peft")
+    model = _adapted(**options)
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(_base(), tmp_path).eval()
+    torch.testing.assert_close(theirs(X), model(X))
+    adapted = [n for n, m in theirs.named_modules() if hasattr(m, "lora_A")]
+    ours = [n for n, m in model.named_modules() if isinstance(m, FusedLoRALinear)]
+    assert adapted == [f"base_model.model.{path}" for path in ours]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_we_load_what_peft_saves(tmp_path, options):
+    peft = pytest.importorskip("peft")
+    options = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "o_proj"]} | options
+    theirs = peft.get_peft_model(_base(), peft.LoraConfig(**options)).eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    theirs.save_pretrained(tmp_path)
+    model = _base()
+    load_adapter(model, tmp_path)
+    torch.testing.assert_close(model.eval()(X), theirs(X))
+
+
+def test_layers_with_the_end_of_anothers_path_are_told_apart(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def base():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"a": nn.ModuleDict({"b": nn.Linear(4, 4)}), "b": nn.Linear(4, 4)})
+
+    model = base()
+    inject(model, 2, 4, r"b")  # as a list it would match a.b too
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(base(), tmp_path)
+    assert [n for n, m in theirs.named_modules() if hasattr(m, "lora_A")] == ["base_model.model.b"]
+
+
+def test_values_are_cast_to_the_parameters_dtype(tmp_path):
+    save_adapter(_adapted(), tmp_path)
+    model = _adapted(adapter_dtype=torch.bfloat16)
+    load_adapter(model, tmp_path)
+    assert model[0].q_proj.lora_A.dtype == torch.bfloat16
+
+
+def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
+    from fused_lora import adapters
+
+    model = _adapted()
+    save_adapter(model, tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(adapters, "save_file", full)
+    with pytest.raises(OSError, match="no space left"):
+        save_adapter(_adapted(r=5), tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_models_that_cannot_be_saved(tmp_path):
+    with pytest.raises(TypeError, match="model: got list"):
+        save_adapter([], tmp_path)
+    with pytest.raises(ValueError, match="has no FusedLoRALinear"):
+        save_adapter(_base(), tmp_path)
+    with pytest.raises(ValueError, match="a FusedLoRALinear itself"):
+        save_adapter(FusedLoRALinear(4, 4), tmp_path)
+    model = _adapted()
+    model[0].q_proj.merge()
+    with pytest.raises(ValueError, match="0.q_proj is merged"):
+        save_adapter(model, tmp_path)
+    mixed = _adapted()
+    mixed[0].q_proj.lora_dropout = 0.5
+    with pytest.raises(ValueError, match="differ in lora_dropout"):
+        save_adapter(mixed, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _edit(**fields):
+    def edit(folder):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return edit
+
+
+def _config_text(text):
+    return lambda folder: (folder / "adapter_config.json").write_text(text)
+
+
+def _weights(change):
+    def edit(folder):
+        path = folder / "adapter_model.safetensors"
+        tensors = safetensors_torch.load_file(path)
+        change(tensors)
+        safetensors_torch.save_file(tensors, path)
+
+    return edit
+
+
+def _bytes(change):
+    def edit(folder):
+        path = folder / "adapter_model.safetensors"
+        path.write_bytes(change(path.read_bytes()))
+
+    return edit
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.abort, ()
+
+
+def _only_a_pickle(folder):
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
+
+
+KEY = "base_model.model.0.q_proj.lora_A.weight"
+HOSTILE = {
+    "no config": (lambda f: (f / "adapter_config.json").unlink(), "there is no such file"),
+    "config is a folder": (
+        lambda f: ((f / "adapter_config.json").unlink(), (f / "adapter_config.json").mkdir()),
+        "there is no such file",
+    ),
+    "config not JSON": (_config_text("{"), "is not JSON"),
+    "config deep": (_config_text("[" * 100_000), "is not JSON"),
+    "config huge": (_config_text(" " * (1 << 21)), "is no adapter config"),
+    "config a list": (_config_text("[]"), "got a JSON list, wanted an object"),
+    "other method": (_edit(peft_type="IA3"), "peft_type: got 'IA3', wanted 'LORA'"),
+    "dora": (_edit(use_dora=True), "use_dora: got True, which changes the computation"),
+    "bias": (_edit(bias="all"), "bias: got 'all'"),
+    "pissa": (_edit(init_lora_weights="pissa"), "init_lora_weights: got 'pissa'"),
+    "modules_to_save": (_edit(modules_to_save=["x"]), "modules_to_save: got ['x']"),
+    "fan_in_fan_out": (_edit(fan_in_fan_out=True), "fan_in_fan_out: got True"),
+    "unknown field": (_edit(use_warp=3), "use_warp: got 3"),
+    "r missing": (_edit(r=None), "r: is missing"),
+    "r a bool": (_edit(r=True), "r: got True"),
+    "r a float": (_edit(r=3.0), "r: got 3.0"),
+    "r zero": (_edit(r=0), "r: got 0"),
+    "r huge": (_edit(r=10**30), "wanted [1000"),
+    "r in a pattern": (_edit(rank_pattern={"q_proj": "3"}), "r: got '3'"),
+    "alpha NaN": (_edit(lora_alpha=float("nan")), "lora_alpha: got nan"),
+    "alpha huge": (_edit(lora_alpha=10**400), "lora_alpha: got 1000"),
+    "dropout": (_edit(lora_dropout=1.5), "lora_dropout: got 1.5"),
+    "rslora a string": (_edit(use_rslora="yes"), "use_rslora: got 'yes'"),
+    "targets a number": (_edit(target_modules=3), "target_modules: got 3"),
+    "targets no module": (_edit(target_modules=["k_proj"]), "8 unexpected"),
+    "targets a slow pattern": (_edit(target_modules="(a+)+b"), "none of a group"),
+    "pattern a list": (_edit(alpha_pattern=[1]), "alpha_pattern: got [1]"),
+    "pickle": (_only_a_pickle, "is a pickle, which is never loaded"),
+    "pickle in disguise": (_bytes(lambda b: pickle.dumps(Bomb())), "is no safetensors file"),
+    "truncated": (_bytes(lambda b: b[:-7]), "is no safetensors file"),
+    "empty": (_bytes(lambda b: b""), "is no safetensors file"),
+    "huge header": (_bytes(lambda b: b"\xff" * 8 + b[8:]), "is no safetensors file"),
+    "missing tensor": (_weights(lambda t: t.pop(KEY)), "1 tensors are missing"),
+    "path trick": (
+        _weights(lambda t: t.update({"base_model.model.../../x.lora_A.weight": torch.ones(1)})),
+        "1 unexpected",
+    ),
+    "wrong shape": (
+        _weights(lambda t: t.update({KEY: torch.ones(8, 3)})),
+        "got shape [8, 3], wanted [3, 8]",
+    ),
+    "integers": (
+        _weights(lambda t: t.update({KEY: torch.ones(3, 8, dtype=torch.int32)})),
+        "got torch.int32",
+    ),
+    "NaN": (_weights(lambda t: t[KEY].fill_(float("nan"))), "values that are not finite"),
+}
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["base", "adapted"])
+@pytest.mark.parametrize(("damage", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_refused_and_unchanged(tmp_path, damage, message, adapted):
+    save_adapter(_adapted(), tmp_path)
+    damage(tmp_path)
+    model = _adapted() if adapted else _base()
+    before, modules = {k: v.clone() for k, v in model.state_dict().items()}, list(model.modules())
+    if adapted and message in ("8 unexpected", "wanted [1000"):
+        pytest.skip("the layers are the model's own")
+    with pytest.raises((ValueError, FileNotFoundError, TypeError)) as info:
+        load_adapter(model, tmp_path)
+    assert message in str(info.value)
+    assert list(model.modules()) == modules
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_model_with_other_layers_ranks_or_scaling_is_refused(tmp_path):
+    save_adapter(_adapted(), tmp_path)
+    for options, message in [
+        ({"target_modules": ["q_proj"]}, "4 unexpected"),
+        ({"r": 2}, "got shape"),
+        ({"lora_alpha": 5}, "a scaling of 2.0, the model's is"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_adapter(_adapted(**options), tmp_path)
+    merged = _adapted()
+    merged[0].q_proj.merge()
+    with pytest.raises(ValueError, match="is merged"):
+        load_adapter(merged, tmp_path)
