@@ -8,7 +8,7 @@ ARGS ?=
 
 ifdef PYTHON
 PY := $(PYTHON)
-CLI := $(PYTHON) -c "from fused_lora.cli import main; main()"
+CLI := $(PYTHON) -m fused_lora
 PYTEST_ARGS := $(shell $(PYTHON) -c "import xdist" 2>/dev/null && printf %s "-n 2")
 else
 PY := .venv/bin/python

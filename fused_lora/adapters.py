@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import checks
+from .files import write_atomically
 from .inject import inject, match_modules, per_layer
 from .linear import FusedLoRALinear
 
@@ -88,9 +87,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             tensors[_key(path, name)] = getattr(layer, name).detach().cpu().contiguous()
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / WEIGHTS_NAME, lambda to: save_file(tensors, to, metadata={"format": "pt"}))
+    write_atomically(
+        folder / WEIGHTS_NAME, lambda to: save_file(tensors, to, metadata={"format": "pt"})
+    )
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    _write(folder / CONFIG_NAME, lambda to: Path(to).write_text(text))
+    write_atomically(folder / CONFIG_NAME, lambda to: Path(to).write_text(text))
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -155,24 +156,6 @@ def _layers(model: object) -> dict[str, FusedLoRALinear]:
 
 def _key(path: str, name: str) -> str:
     return f"{_PREFIX}{path}.{name}.weight"
-
-
-def _write(path: Path, write: Callable[[str], object]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are for the owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _only(name: str, layers: dict[str, FusedLoRALinear]) -> Any:

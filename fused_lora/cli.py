@@ -1,0 +1,158 @@
+"""The command `fused-lora`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .finetune import History, Run, saved_settings
+from .plots import plot_losses
+from .settings import ALL_PROJECTIONS, Settings
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+console = Console(soft_wrap=True, highlight=False)
+
+
+@app.callback()
+def _fused_lora() -> None:
+    """LoRA layers in one fused GPU pass."""
+
+
+_DEFAULT = Settings()
+
+
+@app.command()
+def finetune(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Option(help='"smollm2", a .gguf file, a folder, or a name on the Hub.')
+    ] = _DEFAULT.model,
+    data: Annotated[
+        str, typer.Option(help='A text file, a .jsonl file ("text" or "messages"), or python-docs.')
+    ] = _DEFAULT.data,
+    out: Annotated[Path, typer.Option(help="Folder for the adapter.")] = Path("runs/finetune"),
+    r: Annotated[int, typer.Option(help="Rank of the adapters.")] = _DEFAULT.r,
+    lora_alpha: Annotated[float, typer.Option(help="scaling = alpha / r.")] = _DEFAULT.lora_alpha,
+    lora_dropout: Annotated[float, typer.Option()] = _DEFAULT.lora_dropout,
+    target_modules: Annotated[
+        str, typer.Option(help="Names of the layers, with commas between.")
+    ] = ",".join(ALL_PROJECTIONS),
+    use_rslora: Annotated[
+        bool, typer.Option("--use-rslora", help="scaling = alpha / sqrt(r).")
+    ] = False,
+    steps: Annotated[int, typer.Option(help="Steps of the optimiser.")] = _DEFAULT.steps,
+    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = _DEFAULT.batch_size,
+    seq_len: Annotated[int, typer.Option(help="Tokens a row.")] = _DEFAULT.seq_len,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = _DEFAULT.lr,
+    held_out: Annotated[int, typer.Option(help="Rows to measure on.")] = _DEFAULT.held_out,
+    seed: Annotated[int, typer.Option()] = _DEFAULT.seed,
+    dtype: Annotated[
+        str, typer.Option(help="Of the frozen weights: auto, float32, bfloat16, float16.")
+    ] = _DEFAULT.dtype,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = _DEFAULT.device,
+    backend: Annotated[str, typer.Option(help="auto, triton, torch.")] = _DEFAULT.backend,
+    peft: Annotated[
+        bool, typer.Option("--peft", help="Train PEFT's own model, its layers fused.")
+    ] = False,
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from --out; only --steps may be given too.")
+    ] = False,
+) -> None:
+    """Fine-tune a causal language model; the adapter is saved in PEFT's format."""
+    options = {f.name: context.params[f.name] for f in fields(Settings)}
+    options["target_modules"] = tuple(target_modules.split(","))
+    try:
+        settings = _resumed(context, out) if resume else Settings(**options)
+        run = Run(settings, out, resume=resume, say=_say)
+        try:
+            interrupted = _train(run)
+        finally:
+            run.processes.close()
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        raise typer.Exit(2) from None
+    if interrupted:
+        raise typer.Exit(130)
+
+
+def _say(line: str) -> None:
+    console.print(line, markup=False)
+
+
+def _resumed(context: typer.Context, out: Path) -> Settings:
+    given = [
+        name
+        for name in context.params
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]
+    others = sorted(set(given) - {"resume", "out", "steps"})
+    if others:
+        raise ValueError(
+            f"resume: goes on with the settings saved in {out}; wanted no other option than "
+            f"--out and --steps, got {', '.join('--' + name.replace('_', '-') for name in others)}"
+        )
+    settings = saved_settings(out)
+    return replace(settings, steps=context.params["steps"]) if "steps" in given else settings
+
+
+def _train(run: Run) -> bool:
+    """Trains, saves and reports; whether it was interrupted."""
+    columns = (
+        TextColumn("step {task.completed}/{task.total}"),
+        BarColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    first, steps = run.processes.is_first, run.settings.steps
+    with Progress(*columns, console=console, disable=not first or not console.is_terminal) as bar:
+        task = bar.add_task("", total=steps, completed=run.history.step, loss=0.0, rate=0.0)
+
+        def on_step(history: History, rate: float) -> None:
+            bar.update(task, completed=history.step, loss=history.losses[-1], rate=rate)
+            if first and not console.is_terminal and history.step % max(1, steps // 10) == 0:
+                left = (steps - history.step) * run.settings.batch_size * run.settings.seq_len
+                _say(
+                    f"step {history.step}/{steps}  loss {history.losses[-1]:.3f}  "
+                    f"{rate:,.0f} tokens/s  {left / rate:.0f} s left"
+                )
+
+        history = run.train(on_step)
+    run.save()
+    if not history.interrupted:
+        history.held_out_after = run.evaluate()
+    if not first:
+        return history.interrupted
+    plot_losses(history, run.out / "loss.png")
+    _say(f"saved: {run.out}/adapter_model.safetensors, adapter_config.json, loss.png")
+    if history.interrupted:
+        _say(f"interrupted after step {history.step}")
+        _say(f"go on with: fused-lora finetune --resume --out {run.out}")
+        return True
+    before, after = history.held_out_before, history.held_out_after
+    _say(f"held-out loss: {before:.4f} before, {after:.4f} after")
+    _say(f"kernels: {run.which_ran()}")
+    difference, effect = run.compare_with_peft()
+    _say(
+        f"loaded again with peft.PeftModel.from_pretrained: largest difference of the logits "
+        f"{difference:.2g} (the adapter itself moves them by up to {effect:.3g})"
+    )
+    return False
+
+
+def main() -> None:
+    """Entry point."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' own bars, one for each loading
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    sys.exit(app())

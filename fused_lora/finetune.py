@@ -1,0 +1,376 @@
+"""Fine-tuning a causal language model with LoRA: what `fused-lora finetune` runs.
+
+Under torchrun each process takes its share of every batch and DistributedDataParallel averages the
+gradients: the losses are those of one process with the same batch size. Which rows a step trains
+on is a function of (seed, step), so that a resumed run goes on as if it had not been stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .adapters import save_adapter
+from .files import write_atomically
+from .functional import explain
+from .inject import inject
+from .linear import FusedLoRALinear
+from .models import load_model, load_tokenizer
+from .processes import Processes
+from .settings import DTYPES, Settings
+from .text import read_documents, split_held_out, token_blocks
+
+STATE_NAME = "training_state.safetensors"
+_MAX_GRAD_NORM = 1.0
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
+
+
+@dataclass
+class History:
+    """How a run went so far."""
+
+    losses: list[float] = field(default_factory=list)  # of each step
+    held_out_before: float = math.nan
+    held_out_after: float = math.nan
+    interrupted: bool = False
+
+    @property
+    def step(self) -> int:
+        return len(self.losses)
+
+
+class Run:
+    """A model with adapters, its data and its optimiser: made once, trained, saved.
+
+    Args:
+        settings: see `Settings`.
+        out: the folder that `save` writes to and ``resume`` reads from.
+        resume: go on from what an earlier run saved in ``out``; ``settings`` must be that run's,
+            but for ``steps`` (`saved_settings` reads them).
+        say: gets a line of text for each stage.
+
+    Raises what reading the model or the data raises, and ValueError for a saved state that is
+    damaged or another run's, before anything is trained.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        out: Path,
+        *,
+        resume: bool = False,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.settings, self.out = settings, out
+        self.processes = Processes(settings.device)
+        self.device = self.processes.device
+        self.say = say if self.processes.is_first else lambda _: None
+        self.history = History()
+        if settings.batch_size % self.processes.count:
+            raise ValueError(
+                f"batch_size: got {settings.batch_size}, wanted a multiple of the "
+                f"{self.processes.count} processes"
+            )
+        tokenizer = load_tokenizer(settings.model)
+        documents = read_documents(settings.data, tokenizer)
+        blocks = token_blocks(documents, tokenizer, settings.seq_len)
+        self.data_hash = sha256(blocks.numpy().tobytes()).hexdigest()
+        self.training, self.held_out = split_held_out(blocks, settings.held_out)
+        self.say(
+            f"data: {settings.data}, {len(self.training)} blocks of {settings.seq_len} tokens to "
+            f"train on, {len(self.held_out)} held out"
+        )
+        self.dtype = (
+            DTYPES[settings.dtype]
+            if settings.dtype != "auto"
+            else (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        )
+        self.model = self._attach(load_model(settings.model, self.dtype, self.device))
+        if settings.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(  # type: ignore[operator]
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+        self.say(f"kernels: {self.which_ran()}")
+        self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=0.0, weight_decay=0.0)
+        if resume:
+            self._load_state()
+
+    def _attach(self, model: nn.Module) -> nn.Module:
+        s = self.settings
+        torch.manual_seed(s.seed)
+        if not s.peft:
+            report = inject(
+                model,
+                s.r,
+                s.lora_alpha,
+                s.target_modules,
+                lora_dropout=s.lora_dropout,
+                use_rslora=s.use_rslora,
+                backend=s.backend,
+            )
+            self.say(f"model: {s.model} in {self.dtype}, {report}")
+            return model
+        from peft import LoraConfig, get_peft_model
+
+        from .peft import fuse
+
+        config = LoraConfig(
+            r=s.r,
+            lora_alpha=s.lora_alpha,  # PEFT takes floats too
+            lora_dropout=s.lora_dropout,
+            use_rslora=s.use_rslora,
+            target_modules=list(s.target_modules),
+            task_type="CAUSAL_LM",
+        )
+        wrapped: nn.Module = get_peft_model(model, config)
+        self.say(f"model: {s.model} in {self.dtype}, PEFT: {fuse(wrapped, backend=s.backend)}")
+        return wrapped
+
+    def which_ran(self) -> str:
+        """Backend and strategy of the layers' calls, as "210 layers: torch, forward library"."""
+        tokens = self.settings.batch_size // self.processes.count * self.settings.seq_len
+        found: Counter[str] = Counter()
+        for weight, lora_A, lora_B in _adapters(self.model):
+            x = weight.new_empty(tokens, weight.shape[1])
+            e = explain(
+                x,
+                weight,
+                lora_A,
+                lora_B,
+                dropout_p=self.settings.lora_dropout,
+                backend=self.settings.backend,
+            )
+            found[f"{e.backend}, forward {e.strategy}, dx {e.strategy_dx}"] += 1
+        return "; ".join(f"{count} layers: {how}" for how, count in found.items())
+
+    def evaluate(self) -> float:
+        """Mean loss per token over the held-out rows. Every process measures the same."""
+        self.model.eval()
+        with torch.no_grad():
+            losses = [self._loss(self.model, row[None]).item() for row in self.held_out]
+        return sum(losses) / len(losses)
+
+    def _loss(self, model: nn.Module, rows: Tensor) -> Tensor:
+        rows = rows.to(self.device)
+        loss: Tensor = model(input_ids=rows, labels=rows, use_cache=False).loss
+        return loss
+
+    def train(self, on_step: Callable[[History, float], None]) -> History:
+        """Trains up to ``settings.steps``; a new run measures the held-out loss first.
+
+        ``on_step(history, tokens_per_second)`` is called after each step. Ctrl-C ends it after the
+        step it falls in, and the history says so; a second one raises KeyboardInterrupt. Raises
+        FloatingPointError if the loss is not finite.
+        """
+        s, history = self.settings, self.history
+        model = self.processes.wrap(self.model)
+        seconds: list[float] = []
+        with _interrupts() as interrupted:
+            if not history.step:
+                history.held_out_before = self.evaluate()
+                self.say(f"held-out loss before: {history.held_out_before:.4f}")
+            while history.step < s.steps and not history.interrupted:
+                start = time.perf_counter()
+                loss = self._step(model, history.step)
+                if not math.isfinite(loss):
+                    raise FloatingPointError(
+                        f"the loss is {loss} at step {history.step}; a smaller lr may help"
+                    )
+                history.losses.append(loss)
+                seconds = [*seconds[-9:], time.perf_counter() - start]
+                on_step(history, len(seconds) * s.batch_size * s.seq_len / sum(seconds))
+                history.interrupted = self.processes.any(interrupted()) and history.step < s.steps
+        return history
+
+    def _step(self, model: nn.Module, step: int) -> float:
+        s, processes = self.settings, self.processes
+        rows = batch(step, s.batch_size, len(self.training), s.seed)
+        share = rows[processes.rank :: processes.count]
+        torch.manual_seed((s.seed << 32) + (step << 8) + processes.rank)  # of the dropout masks
+        for group in self.optimizer.param_groups:
+            group["lr"] = s.lr * learning_rate(step, s.steps)
+        model.train()
+        loss = self._loss(model, self.training[share])
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.trained.values(), _MAX_GRAD_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return processes.mean(loss.detach())
+
+    def save(self) -> None:
+        """Writes the adapter in PEFT's format and what `resume` needs; each file whole or not."""
+        if not self.processes.is_first:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        if self.settings.peft:
+            self.model.save_pretrained(str(self.out))  # type: ignore[operator]
+        else:
+            save_adapter(self.model, self.out)
+        tensors: dict[str, Tensor] = {}
+        for name, p in self.trained.items():
+            tensors[f"parameter.{name}"] = p.detach().cpu()
+            for key, value in self.optimizer.state[p].items():
+                tensors[f"{key}.{name}"] = value.detach().cpu()
+        state = {
+            "settings": asdict(self.settings),
+            "data": self.data_hash,
+            "losses": self.history.losses,
+            "held_out_before": self.history.held_out_before,
+        }
+        metadata = {"state": json.dumps(state)}
+        write_atomically(self.out / STATE_NAME, lambda to: save_file(tensors, to, metadata))
+
+    def _load_state(self) -> None:
+        path = self.out / STATE_NAME
+        state = _read_state(path)
+        if _settings_of(path, state) != replace(self.settings, steps=state["settings"]["steps"]):
+            raise ValueError(f"{path}: was saved by a run with other settings")
+        if state["data"] != self.data_hash:
+            raise ValueError(f"data: {self.settings.data} is not what {path} was trained on")
+        if len(state["losses"]) >= self.settings.steps:
+            raise ValueError(
+                f"steps: got {self.settings.steps}, wanted more than the {len(state['losses'])} "
+                f"that {path} has done"
+            )
+        wanted: dict[str, list[int]] = {}
+        for name, p in self.trained.items():
+            wanted |= {f"{key}.{name}": list(p.shape) for key in ("parameter", *_MOMENTS)}
+            wanted[f"step.{name}"] = []
+        with safe_open(path, framework="pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+            if shapes != wanted:
+                raise ValueError(f"{path}: its tensors do not fit the model's adapters")
+            with torch.no_grad():
+                for name, p in self.trained.items():
+                    p.copy_(file.get_tensor(f"parameter.{name}"))
+                    moments = {key: file.get_tensor(f"{key}.{name}").to(p) for key in _MOMENTS}
+                    self.optimizer.state[p] = {"step": file.get_tensor(f"step.{name}"), **moments}
+        self.history.losses = [float(loss) for loss in state["losses"]]
+        self.history.held_out_before = float(state["held_out_before"])
+        self.say(f"resumed: {path}, after step {self.history.step}")
+
+    def compare_with_peft(self) -> tuple[float, float]:
+        """Loads the saved adapter with real PEFT and compares logits on a held-out row.
+
+        Returns the largest difference from this run's logits, and the largest difference that the
+        adapter makes to the base model's. Raises RuntimeError if the first is over half the second.
+        """
+        from peft import PeftModel
+
+        rows = self.held_out[:1].to(self.device)
+
+        def logits(model: nn.Module) -> Tensor:
+            model.eval()
+            with torch.no_grad():
+                found: Tensor = model(input_ids=rows, use_cache=False).logits
+            return found.float()
+
+        ours = logits(self.model)
+        base = load_model(self.settings.model, self.dtype, self.device)
+        without = logits(base)
+        theirs = logits(PeftModel.from_pretrained(base, str(self.out)))
+        difference = (ours - theirs).abs().max().item()
+        effect = (theirs - without).abs().max().item()
+        if not difference <= effect / 2:
+            raise RuntimeError(
+                f"PEFT's logits differ by {difference:.3g} from ours, the adapter's effect is "
+                f"{effect:.3g}: {self.out} is not what was trained"
+            )
+        return difference, effect
+
+
+def _adapters(model: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Base weight [N, K], A [r, K] and B [N, r] of every adapted layer, ours or PEFT's."""
+    for module in model.modules():
+        if isinstance(module, FusedLoRALinear):
+            yield module.weight, module.lora_A, module.lora_B
+        elif isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
+            layer: Any = module
+            for name in layer.active_adapters:
+                yield layer.base_layer.weight, layer.lora_A[name].weight, layer.lora_B[name].weight
+
+
+def batch(step: int, batch_size: int, rows: int, seed: int) -> Tensor:
+    """The rows that a step trains on: an epoch goes through all of them, in its own order."""
+    first = step * batch_size
+    positions = range(first, first + batch_size)
+    epochs = {position // rows for position in positions}
+    orders = {
+        e: torch.randperm(rows, generator=torch.Generator().manual_seed((seed << 20) + e))
+        for e in epochs
+    }
+    return torch.stack([orders[p // rows][p % rows] for p in positions])
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Share of the highest rate: up over the first tenth of the steps, then down a cosine."""
+    warmup = max(1, steps // 10)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed. A second one raises KeyboardInterrupt as ever."""
+    pressed = False
+
+    def press(*_: object) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        before = signal.signal(signal.SIGINT, press)
+    except ValueError:  # not the main thread: signals are not ours there
+        yield lambda: False
+        return
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def saved_settings(out: Path) -> Settings:
+    """Those of the run that was saved in ``out``. Raises FileNotFoundError or ValueError."""
+    path = out / STATE_NAME
+    return _settings_of(path, _read_state(path))
+
+
+def _settings_of(path: Path, state: dict[str, Any]) -> Settings:
+    try:
+        saved = dict(state["settings"])
+        return Settings(**saved | {"target_modules": tuple(saved["target_modules"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its settings are damaged: {error}") from None
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file, so no run to resume")
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = json.loads(file.metadata()["state"])
+        losses = state["losses"]
+        if not all(isinstance(loss, float) for loss in (*losses, state["held_out_before"])):
+            raise TypeError("losses are no numbers")
+        if not isinstance(state["data"], str) or not isinstance(state["settings"], dict):
+            raise TypeError("data or settings are of another type")
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is no saved run, or a damaged one: {error}") from None
+    return dict(state)

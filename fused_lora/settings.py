@@ -1,0 +1,64 @@
+"""What a fine-tuning run is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from . import checks
+from .dispatch import Backend
+from .models import SMOLLM2
+from .text import PYTHON_DOCS
+
+ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is trained on what, and how. Raises ValueError or TypeError for what makes no sense."""
+
+    model: str = SMOLLM2
+    data: str = PYTHON_DOCS
+    r: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] = ALL_PROJECTIONS
+    use_rslora: bool = False
+    steps: int = 60
+    batch_size: int = 1  # rows of seq_len tokens a step, over all processes
+    seq_len: int = 512
+    lr: float = 1e-3  # highest of a linear warm-up over a tenth of the steps and a cosine to zero
+    held_out: int = 8  # rows that are measured and not trained on
+    seed: int = 0
+    dtype: str = "auto"  # of the frozen weights: bfloat16 on a GPU, float32 without
+    device: str = "auto"
+    backend: Backend = "auto"
+    peft: bool = False  # train through PEFT's own model, with its layers fused
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        checks.check_rank(self.r)
+        checks.check_number("lora_alpha", self.lora_alpha)
+        checks.check_dropout("lora_dropout", self.lora_dropout)
+        checks.check_backend(self.backend)
+        for name in ("steps", "batch_size", "held_out"):
+            self._check_integer(name, 1)
+        self._check_integer("seq_len", 2)
+        self._check_integer("seed", 0)
+        checks.check_number("lr", self.lr)
+        if self.lr <= 0:
+            raise ValueError(f"lr: got {self.lr}, wanted more than 0")
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise ValueError(f"dtype: got {self.dtype!r}, wanted auto or one of {list(DTYPES)}")
+        for name in ("model", "data", "device"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name}: got {getattr(self, name)!r}, wanted a string")
+        if not self.target_modules or not all(isinstance(t, str) for t in self.target_modules):
+            raise TypeError(f"target_modules: got {self.target_modules!r}, wanted names")
+
+    def _check_integer(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: got {value!r}, wanted an integer of at least {least}")

