@@ -8,6 +8,7 @@ from .dispatch import Explanation
 from .functional import explain, lora_linear
 from .inject import InjectReport, inject
 from .linear import FusedLoRALinear
+from .merge import merge_and_unload
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "lora_linear",
+    "merge_and_unload",
     "reference",
     "save_adapter",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from dataclasses import fields, replace
@@ -15,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from .finetune import History, Run, saved_settings
 from .plots import plot_losses
-from .settings import ALL_PROJECTIONS, Settings
+from .settings import ALL_PROJECTIONS, DTYPES, Settings
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(soft_wrap=True, highlight=False)
@@ -78,10 +77,59 @@ def finetune(
         finally:
             run.processes.close()
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        console.print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(2) from None
+        raise _failed(error) from None
     if interrupted:
         raise typer.Exit(130)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Folder with an adapter in PEFT's format.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the merged model.")],
+    model: Annotated[
+        str | None, typer.Option(help="The base model, where the adapter does not name it.")
+    ] = None,
+) -> None:
+    """Write an adapter's model with the adapter merged into its weights, as safetensors."""
+    from .merge import merge_adapter
+
+    try:
+        base = merge_adapter(adapter, out, model)
+    except (ValueError, TypeError, OSError) as error:
+        raise _failed(error) from None
+    _say(f"merged: {adapter} into {base}, saved in {out}")
+
+
+@app.command()
+def info(
+    model: Annotated[
+        str | None, typer.Option(help="Also what this model's layers would take.")
+    ] = None,
+    r: Annotated[int, typer.Option(help="Rank of its adapters.")] = _DEFAULT.r,
+    tokens: Annotated[int, typer.Option(help="Rows of x in a call.")] = 2048,
+    dtype: Annotated[str, typer.Option(help="Of its weights.")] = "bfloat16",
+) -> None:
+    """Show the machine, the versions, and which backend and strategy a model's layers take."""
+    from . import info
+
+    for name, value in info.machine().items():
+        _say(f"{name:12} {value}")
+    if model is None:
+        return
+    try:
+        if tokens < 0 or dtype not in DTYPES:
+            raise ValueError(f"tokens, dtype: got {tokens}, {dtype}, wanted a size and a dtype")
+        report, calls = info.layers(model, r, tokens, DTYPES[dtype])
+    except (ValueError, TypeError, OSError) as error:
+        raise _failed(error) from None
+    _say(f"\n{model}: {report}")
+    for (N, K), explanation in calls.items():
+        _say(f"\nx [{tokens}, {K}], weight [{N}, {K}], r {r}, {dtype}: {explanation}")
+
+
+def _failed(error: Exception) -> typer.Exit:
+    console.print(f"error: {error}", style="red", markup=False)
+    return typer.Exit(2)
 
 
 def _say(line: str) -> None:
@@ -153,6 +201,5 @@ def _train(run: Run) -> bool:
 
 def main() -> None:
     """Entry point."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' own bars, one for each loading
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     sys.exit(app())

@@ -29,7 +29,7 @@ def _source(model: str) -> tuple[str, dict[str, Any]]:
         if not path.is_file():
             raise FileNotFoundError(f"model: {path}: there is no such file")
         return str(path.parent), {"gguf_file": path.name}
-    return model, {"use_safetensors": True}  # the other format is a pickle
+    return model, {}
 
 
 def load_tokenizer(model: str) -> Any:
@@ -37,12 +37,19 @@ def load_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     source, options = _source(model)
-    options.pop("use_safetensors", None)
     return AutoTokenizer.from_pretrained(source, **options)
 
 
-def load_model(model: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A transformers causal language model with its weights in ``dtype``.
+def load_config(model: str) -> Any:
+    """The config of ``model``; see `load_model`."""
+    from transformers import AutoConfig
+
+    source, options = _source(model)
+    return AutoConfig.from_pretrained(source, **options)
+
+
+def load_model(model: str, dtype: torch.dtype | str, device: torch.device) -> nn.Module:
+    """A transformers causal language model with its weights in ``dtype`` ("auto": as stored).
 
     ``model``: "smollm2", a .gguf file, a folder, or a name on the Hub. Nothing is unpickled and no
     code from the model is run. Raises OSError if it is not there or has no safetensors.
@@ -52,5 +59,14 @@ def load_model(model: str, dtype: torch.dtype, device: torch.device) -> nn.Modul
 
     source, options = _source(model)
     logging.disable_progress_bar()
-    loaded: nn.Module = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    return loaded.to(device)
+    gguf = "gguf_file" in options
+    if not gguf:
+        options["use_safetensors"] = True  # the other format is a pickle
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    if gguf:
+        # Its weights are plain tensors by now; it is to be saved as such, and to be found again.
+        loaded.hf_quantizer = None
+        loaded.config.__dict__.pop("quantization_config", None)
+        loaded.name_or_path = loaded.config.name_or_path = model
+    plain: nn.Module = loaded.to(device)
+    return plain

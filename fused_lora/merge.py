@@ -1,0 +1,85 @@
+"""Adapters into the base weights for good: `merge_and_unload`, and `fused-lora merge`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .linear import FusedLoRALinear
+
+
+def merge_and_unload(model: nn.Module) -> nn.Module:
+    """Merges every `FusedLoRALinear` of ``model`` and puts a plain `nn.Linear` in its place.
+
+    As PEFT's method of that name. Returns ``model``, whose weights stay frozen. A layer that is
+    used at several paths stays one layer.
+
+    Raises ValueError if the model has no adapters, or if a merged weight would not be finite; no
+    layer has been replaced then.
+    """
+    paths: dict[FusedLoRALinear, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, FusedLoRALinear):
+            if not path:
+                raise ValueError("model: got a FusedLoRALinear itself; call its merge()")
+            paths.setdefault(module, []).append(path)
+    if not paths:
+        raise ValueError("model: has no FusedLoRALinear; wanted one made with fused_lora.inject")
+    for layer in paths:
+        layer.merge()
+    for layer, places in paths.items():
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain.weight = layer.weight
+        plain.register_parameter("bias", layer.bias)
+        plain.train(layer.training)
+        for path in places:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, plain)
+    return model
+
+
+def merge_adapter(adapter: Path, out: Path, base: str | None = None) -> str:
+    """Writes the model of the adapter in folder ``adapter``, merged, to the new folder ``out``.
+
+    ``base``: the base model (see `models.load_model`); None takes the one that the adapter's config
+    names. Weights keep their dtype; the folder has safetensors, config and tokenizer, and appears
+    whole or not at all. Returns the base model's name.
+
+    Raises FileExistsError if ``out`` is there already, ValueError if no base model is named, and
+    what loading either raises.
+    """
+    from .adapters import CONFIG_NAME, load_adapter
+    from .models import load_model, load_tokenizer
+
+    if out.exists():
+        raise FileExistsError(f"out: {out} is there already; wanted a new folder")
+    config = adapter / CONFIG_NAME
+    if not config.is_file():
+        raise FileNotFoundError(f"adapter: {config}: there is no such file")
+    if base is None:
+        try:
+            base = json.loads(config.read_bytes())["base_model_name_or_path"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            base = None
+        if not isinstance(base, str) or not base:
+            raise ValueError(f"{config}: names no base model; give one with --model")
+    model = load_model(base, "auto", torch.device("cpu"))
+    load_adapter(model, adapter)
+    merge_and_unload(model)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        model.save_pretrained(str(temporary))  # type: ignore[operator]
+        load_tokenizer(base).save_pretrained(str(temporary))
+        temporary.chmod(0o755)
+        os.rename(temporary, out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return base

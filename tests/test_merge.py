@@ -1,0 +1,145 @@
+"""`merge_and_unload`, and the commands `fused-lora merge` and `fused-lora info`."""
+
+import copy
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from fused_lora import FusedLoRALinear, inject, merge_and_unload
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.again = self.first
+        self.last = nn.Linear(6, 4, bias=False)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.again(torch.tanh(self.first(x)))))
+
+
+def _adapted(model):
+    inject(model, 2, 4, ["first", "again", "last"])
+    for module in model.modules():
+        if isinstance(module, FusedLoRALinear):
+            nn.init.normal_(module.lora_B)
+    return model.double().eval()
+
+
+def test_merge_and_unload_gives_plain_layers_that_compute_the_same():
+    model, x = _adapted(Tied()), torch.randn(3, 6).double()
+    expected = model(x)
+    weight = model.first.weight.clone()
+    assert merge_and_unload(model) is model
+    assert type(model.first) is nn.Linear
+    assert model.again is model.first
+    assert not torch.equal(model.first.weight, weight)
+    torch.testing.assert_close(model(x), expected)
+    assert not [p for p in model.parameters() if p.requires_grad]
+
+
+def test_nothing_to_merge():
+    with pytest.raises(ValueError, match="has no FusedLoRALinear"):
+        merge_and_unload(Tied())
+    with pytest.raises(ValueError, match="call its merge"):
+        merge_and_unload(FusedLoRALinear(4, 4))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A tiny model and an adapter for it, both as folders, and the adapted model."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("typer")
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    from tokenizers import Tokenizer, models
+
+    from fused_lora import save_adapter
+
+    config = transformers.LlamaConfig(
+        vocab_size=10, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).bfloat16().eval()
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    ).save_pretrained(base)
+    model = transformers.LlamaForCausalLM.from_pretrained(base).eval()
+    inject(model, 2, 4, ["q_proj", "down_proj"])
+    for module in model.modules():
+        if isinstance(module, FusedLoRALinear):
+            nn.init.normal_(module.lora_B, std=0.3)
+    save_adapter(model, tmp_path / "adapter")
+    return base, tmp_path / "adapter", model
+
+
+def _run(*arguments):
+    from typer.testing import CliRunner
+
+    from fused_lora.cli import app
+
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def test_merge_command(saved, tmp_path):
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    _, adapter, model = saved
+    result = _run("merge", adapter, tmp_path / "merged")
+    assert result.exit_code == 0, result.output
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert merged.dtype == torch.bfloat16
+    tokens = torch.arange(10)[None]
+    expected = merge_and_unload(copy.deepcopy(model))(tokens).logits
+    assert torch.equal(merged(tokens).logits, expected)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").vocab_size == 1
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "merged"]
+
+    again = _run("merge", adapter, tmp_path / "merged")
+    assert again.exit_code == 2
+    assert "is there already" in again.output.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "there is no such file"),
+        ("{}", "names no base model; give one with --model"),
+        ("[1", "names no base model"),
+        ('{"base_model_name_or_path": 3}', "names no base model"),
+    ],
+)
+def test_merge_command_with_a_bad_adapter(saved, tmp_path, config, message):
+    adapter = tmp_path / "bad"
+    adapter.mkdir()
+    if config is not None:
+        (adapter / "adapter_config.json").write_text(config)
+    result = _run("merge", adapter, tmp_path / "merged")
+    assert result.exit_code == 2
+    assert message in result.output.replace("\n", " ")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_failed_merge_leaves_nothing(saved, tmp_path):
+    base, adapter, _ = saved
+    (adapter / "adapter_model.safetensors").write_bytes(b"no")
+    assert _run("merge", adapter, tmp_path / "merged", "--model", base).exit_code == 2
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
+
+
+def test_info_command(saved):
+    base, *_ = saved
+    result = _run("info", "--model", base, "--r", 4, "--tokens", 8)
+    assert result.exit_code == 0, result.output
+    for part in (f"torch        {torch.__version__}", "7 layers adapted", "x [8, 16], weight"):
+        assert part in result.output
+    assert _run("info").exit_code == 0
+    bad = _run("info", "--model", "/nowhere")
+    assert bad.exit_code == 2
+    assert "error:" in bad.output
