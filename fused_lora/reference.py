@@ -15,7 +15,7 @@ from torch import Tensor
 _PHILOX_ROUNDS = 7
 _LANE_VALUES = 1 << 16
 _LOW_WORD = 0xFFFF_FFFF
-# Counters per pass of keep_mask: its dozen int64 temporaries then stay in a core's L2 cache.
+# Counters per pass of keep_mask: its few int64 temporaries then stay in a core's L2 cache.
 _CHUNK = 1 << 16
 
 
@@ -24,19 +24,18 @@ def philox_4x32(
     key: tuple[Tensor, Tensor],
     rounds: int = _PHILOX_ROUNDS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox-4x32 (Salmon et al., SC'11) on 32-bit words held in int64 tensors."""
+    """Philox-4x32 (Salmon et al., SC'11) on 32-bit words held in int64 tensors.
+
+    The words of the counter broadcast: what is the same in a row or a column is computed once.
+    """
     c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(rounds):
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # 64-bit products, wrapped but bit-exact
-        c0, c1, c2, c3 = (
-            (p1 >> 32 & _LOW_WORD) ^ c1 ^ k0,
-            p1 & _LOW_WORD,
-            (p0 >> 32 & _LOW_WORD) ^ c3 ^ k1,
-            p0 & _LOW_WORD,
-        )
-        k0, k1 = (k0 + 0x9E3779B9) & _LOW_WORD, (k1 + 0xBB67AE85) & _LOW_WORD
-    return c0, c1, c2, c3
+    steps = torch.arange(rounds, device=key[0].device)
+    k0s, k1s = key[0] + steps * 0x9E3779B9, key[1] + steps * 0xBB67AE85
+    for k0, k1 in zip(k0s.unbind(), k1s.unbind(), strict=True):
+        # 64-bit products, wrapped but bit-exact. Upper halves are garbage until they are masked.
+        p0, p1 = (c0 & _LOW_WORD) * 0xD2511F53, (c2 & _LOW_WORD) * 0xCD9E8D57
+        c0, c1, c2, c3 = (p1 >> 32) ^ (c1 ^ k0), p1, (p0 >> 32) ^ (c3 ^ k1), p0
+    return c0 & _LOW_WORD, c1 & _LOW_WORD, c2 & _LOW_WORD, c3 & _LOW_WORD
 
 
 def dropout_threshold(dropout_p: float) -> int:
@@ -52,19 +51,21 @@ def keep_mask(seed: Tensor, threshold: int, M: int, K: int) -> Tensor:
     ``seed``: int64 tensor of one element, which also says the device.
     """
     draws = -(-K // 8)
-    keep = torch.empty((M, draws * 8), dtype=torch.bool, device=seed.device)
+    keep = torch.empty((M, draws, 8), dtype=torch.bool, device=seed.device)
     columns = torch.arange(draws, device=seed.device)
+    zero = torch.zeros((1, 1), dtype=torch.int64, device=seed.device)
     key = (seed & _LOW_WORD, seed >> 32 & _LOW_WORD)
     rows_per_chunk = max(1, _CHUNK // max(draws, 1))
     for first in range(0, M, rows_per_chunk):
         rows = torch.arange(first, min(first + rows_per_chunk, M), device=seed.device)
-        c0 = columns.repeat(len(rows))
-        c1 = rows.repeat_interleave(draws)
-        zero = torch.zeros_like(c0)
-        words = torch.stack(philox_4x32((c0, c1, zero, zero), key), dim=-1)
-        lanes = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # [.., 4, 2]: low half first
-        keep[first : first + len(rows)] = (lanes >= threshold).view(len(rows), -1)
-    return keep[:, :K]
+        words = philox_4x32((columns[None, :], rows[:, None], zero, zero), key)
+        packed = torch.empty((len(rows), draws, 4), dtype=torch.int32, device=seed.device)
+        for i, word in enumerate(words):
+            packed[..., i] = word
+        # As 16-bit lanes, low half first; signed, so that their upper bit is to be flipped.
+        lanes = packed.view(torch.int16).bitwise_xor_(-_LANE_VALUES // 2)
+        torch.ge(lanes, threshold - _LANE_VALUES // 2, out=keep[first : first + len(rows)])
+    return keep.view(M, draws * 8)[:, :K]
 
 
 def lora_linear(

@@ -26,7 +26,7 @@ def forward(
     """y [M, N] and h = scaling * (D o x) A^T [M, r], both in x's dtype."""
     y = F.linear(x, weight, bias)
     if dropout is not None:
-        x = torch.where(keep_mask(dropout.seed, dropout.threshold, *x.shape), x, 0.0)
+        x = x * keep_mask(dropout.seed, dropout.threshold, *x.shape)
         scaling *= dropout.keep_scale
     h = F.linear(x, lora_A.to(x.dtype))
     h *= scaling
@@ -61,8 +61,8 @@ def backward(
     if need_dx:
         dx = dh @ lora_A.to(g.dtype)
         if keep is not None:
-            dx.masked_fill_(~keep, 0.0)
+            dx *= keep
         dx.addmm_(g, weight)
     if x is not None:
-        dA = (dh.t() @ (x if keep is None else torch.where(keep, x, 0.0))).to(lora_A.dtype)
+        dA = (dh.t() @ (x if keep is None else x * keep)).to(lora_A.dtype)
     return dx, dA, dB

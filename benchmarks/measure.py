@@ -1,0 +1,239 @@
+"""How it is measured: correctness first, then times side by side, then peak memory.
+
+GPU times are those of CUDA events. Before each sample the L2 cache is flushed, for as long as
+Python needs to enqueue the call, so that the events see the device's time and not Python's. CPU
+times are of `time.perf_counter`. Providers take turns in an order that is shuffled every round.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tests.oracle import Problem, check, problem, run
+from torch import Tensor
+
+from fused_lora.dispatch import checked_call, plan
+
+from .providers import Provider
+from .shapes import Case
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+Call = Callable[[], object]
+
+_CPU_SAMPLE = 2e-3  # seconds: shorter calls are repeated within a sample
+_FLUSH_BYTES = 256 * 2**20  # five times the L2 of an H100
+_MIN_ROUNDS, _MAX_ROUNDS = 7, 100
+
+
+def make_problem(case: Case, device: torch.device) -> Problem:
+    """Random tensors of the case's shapes; A and B are leaves that train, and so does x."""
+    p = problem(
+        case.M,
+        case.N,
+        case.K,
+        case.r,
+        dtype=DTYPES[case.dtype],
+        adapter_dtype=DTYPES[case.adapter_dtype],
+        device=device,
+        bias=False,
+        dropout_p=case.dropout,
+    )
+    for tensor in (p.x, p.lora_A, p.lora_B):
+        tensor.requires_grad_()
+    return p
+
+
+def assert_correct(provider: Provider, p: Problem) -> None:
+    """The rule of tests/oracle.py for y and all gradients, or AssertionError.
+
+    Other libraries' dropout masks cannot be known, so that they are checked without dropout.
+    """
+    if not provider.ours:
+        p = Problem(**{**vars(p), "dropout_p": 0.0})
+    if not provider.adapter:
+        p = Problem(**{**vars(p), "lora_B": torch.zeros_like(p.lora_B)})
+    # The seed that the layer will draw: the same draw from the same state.
+    state = random.getrandbits(32)
+    torch.manual_seed(state)
+    p = Problem(**{**vars(p), "seed": torch.randint(2**63 - 1, (1,), device=p.x.device)})
+    torch.manual_seed(state)
+    needs = ("x", "lora_A", "lora_B") if provider.adapter else ("x",)
+    check(run(lambda p: provider.build(p)(p.x), p, needs), p)
+
+
+def choice(provider: Provider, p: Problem) -> str:
+    """What "auto" decided for the problem, e.g. "triton one_pass/split" (forward/dx)."""
+    if provider.name != "fused":
+        return ""
+    call = checked_call(p.x, p.weight, p.lora_A, p.lora_B, p.bias, p.dropout_p > 0)
+    chosen = plan(call, "auto")
+    return f"{chosen.backend} {chosen.strategy}/{chosen.strategy_dx}"
+
+
+def calls(provider: Provider, p: Problem) -> dict[str, Call]:
+    """A function for every mode that has a time."""
+    layer = provider.build(p)
+    leaves = [p.x, p.lora_A, p.lora_B] if provider.adapter else [p.x]
+    y = layer(p.x)
+
+    def forward() -> Tensor:
+        return layer(p.x)
+
+    def backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, leaves, p.g, retain_graph=True)
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(layer(p.x), leaves, p.g)
+
+    return {"forward": forward, "backward": backward, "forward+backward": both}
+
+
+def _seconds(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _cpu_sampler(call: Call) -> Callable[[], float]:
+    """Mean time of enough calls for the clock, in us."""
+    estimate = min(_seconds(call) for _ in range(3))
+    number = max(1, math.ceil(_CPU_SAMPLE / estimate))
+
+    def sample() -> float:
+        start = time.perf_counter()
+        for _ in range(number):
+            call()
+        return (time.perf_counter() - start) / number * 1e6
+
+    return sample
+
+
+def _cuda_sampler(call: Call) -> Callable[[], float]:
+    """Device time of one call with a cold L2, in us."""
+    cache = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def event_time(timed: Call) -> float:
+        torch.cuda.synchronize()
+        start.record()
+        timed()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) * 1e3
+
+    enqueue = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        enqueue.append(_seconds(call) * 1e6)
+    flush = min(event_time(cache.zero_) for _ in range(3))
+    flushes = 1 + math.ceil(2 * min(enqueue) / flush)
+
+    def sample() -> float:
+        torch.cuda.synchronize()
+        for _ in range(flushes):
+            cache.zero_()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) * 1e3
+
+    return sample
+
+
+def _overhead_sampler(call: Call) -> Callable[[], float]:
+    """CPU time of a call in us, without waiting for the device."""
+    number = 100
+
+    def sample() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(number):
+            call()
+        return (time.perf_counter() - start) / number * 1e6
+
+    return sample
+
+
+def side_by_side(
+    todo: dict[str, Call], device: torch.device, seconds: float, *, overhead: bool = False
+) -> dict[str, list[float]]:
+    """Samples in us of every call by name, all in turns, for about ``seconds`` in all."""
+    make = _overhead_sampler if overhead else _cuda_sampler if device.type == "cuda" else _cpu_sampler
+    for call in todo.values():  # what happens once: compilation, handles, caches
+        call()
+    samplers = {name: make(call) for name, call in todo.items()}
+    times: dict[str, list[float]] = {name: [] for name in todo}
+    start = time.perf_counter()
+    names = list(todo)
+    for done in range(_MAX_ROUNDS):
+        if done >= _MIN_ROUNDS and time.perf_counter() - start > seconds:
+            break
+        random.shuffle(names)
+        for name in names:
+            times[name].append(samplers[name]())
+    return times
+
+
+def quantiles(samples: list[float]) -> dict[str, float]:
+    """Median and the 20 % and 80 % quantiles."""
+    fifths = statistics.quantiles(samples, n=5, method="inclusive")
+    return {"median": statistics.median(samples), "q20": fifths[0], "q80": fifths[3]}
+
+
+def peak_memory(call: Call, device: torch.device) -> int:
+    """Most bytes that the call holds at once beyond what is there before it.
+
+    On a GPU by the caching allocator's own count. On a CPU by the profiler's record of every
+    allocation of PyTorch's CPU allocator, temporaries inside operators included (but not what
+    oneDNN and MKL take for themselves).
+    """
+    call()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    return max(_cpu_memory(call), default=0)
+
+
+def _cpu_memory(call: Call) -> Iterator[int]:
+    """Bytes allocated by the call after each allocation and release."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = [event for event in events if event.get("name") == "[memory]"]
+    allocated = 0
+    for event in sorted(changes, key=lambda event: event["ts"]):
+        allocated += event["args"]["Bytes"]
+        yield allocated
+
+
+@contextmanager
+def released() -> Iterator[None]:
+    """Gives a case's memory back after it."""
+    try:
+        yield
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
