@@ -2,7 +2,8 @@
 
 GPU times are those of CUDA events. Before each sample the L2 cache is flushed, for as long as
 Python needs to enqueue the call, so that the events see the device's time and not Python's. CPU
-times are of `time.perf_counter`. Providers take turns in an order that is shuffled every round.
+times are of `time.perf_counter`; of one thread, of `time.process_time`, which leaves out what other
+processes on a shared machine took. Providers take turns in an order that is shuffled every round.
 """
 
 from __future__ import annotations
@@ -10,16 +11,16 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from tests.oracle import Problem, check, problem, run
+from oracle import Problem, check, problem, run
 from torch import Tensor
 
 from fused_lora.dispatch import checked_call, plan
@@ -30,7 +31,9 @@ from .shapes import Case
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Call = Callable[[], object]
 
-_CPU_SAMPLE = 2e-3  # seconds: shorter calls are repeated within a sample
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its own messages go to stderr at every use
+
+_CPU_SAMPLE = 1e-3  # seconds: shorter calls are repeated within a sample
 _FLUSH_BYTES = 256 * 2**20  # five times the L2 of an H100
 _MIN_ROUNDS, _MAX_ROUNDS = 7, 100
 
@@ -98,24 +101,25 @@ def calls(provider: Provider, p: Problem) -> dict[str, Call]:
     return {"forward": forward, "backward": backward, "forward+backward": both}
 
 
-def _seconds(call: Call) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def clock() -> Callable[[], float]:
+    """Of CPU times, in seconds."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+def _seconds(call: Call, number: int = 1) -> float:
+    """Mean CPU time of a call."""
+    now = clock()
+    start = now()
+    for _ in range(number):
+        call()
+    return (now() - start) / number
 
 
 def _cpu_sampler(call: Call) -> Callable[[], float]:
     """Mean time of enough calls for the clock, in us."""
     estimate = min(_seconds(call) for _ in range(3))
     number = max(1, math.ceil(_CPU_SAMPLE / estimate))
-
-    def sample() -> float:
-        start = time.perf_counter()
-        for _ in range(number):
-            call()
-        return (time.perf_counter() - start) / number * 1e6
-
-    return sample
+    return lambda: _seconds(call, number) * 1e6
 
 
 def _cuda_sampler(call: Call) -> Callable[[], float]:
@@ -153,15 +157,11 @@ def _cuda_sampler(call: Call) -> Callable[[], float]:
 
 def _overhead_sampler(call: Call) -> Callable[[], float]:
     """CPU time of a call in us, without waiting for the device."""
-    number = 100
 
     def sample() -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(number):
-            call()
-        return (time.perf_counter() - start) / number * 1e6
+        return _seconds(call, 100) * 1e6
 
     return sample
 
@@ -170,7 +170,9 @@ def side_by_side(
     todo: dict[str, Call], device: torch.device, seconds: float, *, overhead: bool = False
 ) -> dict[str, list[float]]:
     """Samples in us of every call by name, all in turns, for about ``seconds`` in all."""
-    make = _overhead_sampler if overhead else _cuda_sampler if device.type == "cuda" else _cpu_sampler
+    make = (
+        _overhead_sampler if overhead else _cuda_sampler if device.type == "cuda" else _cpu_sampler
+    )
     for call in todo.values():  # what happens once: compilation, handles, caches
         call()
     samplers = {name: make(call) for name, call in todo.items()}
@@ -226,14 +228,3 @@ def _cpu_memory(call: Call) -> Iterator[int]:
     for event in sorted(changes, key=lambda event: event["ts"]):
         allocated += event["args"]["Bytes"]
         yield allocated
-
-
-@contextmanager
-def released() -> Iterator[None]:
-    """Gives a case's memory back after it."""
-    try:
-        yield
-    finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()

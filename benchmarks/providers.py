@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tests.oracle import Problem
+from oracle import Problem
 from torch import Tensor, nn
 
 from fused_lora import LoRALinearFunction, lora_linear
@@ -104,9 +104,7 @@ _compiled_expression = torch.compile(_expression, fullgraph=True, dynamic=False)
 
 
 def _takes_all(call: Callable[..., Tensor]) -> Callable[[Problem], Layer]:
-    return lambda p: (
-        lambda x: call(x, p.weight, p.lora_A, p.lora_B, p.bias, p.scaling, p.dropout_p)
-    )
+    return lambda p: lambda x: call(x, p.weight, p.lora_A, p.lora_B, p.bias, p.scaling, p.dropout_p)
 
 
 def _compiled(p: Problem) -> Layer:
