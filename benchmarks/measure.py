@@ -228,3 +228,10 @@ def _cpu_memory(call: Call) -> Iterator[int]:
     for event in sorted(changes, key=lambda event: event["ts"]):
         allocated += event["args"]["Bytes"]
         yield allocated
+
+
+def release() -> None:
+    """Gives memory back that nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

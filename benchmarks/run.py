@@ -107,6 +107,7 @@ def measure_all(
             print(f"out of time: {len(late)} cases left; go on with --resume {path}", flush=True)
             return False
         new, failed = measure_case(case, providers, device, seconds_a_mode)
+        measure.release()
         found += new
         left_out += failed
         rows.save(path, environment, found, left_out)

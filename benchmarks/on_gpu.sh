@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# The standing GPU plan: all that waits for a GPU, in one call of at most 8 minutes.
+#
+#   bash benchmarks/on_gpu.sh
+#
+# On a bare checkout; installs nothing. Every step has its own time limit and the next one runs
+# whatever became of it. Leaves at most 8 files, side by side, in $OUT (benchmarks/results):
+# summary.txt, tests.log, tests.xml, the rows as JSON, benchmark.log and sanitizer.log.
+#
+#   PYTHON  the interpreter that has torch and triton (python3)
+#   COMMIT  what to call the checkout where it has no history
+#   RESUME  a file of rows of an earlier call, whose cases are not measured again
+#
+# Exit status: 0 if every step passed, 1 if one did not, 2 without a GPU.
+set -u -o pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-benchmarks/results}
+BUDGET=470 # seconds of everything
+SECONDS=0
+
+if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+    echo "on_gpu.sh: PyTorch ($PYTHON) sees no CUDA GPU on this machine; nothing was run" >&2
+    exit 2
+fi
+
+mkdir -p "$OUT" || exit 1
+OUT=$(cd "$OUT" && pwd)
+SUMMARY=$OUT/summary.txt
+rm -f "$SUMMARY" "$OUT"/tests.log "$OUT"/tests.xml "$OUT"/benchmark.log "$OUT"/sanitizer.log
+export PYTHONUNBUFFERED=1
+failed=0
+
+say() { echo "$@" | tee -a "$SUMMARY"; }
+
+# step NAME LIMIT LOG COMMAND...: runs it for at most LIMIT seconds, its output to the end of LOG.
+step() {
+    local name=$1 limit=$2 log=$3 start=$SECONDS status=0
+    shift 3
+    if ((limit > BUDGET - SECONDS)); then limit=$((BUDGET - SECONDS)); fi
+    if ((limit < 5)); then
+        say "$name: not run, out of time"
+        failed=1
+        return
+    fi
+    echo "== $name: $*" >>"$log"
+    timeout --kill-after=5 "$limit" "$@" >>"$log" 2>&1 || status=$?
+    if ((status)); then failed=1; fi
+    local verdict="failed with $status"
+    if ((status == 0)); then verdict=passed; fi
+    if ((status == 124 || status == 137)); then verdict="stopped at its limit of $limit s"; fi
+    say "$name: $verdict, $((SECONDS - start)) s; the end of $(basename "$log"):"
+    tail -n 6 "$log" | sed 's/^/    /' | tee -a "$SUMMARY"
+}
+
+say "on_gpu.sh, $(date -u +%Y-%m-%dT%H:%MZ), commit $(git rev-parse --short=8 HEAD 2>/dev/null || echo "${COMMIT:-unknown}")"
+nvidia-smi 2>&1 | tee -a "$SUMMARY"
+"$PYTHON" -c '
+import platform, torch, triton
+print("python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__)
+print(torch.cuda.get_device_properties(0))' 2>&1 | tee -a "$SUMMARY"
+
+# With a GPU every test that launches a kernel is marked gpu. Compiling takes most of the time,
+# which processes share where xdist is installed.
+workers=()
+if "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
+step tests 150 "$OUT/tests.log" "$PYTHON" -m pytest tests -m gpu -q -rfE --tb=short \
+    -p no:cacheprovider --junitxml="$OUT/tests.xml" "${workers[@]}"
+
+resume=()
+if [[ -n ${RESUME:-} ]]; then resume=(--resume "$RESUME"); fi
+step benchmark 200 "$OUT/benchmark.log" "$PYTHON" -m benchmarks.run --selection quick \
+    --out "$OUT" --seconds 175 "${resume[@]}"
+
+# Each tensor its own allocation, so that one byte too far is seen.
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+for tool in memcheck racecheck initcheck; do
+    step "$tool" 36 "$OUT/sanitizer.log" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+        --print-limit 20 "$PYTHON" -m benchmarks.sanitize
+done
+
+say "on_gpu.sh: $SECONDS s in all; $( ((failed)) && echo "not every step passed" || echo "every step passed")"
+exit "$failed"
