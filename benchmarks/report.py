@@ -49,7 +49,8 @@ LABELS = {
     "peft_formula": "PEFT's formula",
     "linear": "base layer",
 }
-_TICKS = (0.125, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 4, 6, 8, 12)
+_TICKS = (0.125, 0.25, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16)
+_FINE_TICKS = (0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2)
 Medians = dict[tuple[str, str], float]  # (provider, mode) -> us or bytes
 
 
@@ -216,6 +217,8 @@ def _dots(
         figsize=(4.5 + 3.6 * len(dropouts), 1.9 + 0.235 * len(labels)),
         layout="constrained",
     )
+    every = [1.0, *(ratio for ratios in series.values() for ratio in ratios.values())]
+    ticks = _FINE_TICKS if max(every) / min(every) < 2.5 else _TICKS
     groups = [(case.r, case.dtype, case.adapter_dtype, case.M) for case in cases]
     group_of = dict(zip(map(_label, cases), groups, strict=True))
     for axes, dropout in zip(panels[0], dropouts, strict=True):
@@ -257,7 +260,7 @@ def _dots(
             if ours:
                 axes.hlines(y, 1, x, color=COLORS[provider], linewidth=1.6, alpha=0.4, zorder=1)
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(FixedLocator(_TICKS))
+        axes.xaxis.set_major_locator(FixedLocator(ticks))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:g}x")
         axes.set_title(f"dropout {dropout:g}", fontsize=10, loc="left")

@@ -1,0 +1,194 @@
+"""The benchmark suite: correct providers, rows that say where they come from, a report of them."""
+
+import os
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import measure, rows, run, shapes
+from benchmarks.providers import CPU_PROVIDERS, EAGER, PROVIDERS
+from benchmarks.shapes import SELECTIONS, Case, select
+
+ROOT = Path(__file__).parents[1]
+TINY = Case("tiny", 5, 48, 32, 4, 0.1, "fp32", "fp32")
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_selections_have_each_shape_once(selection):
+    cases = select(selection)
+    assert cases
+    assert len({replace(case, layer="") for case in cases}) == len(cases)
+
+
+def test_quick_has_what_the_gpu_plan_asks_for():
+    cases = set(select("quick"))
+    llama = [(14336, 4096), (4096, 14336), (1024, 4096)]
+    for N, K in [(side, side) for side in (4096, 5120, 8192)] + llama:
+        for M in (2048, 8192):
+            for r in (16, 64):
+                for dropout in (0.0, 0.1):
+                    assert any(
+                        (c.M, c.N, c.K, c.r, c.dropout, c.dtype) == (M, N, K, r, dropout, "bf16")
+                        for c in cases
+                    )
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("adapter_dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", [name for name in PROVIDERS if name != "compile"])
+def test_providers_are_correct(device, name, adapter_dtype, dropout):
+    case = replace(TINY, M=70, dtype=adapter_dtype, adapter_dtype="fp32", dropout=dropout)
+    provider, p = PROVIDERS[name], measure.make_problem(case, device)
+    if name == "one_pass" and dropout:
+        assert "dropout" in provider.obstacle(p)
+    else:
+        assert provider.obstacle(p) is None
+        measure.assert_correct(provider, p)
+
+
+@pytest.mark.slow
+def test_compiled_expression_is_correct(device):
+    torch._dynamo.reset()
+    measure.assert_correct(PROVIDERS["compile"], measure.make_problem(TINY, device))
+
+
+def test_a_wrong_provider_is_left_out_and_the_file_says_why(device):
+    def wrong(p):
+        right = PROVIDERS[EAGER].build(p)
+        return lambda x: right(x) * 1.01
+
+    providers = [replace(PROVIDERS[EAGER], build=wrong), PROVIDERS["addmm"]]
+    found, left_out = run.measure_case(TINY, providers, device, 0.0)
+    assert {row["provider"] for row in found} == {"addmm"}
+    assert [row["provider"] for row in left_out] == [EAGER]
+    assert "AssertionError" in left_out[0]["why"]
+
+
+def test_a_measurement_takes_turns_and_has_quantiles(device):
+    called = []
+    calls = {name: lambda name=name: called.append(name) for name in "ab"}
+    times = measure.side_by_side(calls, torch.device("cpu"), 0.0)
+    assert len(times["a"]) == len(times["b"]) >= 5
+    assert set(called) == {"a", "b"}
+    assert measure.quantiles([3.0, 1.0, 2.0, 5.0, 4.0, 6.0]) == {
+        "median": 3.5,
+        "q20": 2.0,
+        "q80": 5.0,
+    }
+
+
+def test_cpu_memory_counts_temporaries_and_not_what_was_there_before():
+    x = torch.ones(1000)
+
+    def call():
+        y = x + 1  # 4000 bytes
+        y = y * 2  # 4000 more, at once with the first
+        return y.sum()
+
+    assert 8000 <= measure.peak_memory(call, torch.device("cpu")) < 9000
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A folder with the rows of a real run of two cases."""
+    folder = tmp_path_factory.mktemp("results")
+    cases = [TINY, replace(TINY, dropout=0.0), next(iter(select("tiny")))]
+    device = torch.device("cpu")
+    environment = rows.environment(device, "perf_counter", "a test")
+    path = folder / rows.file_name(environment)
+    providers = [PROVIDERS[name] for name in CPU_PROVIDERS]
+    options = {"seconds_a_mode": 0.0, "deadline": float("inf"), "resumed": []}
+    assert run.measure_all(cases, providers, path, environment, device, **options)
+    return path
+
+
+def test_rows_say_what_and_where(results):
+    found = rows.load(results)
+    assert {row["mode"] for row in found} == {*TINY.modes, "overhead"}
+    assert {row["provider"] for row in found} == set(CPU_PROVIDERS)
+    for row in found:
+        assert set(row) == {*rows.ENVIRONMENT, *rows.MEASURED}
+        assert row["q20"] <= row["median"] <= row["q80"]
+        assert row["unit"] == ("bytes" if row["mode"] == "memory" else "us")
+        assert row["torch"] == torch.__version__
+    (chosen,) = {row["choice"] for row in found if row["provider"] == "fused"}
+    assert chosen == "torch library/library"
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "other.json"
+    for text in ("[", "{}", '{"environment": {}, "rows": [{"provider": "fused"}]}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"other\.json"):
+            rows.load(path)
+
+
+def test_a_run_out_of_time_is_resumed(results, tmp_path, capsys):
+    resumed = rows.load(results)
+    environment = rows.environment(torch.device("cpu"), "perf_counter")
+    cases = [*dict.fromkeys(Case(**{k: row[k] for k in vars(TINY)}) for row in resumed)]
+    late = replace(TINY, M=1)
+    path = tmp_path / "rows.json"
+    options = {"seconds_a_mode": 0.0, "deadline": 0.0, "resumed": resumed}
+    assert not run.measure_all(
+        [*cases, late], [], path, environment, torch.device("cpu"), **options
+    )
+    assert "1 cases left" in capsys.readouterr().out
+    assert len(rows.load(path)) == len(resumed)
+
+
+def test_comparison_with_another_commit_is_relative_to_the_base_layer(results):
+    ours = rows.load(results)
+    # Twice as slow a machine, on which the library took another two times as long.
+    theirs = [
+        {**row, "median": row["median"] * (4 if row["provider"] == "fused" else 2)} for row in ours
+    ]
+    lines = list(run.compare(ours, theirs))
+    assert len(lines) > 2
+    assert all(line.startswith(" 2.000x") for line in lines)
+
+
+def test_report(results, tmp_path):
+    report = pytest.importorskip("benchmarks.report", exc_type=ImportError)
+    devices = report.read(results.parent)
+    written = report.write(devices, tmp_path)
+    assert [path.name.rsplit("-")[-1] for path in written] == [
+        "report.md",
+        "speedup.png",
+        "base.png",
+        "memory.png",
+    ]
+    text = written[0].read_text()
+    assert f"## {devices[0].device}" in text
+    assert "| tiny | 5 | 48 | 32 | 4 | fp32 | 0.1 |" in text
+    assert all(path.stat().st_size > 1000 for path in written[1:])
+
+
+def test_report_has_a_roofline_for_a_gpu(results):
+    report = pytest.importorskip("benchmarks.report", exc_type=ImportError)
+    (measured,) = report.read(results.parent)
+    cases = {replace(case, dtype="bf16"): medians for case, medians in measured.cases.items()}
+    gpu = replace(measured, device="NVIDIA H100 80GB HBM3", cases=cases)
+    assert report.PLOTS["roofline"](gpu) is not None
+    assert report.PLOTS["roofline"](measured) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_plan_refuses_without_a_gpu(tmp_path):
+    out = tmp_path / "out"
+    environment = {**os.environ, "OUT": str(out), "PYTHON": shutil.which("false") or "false"}
+    script = ROOT / "benchmarks" / "on_gpu.sh"
+    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no CUDA GPU" in done.stderr
+    assert not out.exists()
+
+
+def test_model_projections_are_those_of_the_configs():
+    layers = {name: (N, K) for name, N, K in shapes.projections("llama-3.1-8b")}
+    assert layers["llama-3.1-8b down"] == (4096, 14336)
+    assert layers["llama-3.1-8b k,v"] == (1024, 4096)
