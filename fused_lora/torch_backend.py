@@ -24,12 +24,14 @@ def forward(
     dropout: Dropout | None,
 ) -> tuple[Tensor, Tensor]:
     """y [M, N] and h = scaling * (D o x) A^T [M, r], both in x's dtype."""
-    y = F.linear(x, weight, bias)
-    if dropout is not None:
-        x = x * keep_mask(dropout.seed, dropout.threshold, *x.shape)
+    # h first, so that the dropped x is gone before y is there.
+    if dropout is None:
+        h = F.linear(x, lora_A.to(x.dtype))
+    else:
+        h = F.linear(x * keep_mask(*dropout, *x.shape), lora_A.to(x.dtype))
         scaling *= dropout.keep_scale
-    h = F.linear(x, lora_A.to(x.dtype))
     h *= scaling
+    y = F.linear(x, weight, bias)
     return y.addmm_(h, lora_B.to(x.dtype).t()), h
 
 
@@ -53,16 +55,16 @@ def backward(
     keep_scale = 1.0
     keep: Tensor | None = None
     if dropout is not None:
-        keep = keep_mask(dropout.seed, dropout.threshold, g.shape[0], lora_A.shape[1])
+        keep = keep_mask(*dropout, g.shape[0], lora_A.shape[1])
         keep_scale = dropout.keep_scale
     # The one scale of dA and of the adapter's part of dx is put on dh, the smallest of them.
     dh = g @ lora_B.to(g.dtype)  # [M, r]
     dh *= scaling * keep_scale
+    if x is not None:  # before dx, so that the dropped x is gone before dx is there
+        dA = (dh.t() @ (x if keep is None else x * keep)).to(lora_A.dtype)
     if need_dx:
         dx = dh @ lora_A.to(g.dtype)
         if keep is not None:
             dx *= keep
         dx.addmm_(g, weight)
-    if x is not None:
-        dA = (dh.t() @ (x if keep is None else x * keep)).to(lora_A.dtype)
     return dx, dA, dB
