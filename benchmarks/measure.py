@@ -8,6 +8,7 @@ processes on a shared machine took. Providers take turns in an order that is shu
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import math
@@ -40,17 +41,18 @@ _MIN_ROUNDS, _MAX_ROUNDS = 7, 100
 
 def make_problem(case: Case, device: torch.device) -> Problem:
     """Random tensors of the case's shapes; A and B are leaves that train, and so does x."""
-    p = problem(
-        case.M,
-        case.N,
-        case.K,
-        case.r,
-        dtype=DTYPES[case.dtype],
-        adapter_dtype=DTYPES[case.adapter_dtype],
-        device=device,
-        bias=False,
-        dropout_p=case.dropout,
-    )
+    with device:  # drawn there: a GPU is some hundred times as fast at it
+        p = problem(
+            case.M,
+            case.N,
+            case.K,
+            case.r,
+            dtype=DTYPES[case.dtype],
+            adapter_dtype=DTYPES[case.adapter_dtype],
+            device=device,
+            bias=False,
+            dropout_p=case.dropout,
+        )
     for tensor in (p.x, p.lora_A, p.lora_B):
         tensor.requires_grad_()
     return p
@@ -122,13 +124,20 @@ def _cpu_sampler(call: Call) -> Callable[[], float]:
     return lambda: _seconds(call, number) * 1e6
 
 
+@functools.cache
+def _flush_buffer() -> Tensor:
+    return torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+
 def _cuda_sampler(call: Call) -> Callable[[], float]:
     """Device time of one call with a cold L2, in us."""
-    cache = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    cache = _flush_buffer()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def event_time(timed: Call) -> float:
+    def elapsed(timed: Call, flushes: int = 0) -> float:
         torch.cuda.synchronize()
+        for _ in range(flushes):
+            cache.zero_()
         start.record()
         timed()
         end.record()
@@ -139,20 +148,9 @@ def _cuda_sampler(call: Call) -> Callable[[], float]:
     for _ in range(3):
         torch.cuda.synchronize()
         enqueue.append(_seconds(call) * 1e6)
-    flush = min(event_time(cache.zero_) for _ in range(3))
+    flush = min(elapsed(cache.zero_) for _ in range(3))
     flushes = 1 + math.ceil(2 * min(enqueue) / flush)
-
-    def sample() -> float:
-        torch.cuda.synchronize()
-        for _ in range(flushes):
-            cache.zero_()
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) * 1e3
-
-    return sample
+    return lambda: elapsed(call, flushes)
 
 
 def _overhead_sampler(call: Call) -> Callable[[], float]:

@@ -108,8 +108,9 @@ def _takes_all(call: Callable[..., Tensor]) -> Callable[[Problem], Layer]:
 
 
 def _compiled(p: Problem) -> Layer:
-    """One compilation for each layer, for every M: as in training on sequences of any length."""
+    """One compilation for each layer and every M: as in training on sequences of any length."""
     torch._dynamo.config.recompile_limit = 1024  # else it ends, at the ninth layer, with an error
+    torch._functorch.config.donated_buffer = False  # else backward cannot be timed alone
     torch._dynamo.maybe_mark_dynamic(p.x, 0)
     return _takes_all(_compiled_expression)(p)
 

@@ -1,8 +1,8 @@
 """The benchmark suite: correct providers, rows that say where they come from, a report of them."""
 
 import os
-import shutil
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -177,15 +177,68 @@ def test_report_has_a_roofline_for_a_gpu(results):
     assert report.PLOTS["roofline"](measured) is None
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+class FakeEvent:
+    def __init__(self, **_):
+        self.time = None
+
+    def record(self):
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, end):
+        return (end.time - self.time) * 1e3
+
+
+def test_gpu_samples_start_after_enough_flushes_to_enqueue_the_call(monkeypatch):
+    """The logic of CUDA timing, on a CPU in place of the device."""
+    flushes = []
+
+    class Buffer:
+        def zero_(self):
+            flushes.append(time.sleep(1e-3))
+
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(measure, "_flush_buffer", Buffer)
+    sample = measure._cuda_sampler(lambda: time.sleep(5e-3))
+    flushes.clear()
+    assert 5000 <= sample()
+    assert 3 <= len(flushes) <= 11
+
+
+def on_gpu(**environment):
+    """Runs the GPU plan with stand-ins for what it calls."""
+    script = ROOT / "benchmarks" / "on_gpu.sh"
+    environment = {**os.environ, **environment}
+    return subprocess.run(["bash", script], env=environment, capture_output=True, text=True)
+
+
 def test_the_gpu_plan_refuses_without_a_gpu(tmp_path):
     out = tmp_path / "out"
-    environment = {**os.environ, "OUT": str(out), "PYTHON": shutil.which("false") or "false"}
-    script = ROOT / "benchmarks" / "on_gpu.sh"
-    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True)
+    done = on_gpu(OUT=str(out), PYTHON="false")
     assert done.returncode == 2
     assert "no CUDA GPU" in done.stderr
     assert not out.exists()
+
+
+def test_the_gpu_plan_goes_on_after_a_failed_step(tmp_path):
+    """Its steps with a python that only says how it was called, and that fails the tests."""
+    out, tools = tmp_path / "out", tmp_path / "tools"
+    tools.mkdir()
+    says = '#!/bin/sh\necho "$(basename "$0") $*"\n'
+    for name, status in {"python": '[ "$2" != pytest ]', "compute-sanitizer": ":"}.items():
+        (tools / name).write_text(says + status + "\n")
+        (tools / name).chmod(0o755)
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    done = on_gpu(OUT=str(out), PYTHON="python", PATH=path, RESUME="earlier.json")
+    assert done.returncode == 1
+    files = {file.name for file in out.iterdir()}
+    assert files == {"summary.txt", "tests.log", "benchmark.log", "sanitizer.log"}  # and xml, rows
+    summary = (out / "summary.txt").read_text()
+    assert "tests: failed with 1" in summary
+    for step in ("benchmark", "memcheck", "racecheck", "initcheck"):
+        assert f"{step}: passed" in summary
+    assert "--resume earlier.json" in (out / "benchmark.log").read_text()
+    assert "pytest tests -m gpu" in (out / "tests.log").read_text()
 
 
 def test_model_projections_are_those_of_the_configs():
