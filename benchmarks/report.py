@@ -60,6 +60,7 @@ class Measured:
 
     device: str
     heading: str  # the device and the versions
+    remark: str  # the clock, and what the runner had to say
     cases: dict[Case, Medians]
 
     def ratios(self, above: str, mode: str, below: str) -> dict[Case, float]:
@@ -84,8 +85,9 @@ def read(folder: Path) -> list[Measured]:
     devices: dict[str, Measured] = {}
     for run in runs:
         first = run[0]
-        measured = devices.setdefault(first["device"], Measured(first["device"], "", {}))
+        measured = devices.setdefault(first["device"], Measured(first["device"], "", "", {}))
         measured.heading = _heading(first)
+        measured.remark = f"Clock: {first['clock']}. {first['note']}".rstrip()
         by_case: dict[Case, Medians] = {}
         for row in run:
             case = Case(**{name: row[name] for name in Case.__dataclass_fields__})
@@ -185,7 +187,8 @@ def markdown(devices: list[Measured]) -> str:
         "process, after a check against the fp64 oracle.",
     ]
     for measured in devices:
-        lines += ["", f"## {measured.heading}", "", *_summary(measured), "", *_table(measured)]
+        lines += ["", f"## {measured.heading}", "", measured.remark, ""]
+        lines += [*_summary(measured), "", *_table(measured)]
     return "\n".join(lines) + "\n"
 
 
@@ -329,18 +332,13 @@ def _roofline(measured: Measured) -> Figure | None:
     teraflops, terabytes = ceiling
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     reach = [0.5, teraflops / terabytes, 10_000]
+    intensities = [reach[1]]
     axes.plot(reach, [min(teraflops, terabytes * x) for x in reach], color="#2c3e50")
-    axes.annotate(
-        f"{teraflops:g} TFLOP/s",
-        (reach[2], teraflops),
-        (-4, 5),
-        textcoords="offset points",
-        ha="right",
-        fontsize=9,
-    )
-    axes.annotate(
-        f"{terabytes:g} TB/s", (2, 2 * terabytes), (4, -12), textcoords="offset points", fontsize=9
-    )
+    ceilings = {f"{terabytes:g} TB/s  ": "right", f"  {teraflops:g} TFLOP/s": "left"}
+    for text, side in ceilings.items():
+        axes.annotate(
+            text, (reach[1], teraflops), (0, 5), textcoords="offset points", ha=side, fontsize=9
+        )
     for provider in (measured.eager, "linear", "fused"):
         points = []
         for case, medians in measured.cases.items():
@@ -352,6 +350,7 @@ def _roofline(measured: Measured) -> Figure | None:
             touched = case.M * (case.N + case.K) + case.N * case.K + adapter * (case.N + case.K)
             points.append((flops / (2 * touched), flops / us / 1e6))
         if points:
+            intensities += [intensity for intensity, _ in points]
             axes.scatter(
                 *zip(*points, strict=True),
                 s=26,
@@ -362,6 +361,8 @@ def _roofline(measured: Measured) -> Figure | None:
             )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.set_xlim(min(intensities) / 2, max(intensities) * 2)
+    axes.set_ylim(bottom=min(intensities) * terabytes / 4)
     axes.set_xlabel("arithmetic intensity, FLOP per byte of tensors read and written once")
     axes.set_ylabel("forward, TFLOP/s")
     axes.legend(frameon=False)
