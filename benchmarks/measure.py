@@ -147,7 +147,9 @@ def _cuda_sampler(call: Call) -> Callable[[], float]:
     enqueue = []
     for _ in range(3):
         torch.cuda.synchronize()
-        enqueue.append(_seconds(call) * 1e6)
+        before = time.perf_counter()
+        call()
+        enqueue.append((time.perf_counter() - before) * 1e6)
     flush = min(elapsed(cache.zero_) for _ in range(3))
     flushes = 1 + math.ceil(2 * min(enqueue) / flush)
     return lambda: elapsed(call, flushes)

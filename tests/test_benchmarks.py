@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +14,15 @@ from benchmarks.shapes import SELECTIONS, Case, select
 
 ROOT = Path(__file__).parents[1]
 TINY = Case("tiny", 5, 48, 32, 4, 0.1, "fp32", "fp32")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny products on several threads wait for each other for most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
@@ -177,32 +185,36 @@ def test_report_has_a_roofline_for_a_gpu(results):
     assert report.PLOTS["roofline"](measured) is None
 
 
-class FakeEvent:
-    def __init__(self, **_):
-        self.time = None
-
-    def record(self):
-        self.time = time.perf_counter()
-
-    def elapsed_time(self, end):
-        return (end.time - self.time) * 1e3
-
-
 def test_gpu_samples_start_after_enough_flushes_to_enqueue_the_call(monkeypatch):
-    """The logic of CUDA timing, on a CPU in place of the device."""
-    flushes = []
+    """The logic of CUDA timing on a clock of its own: a flush takes 1 ms, a call 5."""
+    now, flushes = [0.0], []
+
+    class Event:
+        def __init__(self, **_):
+            pass
+
+        def record(self):
+            self.time = now[0]
+
+        def elapsed_time(self, end):
+            return (end.time - self.time) * 1e3
 
     class Buffer:
         def zero_(self):
-            flushes.append(time.sleep(1e-3))
+            flushes.append(now[0])
+            now[0] += 1e-3
 
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    def call():
+        now[0] += 5e-3
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(measure, "_flush_buffer", Buffer)
-    sample = measure._cuda_sampler(lambda: time.sleep(5e-3))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    sample = measure._cuda_sampler(call)
     flushes.clear()
-    assert 5000 <= sample()
-    assert 3 <= len(flushes) <= 11
+    assert sample() == pytest.approx(5000)
+    assert len(flushes) >= 10
 
 
 def on_gpu(**environment):
