@@ -21,8 +21,9 @@ from oracle import check, fused, problem, run
 from fused_lora.dispatch import Plan, Strategy
 
 CUDA = torch.cuda.is_available()
-# M, N, K, r: nothing divides a tile, some fall short of one, some need several.
-SHAPES = [(1, 61, 17, 1), (5, 7, 3, 2), (17, 33, 65, 16), (70, 129, 63, 5), (131, 65, 190, 33)]
+# M, N, K, r: nothing divides a tile, some fall short of one, some need several. (Not M = r = 1: the
+# one rounding of the one element of dh would be compared with PyTorch's, which is luck.)
+SHAPES = [(1, 61, 17, 9), (23, 7, 3, 1), (17, 33, 65, 16), (70, 129, 63, 5), (131, 65, 190, 33)]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32) if CUDA else (torch.float32, torch.float16)
 
 
