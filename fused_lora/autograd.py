@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -10,6 +10,14 @@ from torch import Tensor
 from . import backends
 from .dispatch import Plan
 from .kernels.dropout import Dropout
+
+
+def raise_second_derivative() -> NoReturn:
+    """The RuntimeError that second derivatives get."""
+    raise RuntimeError(
+        "lora_linear: its gradients cannot be differentiated again (create_graph=True); "
+        "fused_lora.reference.lora_linear's can"
+    )
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -61,10 +69,7 @@ class LoRALinearFunction(torch.autograd.Function):
         # `once_differentiable` would let this pass where only A and B depend on the second
         # derivative, and leave their share out of it.
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "lora_linear: its gradients cannot be differentiated again (create_graph=True); "
-                "fused_lora.reference.lora_linear's can"
-            )
+            raise_second_derivative()
         x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
         dropout = Dropout(seed, ctx.threshold) if seed is not None else None
         dx, dA, dB = backends.backward(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import checks, ops
 from .autograd import LoRALinearFunction
@@ -85,31 +86,64 @@ def lora_linear(
     _check_options(weight, scaling, dropout_p, backend)
     x, weight, bias = _autocast(x, weight, bias)
     threshold = dropout_threshold(dropout_p)
-    if torch.compiler.is_compiling():
-        checks.check_tensors(x, weight, lora_A, lora_B, bias)
-        seed = _draw_seed(x.device) if threshold else None
-        if not _is_constant(scaling):
-            # An operator's float is a constant of the graph: each alpha would recompile.
-            lora_B, scaling = (
-                lora_B.to(torch.promote_types(lora_B.dtype, torch.float32)) * scaling,
-                1.0,
-            )
-        need_h = torch.is_grad_enabled() and lora_B.requires_grad
-        y: Tensor = ops.lora_linear_op(
-            x, weight, lora_A, lora_B, bias, scaling, seed, threshold, backend, need_h
-        )[0]
+    if _has_dtensor(x, weight, lora_A, lora_B, bias):
+        from . import parallel
+
+        layout = parallel.Layout.of(x, weight, lora_A, lora_B, bias)
+        shards = layout.to_local(x, weight, lora_A, lora_B, bias)
+        return layout.from_local(_on_device(*shards, scaling, threshold, backend, layout.shard))
+    return _on_device(x, weight, lora_A, lora_B, bias, scaling, threshold, backend)
+
+
+def _has_dtensor(*tensors: Tensor | None) -> bool:
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    from torch.distributed.tensor import DTensor  # 0.35 s to import
+
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
+
+
+def _on_device(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    threshold: int,
+    backend: Backend,
+    shard: int = 0,
+) -> Tensor:
+    """One device's part: bare autograd in plain eager mode, operators for everything else.
+
+    ``shard``: which part of the logical x this one is. Each part gets a dropout mask of its own.
+    """
+    compiling = torch.compiler.is_compiling()
+    transformed = torch._C._are_functorch_transforms_active()
+    if not (compiling or transformed or _get_current_dispatch_mode() is not None):
+        chosen = plan(checked_call(x, weight, lora_A, lora_B, bias, threshold > 0), backend)
+        seed = _draw_seed(x.device, shard) if threshold else None
+        y: Tensor = LoRALinearFunction.apply(
+            x, weight, lora_A, lora_B, bias, float(scaling), seed, threshold, chosen
+        )
         return y
-    chosen = plan(checked_call(x, weight, lora_A, lora_B, bias, threshold > 0), backend)
-    seed = _draw_seed(x.device) if threshold else None
-    y = LoRALinearFunction.apply(
-        x, weight, lora_A, lora_B, bias, float(scaling), seed, threshold, chosen
-    )
+    checks.check_tensors(x, weight, lora_A, lora_B, bias)
+    seed = _draw_seed(x.device, shard) if threshold else None
+    if compiling and not _is_constant(scaling):
+        # An operator's float is a constant of the graph: each alpha would recompile.
+        lora_B = lora_B.to(torch.promote_types(lora_B.dtype, torch.float32)) * scaling
+        scaling = 1.0
+    # A batched tensor does not say what the transform outside of it differentiates.
+    need_h = torch.is_grad_enabled() and (lora_B.requires_grad or transformed)
+    call = ops.lora_linear_op if compiling else ops.LoRALinearOpFunction.apply
+    y = call(x, weight, lora_A, lora_B, bias, scaling, seed, threshold, backend, need_h)[0]
     return y
 
 
-def _draw_seed(device: torch.device) -> Tensor:
+def _draw_seed(device: torch.device, shard: int = 0) -> Tensor:
     """From torch's generator for the device, and left there: no synchronisation."""
-    return torch.randint(2**63 - 1, (1,), device=device)
+    seed = torch.randint(2**63 - 1, (1,), device=device)
+    return seed + shard if shard else seed  # Philox: neighbouring keys are independent streams
 
 
 def explain(
@@ -130,4 +164,9 @@ def explain(
     _check_options(weight, scaling, dropout_p, backend)
     x, weight, bias = _autocast(x, weight, bias)
     dropout = dropout_threshold(dropout_p) > 0
+    if _has_dtensor(x, weight, lora_A, lora_B, bias):
+        from . import parallel
+
+        tensors = (x, weight, lora_A, lora_B, bias)
+        x, weight, lora_A, lora_B, bias = parallel.Layout.of(*tensors).to_local(*tensors)
     return explain_call(checked_call(x, weight, lora_A, lora_B, bias, dropout), backend)

@@ -1,17 +1,21 @@
 """Registered operators, for what traces: torch.compile, torch.export, AOTInductor.
 
-Eager calls go to `LoRALinearFunction` itself, which costs no dispatch. The operators decide their
+Also for what looks at operators in eager mode: dispatch modes (selective checkpointing can name
+them, a FakeTensorMode runs their fakes) and `torch.func`'s transforms. Other eager calls go to
+`LoRALinearFunction` itself, which costs no dispatch. The operators decide their
 plan when they run, on real shapes: a graph with a dynamic M holds no decision that one M made.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from . import backends
+from .autograd import raise_second_derivative
 from .dispatch import Backend, Plan, checked_call, plan
 from .kernels.dropout import Dropout
 
@@ -125,10 +129,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.scaling, ctx.threshold, ctx.backend = scaling, threshold, backend
 
 
-def _backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, g: Tensor, _: Tensor | None, call: Callable[..., Any] = lora_linear_backward_op
+) -> tuple[Tensor | None, ...]:
     x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
     needs_x, _, needs_A, needs_B, needs_bias = ctx.needs_input_grad[:5]
-    dx, dA, dB = lora_linear_backward_op(
+    dx, dA, dB = call(
         g,
         x,
         weight,
@@ -152,3 +158,42 @@ def _backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...
 
 
 lora_linear_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _BackwardOpFunction(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        gradients: tuple[Tensor, Tensor, Tensor] = lora_linear_backward_op(*args)
+        return gradients
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise_second_derivative()
+
+
+class LoRALinearOpFunction(torch.autograd.Function):
+    """`lora_linear_op` for dispatch modes and `torch.func`: vmap runs it once for each example.
+
+    The operator's own autograd formula serves no transform, and gives forward-mode AD zeros; a
+    Function refuses forward mode.
+    """
+
+    generate_vmap_rule = True
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        """The operator's arguments and results."""
+        outputs: tuple[Tensor, Tensor] = lora_linear_op(*args)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients in the order of the operator's arguments."""
+        return _backward(ctx, g, None, _BackwardOpFunction.apply)

@@ -1,0 +1,218 @@
+"""Tensor, sequence and data parallelism through DTensor: layouts and `parallelize_module` styles.
+
+    parallelize_module(model, mesh, {"mlp.up": ColwiseParallel(), "mlp.down": RowwiseParallel()})
+
+The weight is split as Megatron-LM does (https://arxiv.org/abs/1909.08053) and of the adapter the
+factor that the split passes through; the other one is small and whole on every rank. The kernels
+run on the local shards, and only what PyTorch sends for an `nn.Linear` is sent, plus one all-reduce
+of the whole factor's gradient. On each dimension of the mesh a call has one of these layouts:
+
+    x         weight    lora_A    lora_B    bias      y         summed over ranks in backward
+    Replicate Shard(0)  Replicate Shard(0)  Shard(0)  Shard(-1) dx, dA         column-wise
+    Shard(-1) Shard(1)  Shard(1)  Replicate Replicate Partial   dB             row-wise
+    Shard(i)  Replicate Replicate Replicate Replicate Shard(i)  dA, dB, dbias  split batch
+    Replicate Replicate Replicate Replicate Replicate Replicate none           the same everywhere
+
+Dropout: seed the ranks' generators alike, as for DTensor's own random operators. Ranks that hold
+the same x then draw the same mask, and ranks that hold different parts of it different ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
+from torch.distributed.tensor import parallel as torch_parallel
+
+from . import checks
+from .linear import FusedLoRALinear
+
+NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
+WHOLE, SUM = Replicate(), Partial()
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """One line of the table above; ``gradients`` in the order of `NAMES` without weight."""
+
+    arguments: tuple[Placement, ...]
+    y: Placement
+    gradients: tuple[Placement, ...]
+
+
+def _rules(ndim: int) -> list[_Rule]:
+    """The layouts that an x of ``ndim`` dimensions can have."""
+    columns = Shard(ndim - 1)
+    whole = _Rule((WHOLE,) * 5, WHOLE, (WHOLE,) * 4)
+    colwise = _Rule(
+        (WHOLE, Shard(0), WHOLE, Shard(0), Shard(0)), columns, (SUM, SUM, Shard(0), Shard(0))
+    )
+    rowwise = _Rule(
+        (columns, Shard(1), Shard(1), WHOLE, WHOLE), SUM, (columns, Shard(1), SUM, WHOLE)
+    )
+    batch = [
+        _Rule((Shard(i), *(WHOLE,) * 4), Shard(i), (Shard(i), SUM, SUM, SUM))
+        for i in range(ndim - 1)
+    ]
+    return [whole, colwise, rowwise, *batch]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one call lies on its mesh: a rule for each of the mesh's dimensions."""
+
+    mesh: DeviceMesh
+    rules: tuple[_Rule, ...]
+    shape: torch.Size  # of y
+
+    @classmethod
+    def of(cls, *tensors: Tensor | None) -> Layout:
+        """The layout of x, weight, lora_A, lora_B and bias.
+
+        Raises TypeError if some are DTensors and some are not, or if no rule has their placements,
+        and ValueError if their meshes differ; and what `checks.check_tensors` raises.
+        """
+        x, weight, lora_A, lora_B, bias = tensors
+        checks.check_tensors(x, weight, lora_A, lora_B, bias)  # type: ignore[arg-type]
+        given = {n: t for n, t in zip(NAMES, tensors, strict=True) if t is not None}
+        for name, tensor in given.items():
+            if not isinstance(tensor, DTensor):
+                others = [n for n, t in given.items() if isinstance(t, DTensor)]
+                raise TypeError(
+                    f"{name}: got a {type(tensor).__name__}, wanted a DTensor as {others[0]} is; "
+                    "see fused_lora.parallel for the layouts"
+                )
+        placed = {n: t for n, t in given.items() if isinstance(t, DTensor)}
+        mesh = placed["x"].device_mesh
+        for name, dtensor in placed.items():
+            if dtensor.device_mesh != mesh:
+                raise ValueError(
+                    f"{name}: is on {dtensor.device_mesh}, wanted the mesh that x is on, {mesh}"
+                )
+        x_dtensor = placed["x"]
+        rules = tuple(_rule(placed, dim) for dim in range(mesh.ndim))
+        return cls(mesh, rules, torch.Size((*x_dtensor.shape[:-1], placed["weight"].shape[0])))
+
+    @property
+    def shard(self) -> int:
+        """The number of this rank's part of x among the parts that differ."""
+        number = 0
+        for dim, rule in enumerate(self.rules):
+            if rule.arguments[0].is_shard():
+                number = number * self.mesh.size(dim) + self.mesh.get_local_rank(dim)
+        return number
+
+    def to_local(self, *tensors: Tensor | None) -> list[Tensor | None]:
+        """This rank's x, weight, lora_A, lora_B and bias, differentiable."""
+        shards: list[Tensor | None] = []
+        for position, tensor in enumerate(tensors):
+            if tensor is None:
+                shards.append(None)
+                continue
+            assert isinstance(tensor, DTensor)
+            placements = list(tensor.placements)
+            if NAMES[position] == "bias":  # of a row-wise layer: each rank adds its part of it
+                placements = [SUM if rule.y == SUM else p for rule, p in zip(self.rules, placements)]
+            gradients = [rule.gradients[max(position - 1, 0)] for rule in self.rules]
+            # redistribute() moves nothing here. Its backward adds the parts of the gradient, so
+            # that a parameter's .grad has the parameter's own layout.
+            moved = tensor.redistribute(placements=placements)
+            shards.append(moved.to_local(grad_placements=gradients))
+        return shards
+
+    def from_local(self, y: Tensor) -> DTensor:
+        """The logical y of which this rank has computed its part."""
+        stride = torch.empty(self.shape, device="meta").stride()
+        return DTensor.from_local(
+            y, self.mesh, [rule.y for rule in self.rules], shape=self.shape, stride=stride
+        )
+
+
+def _rule(placed: dict[str, DTensor], dim: int) -> _Rule:
+    got = {name: tensor.placements[dim] for name, tensor in placed.items()}
+    for rule in _rules(placed["x"].ndim):
+        wanted = dict(zip(NAMES, rule.arguments, strict=True))
+        if all(placement == wanted[name] for name, placement in got.items()):
+            return rule
+    described = ", ".join(f"{name} {placement}" for name, placement in got.items())
+    raise TypeError(
+        f"x, weight, lora_A, lora_B: no layout of fused_lora.parallel has {described} on dimension "
+        f"{dim} of {placed['x'].device_mesh}; wanted ColwiseParallel's (Replicate, Shard(0), "
+        "Replicate, Shard(0)), RowwiseParallel's (Shard(-1), Shard(1), Shard(1), Replicate), or "
+        "parameters that are Replicate with x Replicate or split along its batch"
+    )
+
+
+def _distribute(
+    style: ColwiseParallel | RowwiseParallel,
+    layer: FusedLoRALinear,
+    mesh: DeviceMesh,
+    rule: _Rule,
+    split: str,
+) -> nn.Module:
+    """`distribute_module` as torch's styles call it, with the rule's placements."""
+    name = type(style).__name__
+    if mesh.ndim != 1:
+        raise ValueError(f"{name}: got the {mesh.ndim}-D mesh {mesh}, wanted one of its dimensions")
+    if layer.merged:
+        raise RuntimeError(f"{name}: the layer is merged: call unmerge() first")
+    size = getattr(layer, split)
+    if size % mesh.size():
+        raise ValueError(f"{name}: {split} = {size} does not divide by the mesh's {mesh.size()}")
+
+    def partition(_: str, module: nn.Module, mesh: DeviceMesh) -> None:
+        for parameter_name, placement in zip(NAMES[1:], rule.arguments[1:], strict=True):
+            parameter = getattr(module, parameter_name)
+            if parameter is not None:
+                dtensor = distribute_tensor(
+                    parameter, mesh, [placement], src_data_rank=style.src_data_rank
+                )
+                new = nn.Parameter(dtensor, requires_grad=parameter.requires_grad)
+                module.register_parameter(parameter_name, new)
+
+    return distribute_module(
+        layer,
+        mesh,
+        partition,
+        partial(style._prepare_input_fn, style.input_layouts, style.desired_input_layouts),
+        partial(style._prepare_output_fn, style.output_layouts, style.use_local_output),
+    )
+
+
+class ColwiseParallel(torch_parallel.ColwiseParallel):
+    """torch's `ColwiseParallel` that takes a `FusedLoRALinear` too: splits out_features.
+
+    Same arguments, and the same behaviour for `nn.Linear` and `nn.Embedding`. Raises ValueError
+    if out_features does not divide by the number of ranks.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, FusedLoRALinear):
+            return super()._apply(module, device_mesh)
+        return _distribute(self, module, device_mesh, _rules(2)[1], "out_features")
+
+
+class RowwiseParallel(torch_parallel.RowwiseParallel):
+    """torch's `RowwiseParallel` that takes a `FusedLoRALinear` too: splits in_features.
+
+    Same arguments, and the same behaviour for `nn.Linear` and `nn.Embedding`. Raises ValueError
+    if in_features does not divide by the number of ranks.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, FusedLoRALinear):
+            return super()._apply(module, device_mesh)
+        self.desired_input_layouts = (Shard(-1),)
+        return _distribute(self, module, device_mesh, _rules(2)[2], "in_features")
