@@ -73,6 +73,8 @@ def backward(
         if plan.backend == "triton":
             from . import triton_backend
 
+            if type(g) is not Tensor:  # an unfinished collective: only an operator waits for it
+                arguments = (_as_matrix(g.clone()), *arguments[1:])
             dx, dA, dB = triton_backend.backward(*arguments, plan.strategy_dx, need_dx=need_dx)
         else:
             dx, dA, dB = torch_backend.backward(*arguments, need_dx=need_dx)

@@ -86,21 +86,21 @@ def lora_linear(
     _check_options(weight, scaling, dropout_p, backend)
     x, weight, bias = _autocast(x, weight, bias)
     threshold = dropout_threshold(dropout_p)
-    if _has_dtensor(x, weight, lora_A, lora_B, bias):
+    if _distributed():
         from . import parallel
 
-        layout = parallel.Layout.of(x, weight, lora_A, lora_B, bias)
-        shards = layout.to_local(x, weight, lora_A, lora_B, bias)
-        return layout.from_local(_on_device(*shards, scaling, threshold, backend, layout.shard))
+        x = parallel.arrived(x)
+        if parallel.has_dtensor(x, weight, lora_A, lora_B, bias):
+            layout = parallel.Layout.of(x, weight, lora_A, lora_B, bias)
+            shards = layout.to_local(x, weight, lora_A, lora_B, bias)
+            y = _on_device(*shards, scaling, threshold, backend, layout.shard)
+            return layout.from_local(y)
     return _on_device(x, weight, lora_A, lora_B, bias, scaling, threshold, backend)
 
 
-def _has_dtensor(*tensors: Tensor | None) -> bool:
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return False
-    from torch.distributed.tensor import DTensor  # 0.35 s to import
-
-    return any(isinstance(tensor, DTensor) for tensor in tensors)
+def _distributed() -> bool:
+    """Whether there can be DTensors: their module takes 0.35 s to import."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _on_device(
@@ -164,9 +164,10 @@ def explain(
     _check_options(weight, scaling, dropout_p, backend)
     x, weight, bias = _autocast(x, weight, bias)
     dropout = dropout_threshold(dropout_p) > 0
-    if _has_dtensor(x, weight, lora_A, lora_B, bias):
+    if _distributed():
         from . import parallel
 
         tensors = (x, weight, lora_A, lora_B, bias)
-        x, weight, lora_A, lora_B, bias = parallel.Layout.of(*tensors).to_local(*tensors)
+        if parallel.has_dtensor(*tensors):
+            x, weight, lora_A, lora_B, bias = parallel.Layout.of(*tensors).to_local(*tensors)
     return explain_call(checked_call(x, weight, lora_A, lora_B, bias, dropout), backend)

@@ -164,11 +164,19 @@ class FusedLoRALinear(nn.Module):
 
     @torch.no_grad()
     def _add_to_weight(self, delta: Tensor) -> None:
-        # A new tensor, not in place: the storage may be another layer's too (from_linear, tying).
+        if "weight" not in self._parameters:
+            raise RuntimeError(
+                "weight: is computed by a parametrization, and what is added to it would be lost; "
+                "call torch.nn.utils.parametrize.remove_parametrizations first"
+            )
         merged = (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
         if not torch.isfinite(merged).all():
             raise ValueError("lora_A, lora_B: W0 + scaling * B A has values that are not finite")
-        self.weight.data = merged
+        if type(self.weight) is nn.Parameter:
+            # Not in place: the storage may be another layer's too (from_linear, tying).
+            self.weight.data = merged
+        else:  # a DTensor's storage is its own, and its .data is not what FSDP gathers
+            self.weight.copy_(merged)
 
     def merge(self) -> None:
         """Adds scaling * B A into ``weight``; the adapter stays. Nothing happens if merged.

@@ -9,7 +9,7 @@ of the whole factor's gradient. On each dimension of the mesh a call has one of 
 
     x         weight    lora_A    lora_B    bias      y         summed over ranks in backward
     Replicate Shard(0)  Replicate Shard(0)  Shard(0)  Shard(-1) dx, dA         column-wise
-    Shard(-1) Shard(1)  Shard(1)  Replicate Replicate Partial   dB             row-wise
+    Shard(-1) Shard(1)  Shard(1)  Replicate Replicate Partial   dB, dbias      row-wise
     Shard(i)  Replicate Replicate Replicate Replicate Shard(i)  dA, dB, dbias  split batch
     Replicate Replicate Replicate Replicate Replicate Replicate none           the same everywhere
 
@@ -21,9 +21,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
     DTensor,
@@ -60,13 +62,44 @@ def _rules(ndim: int) -> list[_Rule]:
         (WHOLE, Shard(0), WHOLE, Shard(0), Shard(0)), columns, (SUM, SUM, Shard(0), Shard(0))
     )
     rowwise = _Rule(
-        (columns, Shard(1), Shard(1), WHOLE, WHOLE), SUM, (columns, Shard(1), SUM, WHOLE)
+        (columns, Shard(1), Shard(1), WHOLE, WHOLE), SUM, (columns, Shard(1), SUM, SUM)
     )
     batch = [
         _Rule((Shard(i), *(WHOLE,) * 4), Shard(i), (Shard(i), SUM, SUM, SUM))
         for i in range(ndim - 1)
     ]
     return [whole, colwise, rowwise, *batch]
+
+
+class _Arrived(torch.autograd.Function):
+    """The tensor itself, and in backward its gradient, after the collective that makes it.
+
+    DTensor hands on what has not arrived yet, as a subclass that waits when an operator reads it. A
+    kernel reads memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return _arrived(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return _arrived(g)
+
+
+def _arrived(tensor: Tensor) -> Tensor:
+    waited: Tensor = tensor.wait() if isinstance(tensor, AsyncCollectiveTensor) else tensor
+    return waited.view_as(waited)
+
+
+def arrived(x: Tensor) -> Tensor:
+    """x, or its plain tensor if DTensor has handed it on before its collective is done."""
+    return _Arrived.apply(x) if isinstance(x, AsyncCollectiveTensor) else x
+
+
+def has_dtensor(*tensors: Tensor | None) -> bool:
+    """Whether one of them is a DTensor, so that the call needs a `Layout`."""
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
 @dataclass(frozen=True)
@@ -122,21 +155,27 @@ class Layout:
                 shards.append(None)
                 continue
             assert isinstance(tensor, DTensor)
-            placements = list(tensor.placements)
-            if NAMES[position] == "bias":  # of a row-wise layer: each rank adds its part of it
-                placements = [SUM if rule.y == SUM else p for rule, p in zip(self.rules, placements)]
             gradients = [rule.gradients[max(position - 1, 0)] for rule in self.rules]
-            # redistribute() moves nothing here. Its backward adds the parts of the gradient, so
+            # The redistribution moves nothing here. Its backward adds the parts of a gradient, so
             # that a parameter's .grad has the parameter's own layout.
-            moved = tensor.redistribute(placements=placements)
-            shards.append(moved.to_local(grad_placements=gradients))
+            whole = tensor.redistribute(placements=tensor.placements)
+            shards.append(_Arrived.apply(whole.to_local(grad_placements=gradients)))
+        if shards[-1] is not None and not self._adds_bias:
+            shards[-1] = shards[-1] * 0
         return shards
+
+    @property
+    def _adds_bias(self) -> bool:
+        """Of the parts of a sum, the first one has the bias."""
+        return not any(
+            rule.y == SUM and self.mesh.get_local_rank(dim) for dim, rule in enumerate(self.rules)
+        )
 
     def from_local(self, y: Tensor) -> DTensor:
         """The logical y of which this rank has computed its part."""
         stride = torch.empty(self.shape, device="meta").stride()
         return DTensor.from_local(
-            y, self.mesh, [rule.y for rule in self.rules], shape=self.shape, stride=stride
+            _Arrived.apply(y), self.mesh, [rule.y for rule in self.rules], shape=self.shape, stride=stride
         )
 
 

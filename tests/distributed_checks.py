@@ -93,24 +93,25 @@ def optimizer_of(model):
     return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.05)
 
 
-def train(model, x, target, steps=3, forward=None):
-    """Losses, the gradients of the last step and the trained parameters, all in full."""
+def train(model, x, target, *, share=1.0, steps=3):
+    """Losses, the gradients of the last step and the trained parameters, all of them in full.
+
+    ``share``: of this rank's mean loss in the loss whose gradients are added over the ranks.
+    """
     optimizer = optimizer_of(model)
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = (forward or model)(x).float().sub(target.float()).square().mean()
-        if x.dtype == torch.float64:
-            loss = (forward or model)(x).sub(target).square().mean()
+        loss = (model(x) - target).square().mean() * share
         loss.backward()
         losses.append(loss.detach())
         optimizer.step()
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    trained = {n.removeprefix("module."): p for n, p in model.named_parameters() if p.requires_grad}
     return {
         "loss": torch.stack(losses),
-        **{f"grad {n.removeprefix('module.')}": full(p.grad) for n, p in trained.items()},
-        **{n.removeprefix("module."): full(p.detach()) for n, p in trained.items()},
+        **{f"grad {name}": full(p.grad) for name, p in trained.items()},
+        **{name: full(p.detach()) for name, p in trained.items()},
     }
 
 
@@ -123,10 +124,15 @@ def assert_same_run(got, expected):
             raise AssertionError(f"{name}: {error}") from None
 
 
-def averaged(run):
-    """The run of data-parallel ranks: their gradients are averaged already, their losses not."""
+def added(run):
+    """With the losses of all ranks; their gradients are added already."""
     dist.all_reduce(run["loss"])
-    run["loss"] /= dist.get_world_size()
+    return run
+
+
+def averaged(run):
+    """With the mean of the losses of all ranks; their gradients are averaged already."""
+    added(run)["loss"] /= dist.get_world_size()
     return run
 
 
@@ -267,10 +273,8 @@ def tensor_parallel():
             assert model.up.weight.to_local().shape == (HIDDEN // mesh.size(), K)
             assert model.down.lora_A.to_local().shape == (R, HIDDEN // mesh.size())
             if plan_name == "sequence parallel":
-                part = slice(*(mesh.get_local_rank() + i for i in range(2)))
-                steps = LENGTH // mesh.size()
-                part = slice(part.start * steps, part.stop * steps)
-                got = averaged(train(model, x[:, part], mesh_mean(target[:, part], mesh)))
+                mine = [t.chunk(mesh.size(), dim=1)[mesh.get_local_rank()] for t in (x, target)]
+                got = added(train(model, *mine, share=1 / mesh.size()))
             else:
                 got = train(model, x, target)
             assert_same_run(got, expected)
@@ -281,8 +285,302 @@ def tensor_parallel():
     on_both_backends(run)
 
 
-def mesh_mean(target, mesh):
-    return target
+@check
+def tensor_parallel_reads_what_has_arrived():
+    """Split along dimension 0, DTensor hands on unfinished collectives, in both directions."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x, target = data(torch.float32)
+    plan = {
+        "up": ColwiseParallel(input_layouts=Shard(0)),
+        "down": RowwiseParallel(output_layouts=Shard(0)),
+    }
+    for backend in BACKENDS:
+        model = MLP(backend=backend)
+        expected = train(copy.deepcopy(model), x, target)
+        model = parallelize_module(model, mesh, plan)
+        got = train(model, mine(x), mine(target), share=1 / mesh.size())
+        assert_same_run(added(got), expected)
+    # The same around a layer that is not parallel itself.
+    layer = FusedLoRALinear(N, K, R, backend="triton")
+    nn.init.normal_(layer.lora_B)
+    model = parallelize_module(MLP(backend="triton"), mesh, PLANS["tensor parallel"])
+    y = model.up(layer(model(x)))
+    y.sum().backward()
+    whole = MLP(backend="triton")
+    other = copy.deepcopy(layer)
+    other.zero_grad()
+    whole.up(other(whole(x))).sum().backward()
+    assert_close(layer.lora_B.grad, other.lora_B.grad)
+    assert_close(full(model.up.lora_A.grad), whole.up.lora_A.grad)
+
+
+@check
+def tensor_parallel_of_single_layers():
+    """Gradients of x and of a trainable bias; every layout; explain says what runs."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    names = ("x", "weight", "lora_A", "lora_B", "bias")
+    whole = Replicate()
+    layouts = {
+        "replicated": ([whole] * 5, whole),
+        "column-wise": ([whole, Shard(0), whole, Shard(0), Shard(0)], Shard(2)),
+        "row-wise": ([Shard(2), Shard(1), Shard(1), whole, whole], Partial()),
+        "batch": ([Shard(0), *[whole] * 4], Shard(0)),
+        "sequence": ([Shard(1), *[whole] * 4], Shard(1)),
+    }
+    for backend in BACKENDS:
+        dtype = dtype_of(backend)
+        x, g = data(dtype)
+        shapes = {"weight": (N, K), "lora_A": (R, K), "lora_B": (N, R), "bias": (N,)}
+        tensors = {"x": x} | {n: torch.randn(s, dtype=dtype) for n, s in shapes.items()}
+
+        def call(tensors, g, backend=backend):
+            leaves = {n: t.detach().requires_grad_(n != "weight") for n, t in tensors.items()}
+            y = lora_linear(**leaves, scaling=0.5, backend=backend)
+            trained = [t for n, t in leaves.items() if n != "weight"]
+            full_y = y.redistribute(placements=[whole]) if isinstance(y, DTensor) else y
+            return y, torch.autograd.grad(full_y, trained, g)
+
+        y, gradients = call(tensors, g)
+        for layout, (placements, y_placement) in layouts.items():
+            placed = {
+                n: distribute_tensor(tensors[n], mesh, [p])
+                for n, p in zip(names, placements, strict=True)
+            }
+            got, got_gradients = call(placed, distribute_tensor(g, mesh, [whole]))
+            assert got.placements == (y_placement,), layout
+            assert got.shape == y.shape
+            assert_close(full(got), y)
+            for name, a, b in zip(("x", *names[2:]), got_gradients, gradients, strict=True):
+                assert a.shape == b.shape, (layout, name)
+                assert_close(full(a), b)
+        assert explain(**placed, backend=backend).backend == backend
+
+
+@check
+def tensor_parallel_with_uneven_shards():
+    """DTensor's last shards are smaller, or empty; the styles refuse them, lora_linear does not."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x = torch.randn(6, 5)
+    weight, lora_A, lora_B = torch.randn(5, 5), torch.randn(2, 5), torch.randn(5, 2)
+    expected = lora_linear(x, weight, lora_A, lora_B, scaling=1.0)
+    for placements in (
+        [Replicate(), Shard(0), Replicate(), Shard(0)],
+        [Shard(1), Shard(1), Shard(1), Replicate()],
+    ):
+        for backend in BACKENDS:
+            tensors = (x, weight, lora_A, lora_B)
+            placed = [distribute_tensor(t, mesh, [p]) for t, p in zip(tensors, placements)]
+            got = lora_linear(*placed, scaling=1.0, backend=backend)
+            assert_close(full(got), expected)
+
+
+@check
+def tensor_parallel_dropout():
+    """The same mask where x is the same, another for every other part of x."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    p, scaling, size = 0.5, 1.0, 8 * mesh.size()
+    eye, x = torch.eye(size), torch.ones(4, size)
+    zero = torch.zeros(size, size)
+
+    def run(placements, backend):
+        torch.manual_seed(3)
+        tensors = (x, zero, eye, eye)
+        placed = [distribute_tensor(t, mesh, [q]) for t, q in zip(tensors, placements)]
+        placed[0].requires_grad_()
+        y = lora_linear(*placed, scaling=scaling, dropout_p=p, backend=backend)
+        (dx,) = torch.autograd.grad(y.redistribute(placements=[Replicate()]).sum(), placed[0])
+        return full(y.detach()), full(dx)
+
+    for backend in BACKENDS:
+        torch.manual_seed(3)
+        single = lora_linear(x, zero, eye, eye, scaling=scaling, dropout_p=p, backend=backend)
+        y, dx = run([Replicate(), Shard(0), Replicate(), Shard(0)], backend)
+        assert torch.equal(y, single)
+        assert torch.equal(dx, y)  # with ones and identities both are the scaled mask
+        y, dx = run([Shard(1), Shard(1), Shard(1), Replicate()], backend)
+        torch.testing.assert_close(dx, y)
+        torch.manual_seed(3)
+        seed = torch.randint(2**63 - 1, (1,))
+        masks = [reference.keep_mask(seed + i, 2**15, 4, 8) for i in range(mesh.size())]
+        assert torch.equal(y != 0, torch.cat(masks, dim=1))
+        assert not torch.equal(masks[0], masks[1])
+
+
+@check
+def tensor_parallel_checkpointing_and_compile():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x, target = data(torch.float64)
+    expected = train(MLP(dtype=torch.float64), x, target)
+
+    def parallel():
+        return parallelize_module(MLP(dtype=torch.float64), mesh, PLANS["tensor parallel"])
+
+    model = parallel()
+    plain = model.forward
+    model.forward = lambda x: torch.utils.checkpoint.checkpoint(plain, x, use_reentrant=False)
+    assert_same_run(train(model, x, target), expected)
+    model = parallel()
+    model.compile(backend="aot_eager", fullgraph=True)
+    assert_same_run(train(model, x, target), expected)
+
+
+@check
+def tensor_parallel_refusals():
+    """Every rank gets the error and none waits for another."""
+    size = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (size,))
+    odd = FusedLoRALinear(K, size + 1, R)
+    raises(
+        ValueError,
+        f"ColwiseParallel: out_features = {size + 1} does not divide by the mesh's {size}",
+        lambda: parallelize_module(odd, mesh, ColwiseParallel()),
+    )
+    assert not isinstance(odd.weight, DTensor)
+    odd = FusedLoRALinear(size + 1, N, R)
+    raises(
+        ValueError,
+        f"RowwiseParallel: in_features = {size + 1}",
+        lambda: parallelize_module(odd, mesh, RowwiseParallel()),
+    )
+    merged = FusedLoRALinear(K, N, R)
+    merged.merge()
+    raises(
+        RuntimeError, "unmerge()", lambda: parallelize_module(merged, mesh, ColwiseParallel())
+    )
+    square = init_device_mesh("cpu", (size, 1), mesh_dim_names=("dp", "tp"))
+    raises(
+        ValueError,
+        "ColwiseParallel: got the 2-D mesh",
+        lambda: parallelize_module(FusedLoRALinear(K, N, R), square, ColwiseParallel()),
+    )
+
+    x, _ = data(torch.float32)
+    plain = {
+        "x": x,
+        "weight": torch.randn(N, K),
+        "lora_A": torch.randn(R, K),
+        "lora_B": torch.randn(N, R),
+    }
+
+    def placed(on=mesh, **placements):
+        return plain | {n: distribute_tensor(plain[n], on, [p]) for n, p in placements.items()}
+
+    whole = Replicate()
+    replicated = placed(x=whole, weight=whole, lora_A=whole, lora_B=whole)
+    for changes, error, message in (
+        ({"x": plain["x"]}, TypeError, "x: got a Tensor, wanted a DTensor as weight is"),
+        ({"lora_A": plain["lora_A"]}, TypeError, "lora_A: got a Tensor, wanted a DTensor as x is"),
+        (placed(weight=Shard(0)), TypeError, "x: got a Tensor, wanted a DTensor as weight is"),
+        (
+            replicated | {"weight": distribute_tensor(plain["weight"], mesh, [Shard(0)])},
+            TypeError,
+            "has x R, weight S(0), lora_A R, lora_B R on dimension 0",
+        ),
+        (
+            replicated | {"lora_A": distribute_tensor(plain["lora_A"], square["tp"], [whole])},
+            ValueError,
+            "lora_A: is on DeviceMesh",
+        ),
+        (
+            replicated | {"lora_B": distribute_tensor(torch.randn(N + 1, R), mesh, [whole])},
+            ValueError,
+            f"lora_B: got shape [{N + 1}, {R}]",
+        ),
+    ):
+        arguments = replicated | changes
+        for function in (lora_linear, explain):
+            raises(error, message, lambda a=arguments, f=function: f(**a, scaling=1.0))
+
+
+@check
+def tensor_parallel_layer_methods():
+    """merge, unmerge, reset, gradient clipping and the state dict of split layers."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x, target = data(torch.float64)
+    single = MLP(dtype=torch.float64)
+    model = parallelize_module(MLP(dtype=torch.float64), mesh, PLANS["tensor parallel"])
+    for m in (single, model):
+        (m(x) - target).square().mean().backward()
+    norms = [full(nn.utils.clip_grad_norm_(m.parameters(), 0.1)) for m in (single, model)]
+    assert_close(norms[1], norms[0])
+    for name, tensor in model.state_dict().items():
+        assert_close(full(tensor), single.state_dict()[name])
+    single.eval(), model.eval()
+    expected = single(x).detach()
+    for layer in (model.up, model.down):
+        layer.merge()
+        assert isinstance(layer.weight, DTensor)
+    assert_close(model(x).detach(), expected)
+    for layer in (model.up, model.down):
+        layer.unmerge()
+    assert_close(model(x).detach(), expected)
+    model.up.reset_lora_parameters()
+    assert not full(model.up.lora_B.detach()).any()
+
+
+@check
+def fsdp_with_tensor_parallel():
+    """A 2-D mesh: FSDP over one dimension, tensor parallel over the other."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    x, target = data(torch.float64)
+    expected = train(MLP(dtype=torch.float64), x, target)
+    model = parallelize_module(MLP(dtype=torch.float64), mesh["tp"], PLANS["tensor parallel"])
+    model = sharded(model, mesh=mesh["dp"])
+    rank = mesh.get_local_rank("dp")
+    got = train(model, x.chunk(2)[rank], target.chunk(2)[rank])
+    assert_same_run(averaged(got), expected)
+
+
+def checkpointed(model, optimizer):
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+def one_step(model, optimizer, x, target):
+    optimizer.zero_grad()
+    (model(x) - target).square().mean().backward()
+    optimizer.step()
+
+
+@check
+def dcp_save():
+    """Two steps under FSDP2, then a distributed checkpoint."""
+    model = sharded(MLP(dtype=torch.float64))
+    optimizer = optimizer_of(model)
+    x, target = data(torch.float64)
+    for _ in range(2):
+        one_step(model, optimizer, mine(x), mine(target))
+    dcp.save(checkpointed(model, optimizer), checkpoint_id=os.environ["CHECKPOINT"])
+
+
+@check
+def dcp_resume():
+    """Onto this world size, under FSDP2 and tensor parallel: the third step is the single run's."""
+    x, target = data(torch.float64)
+    single = MLP(dtype=torch.float64)
+    optimizer = optimizer_of(single)
+    for _ in range(3):
+        one_step(single, optimizer, x, target)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fresh = MLP(dtype=torch.float64)
+    for layer in (fresh.up, fresh.down):
+        layer.reset_lora_parameters()
+    for model, batch in (
+        (sharded(copy.deepcopy(fresh)), (mine(x), mine(target))),
+        (parallelize_module(copy.deepcopy(fresh), mesh, PLANS["tensor parallel"]), (x, target)),
+    ):
+        optimizer = optimizer_of(model)
+        state = checkpointed(model, optimizer)
+        dcp.load(state, checkpoint_id=os.environ["CHECKPOINT"])
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+        one_step(model, optimizer, *batch)
+        for name, tensor in get_model_state_dict(model).items():
+            assert_close(full(tensor), single.state_dict()[name])
 
 
 def main() -> None:
