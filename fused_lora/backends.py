@@ -22,8 +22,13 @@ def _as_matrix(t: Tensor) -> Tensor:
     return t.flatten(0, -2) if t.ndim > 1 else t.unsqueeze(0)
 
 
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for tensors on this device; the meta device has none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    if torch.is_autocast_enabled(device.type):
+    if autocast_enabled(device):
         return torch.autocast(device.type, enabled=False)
     return _NOTHING  # entering autocast where it is off already would cost 4 us
 
@@ -50,7 +55,9 @@ def forward(
             y, h = triton_backend.forward(*arguments, plan.strategy, need_h=need_h)
         else:
             y, h = torch_backend.forward(*arguments)
-    return y.view(*x.shape[:-1], y.shape[-1]), h if need_h else None
+    # Not view(): autograd refuses changes in place of a view that a Function returns, and a
+    # ReLU(inplace=True) may follow.
+    return y.resize_(*x.shape[:-1], y.shape[-1]), h if need_h else None
 
 
 def backward(

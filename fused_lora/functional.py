@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import checks, ops
 from .autograd import LoRALinearFunction
+from .backends import autocast_enabled
 from .dispatch import Backend, Explanation, checked_call, explain_call, plan
 from .kernels.dropout import dropout_threshold
 
@@ -39,7 +40,7 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, Any,
     The adapters are not cast: both backends take them in any dtype, so that fp32 adapters get
     fp32 gradients and x needs no fp32 copy.
     """
-    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, Tensor) or not autocast_enabled(x.device):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
 
@@ -92,9 +93,12 @@ def lora_linear(
         x = parallel.arrived(x)
         if parallel.has_dtensor(x, weight, lora_A, lora_B, bias):
             layout = parallel.Layout.of(x, weight, lora_A, lora_B, bias)
-            shards = layout.to_local(x, weight, lora_A, lora_B, bias)
-            y = _on_device(*shards, scaling, threshold, backend, layout.shard)
-            return layout.from_local(y)
+            x, weight, lora_A, lora_B, bias = layout.to_local(x, weight, lora_A, lora_B, bias)
+            return layout.from_local(
+                _on_device(
+                    x, weight, lora_A, lora_B, bias, scaling, threshold, backend, layout.shard
+                )
+            )
     return _on_device(x, weight, lora_A, lora_B, bias, scaling, threshold, backend)
 
 
@@ -135,7 +139,7 @@ def _on_device(
         scaling = 1.0
     # A batched tensor does not say what the transform outside of it differentiates.
     need_h = torch.is_grad_enabled() and (lora_B.requires_grad or transformed)
-    call = ops.lora_linear_op if compiling else ops.LoRALinearOpFunction.apply
+    call: Any = ops.lora_linear_op if compiling else ops.LoRALinearOpFunction.apply
     y = call(x, weight, lora_A, lora_B, bias, scaling, seed, threshold, backend, need_h)[0]
     return y
 

@@ -61,9 +61,7 @@ def _rules(ndim: int) -> list[_Rule]:
     colwise = _Rule(
         (WHOLE, Shard(0), WHOLE, Shard(0), Shard(0)), columns, (SUM, SUM, Shard(0), Shard(0))
     )
-    rowwise = _Rule(
-        (columns, Shard(1), Shard(1), WHOLE, WHOLE), SUM, (columns, Shard(1), SUM, SUM)
-    )
+    rowwise = _Rule((columns, Shard(1), Shard(1), WHOLE, WHOLE), SUM, (columns, Shard(1), SUM, SUM))
     batch = [
         _Rule((Shard(i), *(WHOLE,) * 4), Shard(i), (Shard(i), SUM, SUM, SUM))
         for i in range(ndim - 1)
@@ -92,9 +90,14 @@ def _arrived(tensor: Tensor) -> Tensor:
     return waited.view_as(waited)
 
 
+def _arrive(tensor: Tensor) -> Tensor:
+    arrived: Tensor = _Arrived.apply(tensor)  # type: ignore[no-untyped-call]
+    return arrived
+
+
 def arrived(x: Tensor) -> Tensor:
     """x, or its plain tensor if DTensor has handed it on before its collective is done."""
-    return _Arrived.apply(x) if isinstance(x, AsyncCollectiveTensor) else x
+    return _arrive(x) if isinstance(x, AsyncCollectiveTensor) else x
 
 
 def has_dtensor(*tensors: Tensor | None) -> bool:
@@ -147,9 +150,9 @@ class Layout:
                 number = number * self.mesh.size(dim) + self.mesh.get_local_rank(dim)
         return number
 
-    def to_local(self, *tensors: Tensor | None) -> list[Tensor | None]:
+    def to_local(self, *tensors: Tensor | None) -> list[Any]:
         """This rank's x, weight, lora_A, lora_B and bias, differentiable."""
-        shards: list[Tensor | None] = []
+        shards: list[Any] = []
         for position, tensor in enumerate(tensors):
             if tensor is None:
                 shards.append(None)
@@ -159,7 +162,7 @@ class Layout:
             # The redistribution moves nothing here. Its backward adds the parts of a gradient, so
             # that a parameter's .grad has the parameter's own layout.
             whole = tensor.redistribute(placements=tensor.placements)
-            shards.append(_Arrived.apply(whole.to_local(grad_placements=gradients)))
+            shards.append(_arrive(whole.to_local(grad_placements=gradients)))
         if shards[-1] is not None and not self._adds_bias:
             shards[-1] = shards[-1] * 0
         return shards
@@ -175,7 +178,11 @@ class Layout:
         """The logical y of which this rank has computed its part."""
         stride = torch.empty(self.shape, device="meta").stride()
         return DTensor.from_local(
-            _Arrived.apply(y), self.mesh, [rule.y for rule in self.rules], shape=self.shape, stride=stride
+            _arrive(y),
+            self.mesh,
+            [rule.y for rule in self.rules],
+            shape=self.shape,
+            stride=stride,
         )
 
 
