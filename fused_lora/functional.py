@@ -124,6 +124,8 @@ def _on_device(
     """
     compiling = torch.compiler.is_compiling()
     transformed = torch._C._are_functorch_transforms_active()
+    if compiling and transformed:  # Dynamo traces neither an operator's formula nor a Function here
+        torch._dynamo.graph_break(msg="lora_linear inside of a torch.func transform")
     if not (compiling or transformed or _get_current_dispatch_mode() is not None):
         chosen = plan(checked_call(x, weight, lora_A, lora_B, bias, threshold > 0), backend)
         seed = _draw_seed(x.device, shard) if threshold else None

@@ -1,9 +1,9 @@
 """Registered operators, for what traces: torch.compile, torch.export, AOTInductor.
 
-Also for what looks at operators in eager mode: dispatch modes (selective checkpointing can name
-them, a FakeTensorMode runs their fakes) and `torch.func`'s transforms. Other eager calls go to
-`LoRALinearFunction` itself, which costs no dispatch. The operators decide their
-plan when they run, on real shapes: a graph with a dynamic M holds no decision that one M made.
+And for what watches operators in eager mode: dispatch modes (selective checkpointing can name them,
+a FakeTensorMode runs their fakes) and `torch.func`'s transforms. Other eager calls go to
+`LoRALinearFunction` itself, which costs no dispatch. The operators decide their plan when they run,
+on real shapes: a graph with a dynamic M holds no decision that one M made.
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ of the whole factor's gradient. On each dimension of the mesh a call has one of 
     Shard(i)  Replicate Replicate Replicate Replicate Shard(i)  dA, dB, dbias  split batch
     Replicate Replicate Replicate Replicate Replicate Replicate none           the same everywhere
 
-Dropout: seed the ranks' generators alike, as for DTensor's own random operators. Ranks that hold
-the same x then draw the same mask, and ranks that hold different parts of it different ones.
+Dropout: seed the generators of a mesh's ranks alike, as DTensor's own random operators need it.
+Ranks that hold the same x then draw the same mask, and ranks that hold different parts of it
+different ones.
 """
 
 from __future__ import annotations
@@ -114,14 +115,16 @@ class Layout:
     shape: torch.Size  # of y
 
     @classmethod
-    def of(cls, *tensors: Tensor | None) -> Layout:
-        """The layout of x, weight, lora_A, lora_B and bias.
+    def of(
+        cls, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
+    ) -> Layout:
+        """The layout of a call of `lora_linear`.
 
         Raises TypeError if some are DTensors and some are not, or if no rule has their placements,
         and ValueError if their meshes differ; and what `checks.check_tensors` raises.
         """
-        x, weight, lora_A, lora_B, bias = tensors
-        checks.check_tensors(x, weight, lora_A, lora_B, bias)  # type: ignore[arg-type]
+        checks.check_tensors(x, weight, lora_A, lora_B, bias)
+        tensors = (x, weight, lora_A, lora_B, bias)
         given = {n: t for n, t in zip(NAMES, tensors, strict=True) if t is not None}
         for name, tensor in given.items():
             if not isinstance(tensor, DTensor):
@@ -137,9 +140,8 @@ class Layout:
                 raise ValueError(
                     f"{name}: is on {dtensor.device_mesh}, wanted the mesh that x is on, {mesh}"
                 )
-        x_dtensor = placed["x"]
         rules = tuple(_rule(placed, dim) for dim in range(mesh.ndim))
-        return cls(mesh, rules, torch.Size((*x_dtensor.shape[:-1], placed["weight"].shape[0])))
+        return cls(mesh, rules, torch.Size((*x.shape[:-1], weight.shape[0])))
 
     @property
     def shard(self) -> int:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import checks
+from .backends import autocast_enabled
 from .dispatch import Backend
 from .functional import lora_linear
 
@@ -83,7 +84,7 @@ def _fits(layer: peft_lora.Linear, x: object) -> bool:
     """Whether x is what the base layer takes; where it isn't, PEFT's forward raises its error."""
     if not isinstance(x, Tensor) or x.dim() == 0:
         return False
-    return x.dtype == layer.base_layer.weight.dtype or torch.is_autocast_enabled(x.device.type)
+    return x.dtype == layer.base_layer.weight.dtype or autocast_enabled(x.device)
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -421,6 +421,24 @@ def tensor_parallel_dropout():
 
 
 @check
+def tensor_parallel_autocast():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x, target = data(torch.float32)
+    for backend in BACKENDS:
+        single = MLP(backend=backend)
+        model = parallelize_module(MLP(backend=backend), mesh, PLANS["tensor parallel"])
+        for m in (single, model):
+            with torch.autocast("cpu", torch.float16):
+                y = m(x)
+            assert y.dtype == torch.float16
+            (y.float() - target).square().mean().backward()
+        for got, expected in zip(model.parameters(), single.parameters(), strict=True):
+            if expected.requires_grad:
+                assert got.grad.dtype == torch.float32
+                assert_close(full(got.grad).half(), expected.grad.half())
+
+
+@check
 def tensor_parallel_checkpointing_and_compile():
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     x, target = data(torch.float64)
@@ -716,7 +734,7 @@ def main() -> None:
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=40),
+        timeout=timedelta(seconds=120),
     )
     results = {}
     for name in names:

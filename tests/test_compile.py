@@ -165,6 +165,26 @@ def test_autocast_under_compile(device):
     assert A.grad.dtype == torch.float32
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_function_transforms_break_the_graph(device):
+    layer = FusedLoRALinear(8, 6, 2, device=device)
+    nn.init.normal_(layer.lora_B)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    x = torch.randn(4, 8, device=device)
+
+    def gradients(x):
+        def loss(parameters):
+            return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+        return torch.func.grad(loss)({n: parameters[n] for n in ("lora_A", "lora_B")})["lora_A"]
+
+    compiled = torch.compile(gradients, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), gradients(x))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="inside of a torch.func transform"):
+        torch.compile(gradients, backend="aot_eager", fullgraph=True)(x)
+
+
 def _layouts(t):
     """Contiguous, transposed and sliced."""
     wide = torch.zeros(t.shape[0] * 2, t.shape[1] * 2, dtype=t.dtype, device=t.device)
