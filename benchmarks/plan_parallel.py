@@ -9,7 +9,8 @@ to equal shards, which makes much of an A [r, K] on more than r GPUs, so that "c
 along its second (shard_placement_fn=lambda p: Shard(1) if p is layer.lora_A else None); tensor
 parallel is that of fused_lora.parallel, over the GPUs of one node.
 
-Per layer, with x [M, K] for each GPU, base weight W [N, K], adapter A [r, K] and B [N, r]:
+Per layer, with x [M, K] for each replica (a GPU, or the GPUs that split a layer), base weight
+W [N, K], adapter A [r, K] and B [N, r]:
 
     saved for backward   x, unless another layer has saved the same, and h [M, r]
     optimiser            AdamW: two moments of A and B in their dtype
@@ -48,7 +49,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all layers share: rank, tokens per GPU and step, bytes per element."""
+    """What all layers share: rank, tokens per replica and step, bytes per element."""
 
     r: int = 16
     M: int = 8192
@@ -167,13 +168,15 @@ def total(costs: list[Cost]) -> Cost:
 def plans(gpus: int) -> dict[str, tuple[int, Data]]:
     """The ways to lay ``gpus`` GPUs out, by name: tp, and what the others do."""
     tp = min(gpus, GPUS_PER_NODE)
-    return {
+    named: dict[str, tuple[int, Data]] = {
         "DDP": (1, "ddp"),
         "FSDP2": (1, "fsdp"),
         "FSDP2, columns": (1, "fsdp_columns"),
         f"TP {tp} x DDP {gpus // tp}": (tp, "ddp"),
-        f"TP {tp} x FSDP2 {gpus // tp}": (tp, "fsdp"),
     }
+    if gpus > tp:
+        named[f"TP {tp} x FSDP2 {gpus // tp}"] = (tp, "fsdp")
+    return named
 
 
 def report(layers: list[Layer], gpus: list[int], setting: Setting) -> list[dict[str, object]]:
@@ -192,7 +195,7 @@ def report(layers: list[Layer], gpus: list[int], setting: Setting) -> list[dict[
 def main() -> None:
     """Prints the table, and writes it as JSON if asked."""
     parser = argparse.ArgumentParser(description="Costs of a Llama 3 8B block's LoRA layers.")
-    parser.add_argument("--tokens", type=int, default=8192, help="per GPU and step")
+    parser.add_argument("--tokens", type=int, default=8192, help="per replica and step")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--gpus", default="8,16,32,64,128,256,512,1024")
     parser.add_argument("--json", metavar="FILE")
