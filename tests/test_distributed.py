@@ -120,9 +120,7 @@ def test_four_processes(four, name):
 
 
 def test_a_process_that_hangs_is_killed_with_the_others(tmp_path, checkpoint):
-    begin = time.monotonic()
     outcome = launch(tmp_path, 2, ["rank_0_hangs"], checkpoint, timeout=8)
-    assert time.monotonic() - begin < 30
     assert "did not finish" in outcome["rank_0_hangs"]
     for path in tmp_path.glob("pid-*"):
         assert not Path(f"/proc/{path.read_text()}").exists()
