@@ -7,10 +7,11 @@ field and every tensor is checked before the model is touched, and nothing is ev
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -69,6 +70,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Each file is written beside its place and moved there: one that exists is whole. A module that
     is reached at several paths is saved under the first.
 
+    A layer initialised by "pissa" or "olora" has a residual for its base weight, which the files do
+    not hold. It is saved as what it has learnt, relative to the original weight: [A; A_init] and
+    [B, -B_init] of rank 2 r, as PEFT's ``path_initial_model_for_weight_conversion`` does. So it
+    loads into the original model, and not into one made of residuals.
+
     Raises:
         TypeError, ValueError: model is no module, has no adapters, has merged ones, or ones that
             differ in dropout or rsLoRA, which PEFT's format has one value for.
@@ -80,11 +86,12 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     merged = [path for path, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(f"model: {merged[0]} is merged; call unmerge() before saving")
-    config = _config(model, layers)
+    saved = {path: _saved(layer) for path, layer in layers.items()}
+    config = _config(model, layers, saved)
     tensors = {}
-    for path, layer in layers.items():
+    for path, layer in saved.items():
         for name in ("lora_A", "lora_B"):
-            tensors[_key(path, name)] = getattr(layer, name).detach().cpu().contiguous()
+            tensors[_key(path, name)] = getattr(layer, name).cpu().contiguous()
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(
@@ -111,6 +118,13 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     merged = [path for path, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(f"model: {merged[0]} is merged; call unmerge() before loading")
+    for path, layer in layers.items():
+        if layer.lora_A_init is not None:
+            raise ValueError(
+                f"model: {path} has a residual weight (init_lora_weights="
+                f"{layer.init_lora_weights!r}), and adapters on disk go with the original one; "
+                "load into the model without adapters"
+            )
     folder = Path(directory)
     config = _read_config(folder / CONFIG_NAME)
     tensors = _read_weights(folder)
@@ -154,6 +168,23 @@ def _layers(model: object) -> dict[str, FusedLoRALinear]:
     return {path: m for path, m in model.named_modules() if isinstance(m, FusedLoRALinear)}
 
 
+class _Saved(NamedTuple):
+    """One layer as PEFT's format has it: W0 + scaling * B A with W0 the original weight."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    lora_alpha: float
+
+
+def _saved(layer: FusedLoRALinear) -> _Saved:
+    A, B = layer.lora_A.detach(), layer.lora_B.detach()
+    if layer.lora_A_init is None or layer.lora_B_init is None:
+        return _Saved(A, B, layer.lora_alpha)
+    growth = math.sqrt(2) if layer.use_rslora else 2  # as r doubles, the scaling stays
+    A, B = torch.cat([A, layer.lora_A_init]), torch.cat([B, -layer.lora_B_init], dim=1)
+    return _Saved(A, B, layer.lora_alpha * growth)
+
+
 def _key(path: str, name: str) -> str:
     return f"{_PREFIX}{path}.{name}.weight"
 
@@ -165,23 +196,25 @@ def _only(name: str, layers: dict[str, FusedLoRALinear]) -> Any:
     return values.pop()
 
 
-def _config(model: nn.Module, layers: dict[str, FusedLoRALinear]) -> dict[str, object]:
+def _config(
+    model: nn.Module, layers: dict[str, FusedLoRALinear], saved: dict[str, _Saved]
+) -> dict[str, object]:
     """The fields of PEFT's LoraConfig that these layers set."""
-    first = next(iter(layers.values()))
+    ranks = {path: layer.lora_A.shape[0] for path, layer in saved.items()}
+    alphas = {path: layer.lora_alpha for path, layer in saved.items()}
+    r, lora_alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     name = getattr(getattr(model, "config", None), "name_or_path", None)
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": name or None,
-        "r": first.r,
-        "lora_alpha": first.lora_alpha,
+        "r": r,
+        "lora_alpha": lora_alpha,
         "lora_dropout": _only("lora_dropout", layers),
         "use_rslora": _only("use_rslora", layers),
         "target_modules": _target_modules(model, layers),
-        "rank_pattern": {re.escape(p): m.r for p, m in layers.items() if m.r != first.r},
+        "rank_pattern": {re.escape(p): other for p, other in ranks.items() if other != r},
         "alpha_pattern": {
-            re.escape(p): m.lora_alpha
-            for p, m in layers.items()
-            if m.lora_alpha != first.lora_alpha
+            re.escape(p): other for p, other in alphas.items() if other != lora_alpha
         },
         "bias": "none",
         "fan_in_fan_out": False,

@@ -52,19 +52,21 @@ def inject(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     adapter_dtype: torch.dtype | None = None,
+    init_lora_weights: bool | str = True,
     backend: Backend = "auto",
 ) -> InjectReport:
     """Replaces matching `nn.Linear`s with `FusedLoRALinear`s in place and freezes everything else.
 
     Args:
-        model: any module. Its weights are shared, not copied.
+        model: any module. Its weights are shared, not copied ("pissa" and "olora" make new ones).
         target_modules: PEFT's rules. A list of names matches a module whose path is a name or ends
             in "." + name; a string is a regular expression for the whole path, or "all-linear" for
             every `nn.Linear` but the output head (`get_output_embeddings`, where there is one).
         exclude_modules: matched in the same way, and left out.
         rank_pattern, alpha_pattern: other r and lora_alpha for the layers whose path, or the end
             of it after a dot, is matched by the key, a regular expression; the first match counts.
-        r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, backend: see `FusedLoRALinear`.
+        r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, init_lora_weights, backend: see
+            `FusedLoRALinear`.
 
     Returns:
         The report: which layers, what was skipped and why, and the numbers of parameters.
@@ -119,6 +121,7 @@ def inject(
                 lora_dropout=lora_dropout,
                 use_rslora=use_rslora,
                 adapter_dtype=adapter_dtype,
+                init_lora_weights=init_lora_weights,
                 backend=backend,
             )
     model.requires_grad_(False)

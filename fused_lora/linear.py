@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from . import checks
 from .dispatch import Backend
 from .functional import lora_linear
+from .initial import check_init, initial_values
+
+_ADAPTER = ("lora_A", "lora_B", "lora_A_init", "lora_B_init")
 
 
 class FusedLoRALinear(nn.Module):
@@ -28,19 +31,27 @@ class FusedLoRALinear(nn.Module):
         device, dtype: of ``weight`` and ``bias``.
         adapter_dtype: of ``lora_A`` and ``lora_B``. None follows PEFT: float32 over a bf16 or fp16
             base, the base's own dtype otherwise.
+        init_lora_weights: True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_<N>" or
+            "olora", as in PEFT and with its numbers from the same seed (see `fused_lora.initial`).
         backend: "auto", "triton" or "torch", as for `lora_linear`.
 
     Attributes:
         weight [N, K], bias [N] or None: frozen parameters, named as in `nn.Linear`.
         lora_A [r, K], lora_B [N, r]: trainable parameters.
         scaling: float. merged: whether the adapter is added into ``weight``.
+        lora_A_init, lora_B_init: buffers, None but after "pissa" and "olora". There ``weight`` is
+            the residual W0 - scaling * B_init A_init in storage of its own, and these two are what
+            brings W0 back.
 
-    The state dict has `nn.Linear`'s keys plus ``lora_A`` and ``lora_B``; a plain `nn.Linear`'s
-    loads and leaves the adapter as it is. That of a merged layer is a plain `nn.Linear`'s.
+    The state dict has `nn.Linear`'s keys plus ``lora_A`` and ``lora_B`` (and the buffers that are
+    not None); a plain `nn.Linear`'s loads and leaves the adapter as it is, except into a layer
+    whose weight is a residual. That of a merged layer is a plain `nn.Linear`'s.
     """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    lora_A_init: Tensor | None
+    lora_B_init: Tensor | None
 
     def __init__(
         self,
@@ -55,11 +66,21 @@ class FusedLoRALinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
+        init_lora_weights: bool | str = True,
         backend: Backend = "auto",
     ) -> None:
         checks.check_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
         base = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._adopt(base, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, backend)
+        self._adopt(
+            base,
+            r,
+            lora_alpha,
+            lora_dropout,
+            use_rslora,
+            adapter_dtype,
+            init_lora_weights,
+            backend,
+        )
 
     @classmethod
     def from_linear(
@@ -71,18 +92,30 @@ class FusedLoRALinear(nn.Module):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
+        init_lora_weights: bool | str = True,
         backend: Backend = "auto",
     ) -> FusedLoRALinear:
         """A layer over ``linear``'s own weight and bias: the storage is shared, not copied.
 
-        The parameters are new objects, so that ``linear``'s ``requires_grad`` stays as it is.
+        The parameters are new objects, so that ``linear``'s ``requires_grad`` stays as it is. The
+        initialisations that change the base weight ("pissa", "olora") give the layer a new one and
+        never write into ``linear``'s.
         Raises TypeError unless ``linear`` is exactly an `nn.Linear`: a subclass (quantised, say)
         may compute something else.
         """
         if type(linear) is not nn.Linear:
             raise TypeError(f"linear: got {type(linear).__name__}, wanted torch.nn.Linear")
         layer = cls.__new__(cls)
-        layer._adopt(linear, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, backend)
+        layer._adopt(
+            linear,
+            r,
+            lora_alpha,
+            lora_dropout,
+            use_rslora,
+            adapter_dtype,
+            init_lora_weights,
+            backend,
+        )
         return layer.train(linear.training)
 
     def _adopt(
@@ -93,6 +126,7 @@ class FusedLoRALinear(nn.Module):
         lora_dropout: float,
         use_rslora: bool,
         adapter_dtype: torch.dtype | None,
+        init_lora_weights: bool | str,
         backend: Backend,
     ) -> None:
         super().__init__()
@@ -104,12 +138,14 @@ class FusedLoRALinear(nn.Module):
         if adapter_dtype is None:
             adapter_dtype = torch.promote_types(base.weight.dtype, torch.float32)
         checks.check_dtype("adapter_dtype", adapter_dtype)
+        check_init(init_lora_weights, r, base.out_features, base.in_features)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.r = r
         self.lora_alpha = lora_alpha
         self.lora_dropout = float(lora_dropout)
         self.use_rslora = use_rslora
         self.scaling = self.scaling_of(lora_alpha, r, use_rslora)
+        self.init_lora_weights = init_lora_weights
         self.backend: Backend = backend
         self.merged = False
         self.weight = nn.Parameter(base.weight.detach(), requires_grad=False)
@@ -120,6 +156,8 @@ class FusedLoRALinear(nn.Module):
         factory: dict[str, Any] = {"device": base.weight.device, "dtype": adapter_dtype}
         self.lora_A = nn.Parameter(torch.empty((r, self.in_features), **factory))
         self.lora_B = nn.Parameter(torch.empty((self.out_features, r), **factory))
+        self.register_buffer("lora_A_init", None)
+        self.register_buffer("lora_B_init", None)
         self.reset_lora_parameters()
 
     @staticmethod
@@ -127,10 +165,26 @@ class FusedLoRALinear(nn.Module):
         """What B A x is multiplied by: lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA."""
         return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
+    @torch.no_grad()
     def reset_lora_parameters(self) -> None:
-        """Kaiming-uniform A (a = sqrt(5), as `nn.Linear` and PEFT) and zero B: y starts at W0 x."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
+        """Starts the adapter afresh, as ``init_lora_weights`` says.
+
+        A ``weight`` that is a residual is made W0 again first, exact up to rounding in its dtype.
+        On the meta device nothing happens. Raises RuntimeError if merged.
+        """
+        if self.merged:
+            raise RuntimeError("FusedLoRALinear is merged: call unmerge() before the reset")
+        if self.weight.is_meta:
+            return
+        if self.lora_A_init is not None and self.lora_B_init is not None:
+            self._add_to_weight(self._product(self.lora_A_init, self.lora_B_init))
+            self.lora_A_init = self.lora_B_init = None
+        start = initial_values(self.init_lora_weights, self.weight, self.r, self.scaling)
+        self.lora_A.copy_(start.lora_A)
+        self.lora_B.copy_(start.lora_B)
+        if start.weight is not None:
+            self.weight.data = start.weight  # not in place: the storage may be another layer's too
+            self.lora_A_init, self.lora_B_init = self.lora_A.clone(), self.lora_B.clone()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> y [..., out_features].
@@ -157,10 +211,10 @@ class FusedLoRALinear(nn.Module):
         )
 
     @torch.no_grad()
-    def _delta_weight(self) -> Tensor:
+    def _product(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         """scaling * B A [N, K], in fp32 or better."""
-        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-        return self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
+        dtype = torch.promote_types(lora_A.dtype, torch.float32)
+        return self.scaling * (lora_B.to(dtype) @ lora_A.to(dtype))
 
     @torch.no_grad()
     def _add_to_weight(self, delta: Tensor) -> None:
@@ -185,19 +239,20 @@ class FusedLoRALinear(nn.Module):
         ValueError, and merges nothing, if the sum is not finite in the weight's dtype.
         """
         if not self.merged:
-            self._add_to_weight(self._delta_weight())
+            self._add_to_weight(self._product(self.lora_A, self.lora_B))
             self.merged = True
 
     def unmerge(self) -> None:
         """Subtracts the adapter again; exact up to rounding in the weight's dtype, as in PEFT."""
         if self.merged:
-            self._add_to_weight(-self._delta_weight())
+            self._add_to_weight(-self._product(self.lora_A, self.lora_B))
             self.merged = False
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:  # else loading it would add the adapter a second time
-            del destination[prefix + "lora_A"], destination[prefix + "lora_B"]
+            for name in _ADAPTER:
+                destination.pop(prefix + name, None)
 
     def _load_from_state_dict(
         self,
@@ -212,6 +267,18 @@ class FusedLoRALinear(nn.Module):
         if self.merged:
             error_msgs.append(f"{prefix or 'the layer '}is merged: call unmerge() before loading")
             return
+        holds = {name for name in (*_ADAPTER, "weight") if prefix + name in state_dict}
+        if "lora_A_init" in holds and self.lora_A_init is None:
+            self.lora_A_init = torch.empty_like(self.lora_A)
+            self.lora_B_init = torch.empty_like(self.lora_B)
+        elif "lora_A_init" not in holds and "weight" in holds and self.lora_A_init is not None:
+            if "lora_A" not in holds:  # the adapter would add W0's principal part a second time
+                error_msgs.append(
+                    f"{prefix}weight is a residual that goes with the adapter "
+                    f"(init_lora_weights={self.init_lora_weights!r}): load nn.Linear's before"
+                )
+                return
+            self.lora_A_init = self.lora_B_init = None
         missing: list[str] = []
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
@@ -230,6 +297,8 @@ class FusedLoRALinear(nn.Module):
             parts.append(f"lora_dropout={self.lora_dropout}")
         if self.use_rslora:
             parts.append("use_rslora=True")
+        if self.init_lora_weights is not True:
+            parts.append(f"init_lora_weights={self.init_lora_weights!r}")
         if self.backend != "auto":
             parts.append(f"backend={self.backend!r}")
         if self.merged:
