@@ -8,6 +8,7 @@ from .dispatch import Explanation
 from .functional import explain, lora_linear
 from .inject import InjectReport, inject
 from .linear import FusedLoRALinear
+from .loraplus import lora_plus_param_groups
 from .merge import merge_and_unload
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "lora_linear",
+    "lora_plus_param_groups",
     "merge_and_unload",
     "reference",
     "save_adapter",
