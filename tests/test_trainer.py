@@ -1,4 +1,4 @@
-"""Fused PEFT models under transformers' Trainer, `generate`, accelerate and TRL: PEFT's own runs."""
+"""Fused PEFT models under transformers' Trainer, `generate`, accelerate and TRL, against PEFT's."""
 
 import os
 import subprocess
@@ -294,8 +294,9 @@ def test_accelerate_launch_on_two_processes(tmp_path):
     script.write_text(_SCRIPT)
     tests = Path(__file__).parent
     # --cpu would want mpirun; this is torchrun's way, and the script says cpu=True.
-    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1".split()
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    launch += ["--num_processes", "2", "--main_process_port", "0"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     done = subprocess.run(
         [sys.executable, *launch, str(script), str(tests.parent), str(tests)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path)},
