@@ -5,7 +5,7 @@ from typing import Any
 from . import reference
 from .autograd import LoRALinearFunction
 from .dispatch import Explanation
-from .functional import explain, lora_linear
+from .functional import dora_linear, explain, lora_linear
 from .inject import InjectReport, inject
 from .linear import FusedLoRALinear
 from .loraplus import lora_plus_param_groups
@@ -18,6 +18,7 @@ __all__ = [
     "FusedLoRALinear",
     "InjectReport",
     "LoRALinearFunction",
+    "dora_linear",
     "explain",
     "inject",
     "load_adapter",

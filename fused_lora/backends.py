@@ -27,6 +27,11 @@ def autocast_enabled(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
+def _shaped_as(x: Tensor, y: Tensor) -> Tensor:
+    """y [M, N] as [..., N]: itself and no view, which autograd would not let be changed in place."""
+    return y.resize_(*x.shape[:-1], y.shape[-1])
+
+
 def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
     if autocast_enabled(device):
         return torch.autocast(device.type, enabled=False)
@@ -55,9 +60,7 @@ def forward(
             y, h = triton_backend.forward(*arguments, plan.strategy, need_h=need_h)
         else:
             y, h = torch_backend.forward(*arguments)
-    # Not view(): autograd refuses changes in place of a view that a Function returns, and a
-    # ReLU(inplace=True) may follow.
-    return y.resize_(*x.shape[:-1], y.shape[-1]), h if need_h else None
+    return _shaped_as(x, y), h if need_h else None
 
 
 def backward(
@@ -86,3 +89,50 @@ def backward(
         else:
             dx, dA, dB = torch_backend.backward(*arguments, need_dx=need_dx)
     return None if dx is None else dx.view(*g.shape[:-1], dx.shape[-1]), dA, dB
+
+
+def dora_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    column_scale: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    plan: Plan,
+    *,
+    need_h: bool,
+    need_z: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y = c o z + bias [..., N] and, if needed, h [M, r] and z = x W0^T + h B^T [M, N].
+
+    column_scale: c [N] in fp32 or better.
+    """
+    x2 = _as_matrix(x)
+    h: Tensor | None
+    z: Tensor | None
+    with _no_autocast(x.device):
+        if plan.backend == "triton":
+            from . import triton_backend
+            from .kernels.gemm import ColumnScale
+
+            z = x.new_empty((x2.shape[0], weight.shape[0])) if need_z else None
+            dora = ColumnScale(column_scale, z)
+            arguments = (x2, weight, lora_A, lora_B, bias, scaling, None, plan.strategy)
+            y, h = triton_backend.forward(*arguments, need_h=need_h, dora=dora)
+        else:
+            z, h = torch_backend.forward(x2, weight, lora_A, lora_B, None, scaling, None)
+            y = torch_backend.scale_columns(z, column_scale, bias)
+    return _shaped_as(x, y), h if need_h else None, z if need_z else None
+
+
+def dora_backward(
+    g: Tensor, column_scale: Tensor, z: Tensor | None, plan: Plan
+) -> tuple[Tensor, Tensor | None]:
+    """g' = c o g [..., N] and, if z is given, sum_M g o z [N]."""
+    if plan.backend == "triton":
+        from .kernels.dora import scale_columns_backward
+    else:
+        from .torch_backend import scale_columns_backward
+    gs, dot = scale_columns_backward(_as_matrix(g), column_scale, z)
+    return gs.view(g.shape), dot

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from . import checks, ops
+from . import checks, ops, torch_backend
 from .autograd import LoRALinearFunction
 from .backends import autocast_enabled
 from .dispatch import Backend, Explanation, checked_call, explain_call, plan
+from .dora import DoRALinearFunction, over_norm, weight_norm
 from .kernels.dropout import dropout_threshold
 
 
@@ -152,6 +154,76 @@ def _draw_seed(device: torch.device, shard: int = 0) -> Tensor:
     return seed + shard if shard else seed  # Philox: neighbouring keys are independent streams
 
 
+def _check_magnitude(weight: Tensor, magnitude: object) -> None:
+    if not isinstance(magnitude, Tensor):
+        raise TypeError(f"magnitude: got {type(magnitude).__name__}, wanted a torch.Tensor")
+    checks.check_dtype("magnitude's dtype", magnitude.dtype)
+    N = weight.shape[0]
+    if magnitude.shape != (N,):
+        raise ValueError(f"magnitude: got shape {list(magnitude.shape)}, wanted [{N}]")
+    if magnitude.device != weight.device:
+        raise ValueError(f"magnitude: is on {magnitude.device}, wanted x's device, {weight.device}")
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    *,
+    scaling: float,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    backend: Backend = "auto",
+) -> Tensor:
+    """y = m / ||W0 + scaling * B A|| o (x W0^T + scaling * x A^T B^T) + bias (DoRA).
+
+    https://arxiv.org/abs/2402.09353, as in PEFT: the norm, of each row, is a constant to the
+    gradient (sec. 4.3). It is computed in every call, in fp32, without W0 + scaling * B A in
+    memory; a row of zeros, where PEFT gives NaN, has y = bias.
+
+    Args:
+        x, weight, lora_A, lora_B, bias, scaling, backend: as for `lora_linear`.
+        magnitude: m [N], any floating dtype; its gradient has the same.
+        dropout_p: in [0, 1). As PEFT defines it, dropout here is on x in front of W0 too:
+            y = W0 (x - x_d) + bias + DoRA(x_d), x_d = `F.dropout`(x). That is a second product
+            with W0 and a saved copy of x, so a slow thing anywhere.
+
+    Returns:
+        y [..., N] in x's dtype (under autocast: in the autocast dtype), contiguous.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `lora_linear`.
+    """
+    _check_options(weight, scaling, dropout_p, backend)
+    exact_weight = weight
+    x, weight, bias = _autocast(x, weight, bias)
+    if torch.compiler.is_compiling():
+        checks.check_tensors(x, weight, lora_A, lora_B, bias)
+    else:
+        chosen = plan(checked_call(x, weight, lora_A, lora_B, bias, False), backend)
+    _check_magnitude(weight, magnitude)
+    if dropout_p > 0.0:
+        dropped = F.dropout(x, dropout_p)
+        base = F.linear(x - dropped, weight, bias)
+        return base + dora_linear(
+            dropped, exact_weight, lora_A, lora_B, magnitude, scaling=scaling, backend=backend
+        )
+    if torch.compiler.is_compiling():
+        # The compiler fuses what is left; it needs no operator of its own.
+        norm = torch_backend.weight_norm(exact_weight, lora_A, lora_B, scaling)
+        z = lora_linear(x, weight, lora_A, lora_B, scaling=scaling, backend=backend)
+        scaled = z * over_norm(magnitude, norm)
+        return (scaled if bias is None else scaled + bias).to(z.dtype)
+    with torch.no_grad():
+        norm = weight_norm(exact_weight, lora_A, lora_B, scaling, chosen)
+    y: Tensor = DoRALinearFunction.apply(  # type: ignore[no-untyped-call]
+        x, weight, lora_A, lora_B, magnitude, norm, bias, float(scaling), chosen
+    )
+    return y
+
+
 def explain(
     x: Tensor,
     weight: Tensor,
@@ -160,20 +232,30 @@ def explain(
     *,
     scaling: float = 1.0,
     bias: Tensor | None = None,
+    magnitude: Tensor | None = None,
     dropout_p: float = 0.0,
     backend: Backend = "auto",
 ) -> Explanation:
     """Which backend and strategy `lora_linear` takes for these arguments, and why not the others.
 
-    Takes and raises what `lora_linear` does; computes nothing. ``print`` the result to read it.
+    With ``magnitude`` the same of `dora_linear`. Takes and raises what they do; computes nothing.
+    ``print`` the result to read it.
     """
     _check_options(weight, scaling, dropout_p, backend)
     x, weight, bias = _autocast(x, weight, bias)
-    dropout = dropout_threshold(dropout_p) > 0
+    dropout = dropout_threshold(dropout_p) > 0 and magnitude is None
     if _distributed():
         from . import parallel
 
         tensors = (x, weight, lora_A, lora_B, bias)
         if parallel.has_dtensor(*tensors):
             x, weight, lora_A, lora_B, bias = parallel.Layout.of(*tensors).to_local(*tensors)
-    return explain_call(checked_call(x, weight, lora_A, lora_B, bias, dropout), backend)
+    found = explain_call(checked_call(x, weight, lora_A, lora_B, bias, dropout), backend)
+    if magnitude is not None:
+        _check_magnitude(weight, magnitude)
+        found.reasons["dora"] = (
+            "one more read of W0 for the norm; the column scale is "
+            + ("in the epilogue" if found.backend == "triton" else "one more pass over y")
+            + ("; dropout costs a second product with W0" if dropout_p > 0.0 else "")
+        )
+    return found

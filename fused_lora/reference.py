@@ -96,3 +96,28 @@ def lora_linear(
         dropped = torch.where(keep, x * keep_scale, torch.zeros_like(x))
     h = F.linear(dropped, lora_A.to(x.dtype))
     return F.linear(x, weight, bias) + F.linear(h, lora_B.to(x.dtype)) * scaling
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    *,
+    scaling: float,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y = m / ||W0 + scaling * B A|| o (x W0^T + scaling * x A^T B^T) + bias, by autograd.
+
+    Shapes as above, magnitude m [N]. The norm, of each row, is a constant to the gradient (DoRA,
+    https://arxiv.org/abs/2402.09353, sec. 4.3). The column scale is fp32 or better.
+    """
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    direction = weight.to(exact) + scaling * lora_B.to(exact) @ lora_A.to(exact)
+    norm: Tensor = torch.linalg.vector_norm(direction, dim=1).detach()
+    z = lora_linear(x, weight, lora_A, lora_B, scaling=scaling)
+    y = z * (magnitude.to(exact) / norm)
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype)

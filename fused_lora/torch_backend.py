@@ -67,3 +67,45 @@ def backward(
             dx *= keep
         dx.addmm_(g, weight)
     return dx, dA, dB
+
+
+# Elements of W0 + scaling * B A, and of g o z, that are there in fp32 at a time: 16 MB.
+_CHUNK = 1 << 22
+
+
+@torch.no_grad()
+def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """||W0 + scaling * B A|| of each row, [N], in fp32 or better; some rows at a time."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    A, B = lora_A.to(dtype), lora_B.to(dtype)
+    K = weight.shape[1]
+    rows = max(1, _CHUNK // max(K, 1))
+    norms = [
+        torch.linalg.vector_norm(
+            weight[n : n + rows].to(dtype) + scaling * (B[n : n + rows] @ A), dim=1
+        )
+        for n in range(0, len(weight), rows)
+    ]
+    return torch.cat(norms) if norms else weight.new_empty(0, dtype=dtype)
+
+
+def scale_columns(z: Tensor, column_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """c o z + bias [M, N] in z's dtype, rounded once."""
+    y = torch.empty_like(z)
+    if bias is None:
+        return torch.mul(z, column_scale, out=y)
+    return torch.addcmul(bias, z, column_scale, out=y)
+
+
+def scale_columns_backward(
+    g: Tensor, column_scale: Tensor, z: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """c o g in g's dtype and, if z is given, sum_m g o z [N] in c's."""
+    gs = torch.mul(g, column_scale, out=torch.empty_like(g))
+    if z is None:
+        return gs, None
+    dot = torch.zeros_like(column_scale)
+    rows = max(1, _CHUNK // max(g.shape[1], 1))
+    for m in range(0, len(g), rows):
+        dot += (g[m : m + rows].to(dot.dtype) * z[m : m + rows].to(dot.dtype)).sum(0)
+    return gs, dot

@@ -12,7 +12,7 @@ from .dispatch import Strategy
 from .kernels.configs import Kind, TileConfig, choose_config
 from .kernels.device import device_info
 from .kernels.dropout import Dropout
-from .kernels.gemm import gemm_add_lora, gemm_one_pass, gemm_scaled
+from .kernels.gemm import ColumnScale, gemm_add_lora, gemm_one_pass, gemm_scaled
 from .kernels.grads import grad_lora_a, grad_lora_b
 
 
@@ -32,16 +32,20 @@ def forward(
     strategy: Strategy,
     *,
     need_h: bool,
+    dora: ColumnScale | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """y [M, N] and, if needed, h = scaling * (D o x) A^T [M, r], both in x's dtype."""
     N, r = lora_B.shape
     w, a, b = weight.t(), lora_A.t(), lora_B.t()
     if strategy == "one_pass":
         config = _config("one_pass", x, N, r, dropout)
-        return gemm_one_pass(config, x, w, a, b, bias=bias, scale=scaling, store_h=need_h)
+        return gemm_one_pass(
+            config, x, w, a, b, bias=bias, scale=scaling, store_h=need_h, dora=dora
+        )
     config = _config("plain", x, r, r, dropout)
     h = gemm_scaled(config, x, a, scale=scaling, dropout=dropout)
-    return gemm_add_lora(_config("second", x, N, r, None), x, w, h, b, bias=bias), h
+    config = _config("second", x, N, r, None)
+    return gemm_add_lora(config, x, w, h, b, bias=bias, dora=dora), h
 
 
 def backward(

@@ -10,11 +10,16 @@ The kernel has three forms, told apart by which pointers are None:
     one pass   a_ptr given            x is loaded once and multiplied by both W and A
     second     a_ptr None, h_ptr given    h was made before; h B is R / BLOCK_R more K steps
     plain      both None              y = scale * (D o x) W, which is how `second`'s h is made
+DoRA (col_scale_ptr given) makes it y = c o (x W + h B) + bias, c [N] fp32, in the first two forms;
+z_ptr, if given, gets x W + h B, which the gradient of c needs.
+
 Dropout (seed_ptr given) is on x in the plain form and on h B in the second form, so that each
 element of the mask is drawn once; in the one-pass form it would be drawn N / BLOCK_N times.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,6 +33,13 @@ from .tiles import grouped_tile, keep_mask
 GROUP_M = 8  # rows of tiles that run side by side and share W's tiles in L2
 
 
+class ColumnScale(NamedTuple):
+    """DoRA's part of a call."""
+
+    scale: torch.Tensor  # c [N], fp32, contiguous
+    z: torch.Tensor | None  # [M, N] in x's dtype, contiguous: where to put y before c and bias
+
+
 @triton.jit(do_not_specialize=["scale", "threshold"])
 def lora_gemm_kernel(
     x_ptr,
@@ -37,6 +49,8 @@ def lora_gemm_kernel(
     h_ptr,
     b_ptr,
     y_ptr,
+    col_scale_ptr,
+    z_ptr,
     seed_ptr,
     M,
     N,
@@ -129,6 +143,10 @@ def lora_gemm_kernel(
         acc = tl.dot(h, b.to(dtype), acc, input_precision=PRECISION)
     elif not SECOND:
         acc *= scale
+    if z_ptr is not None:
+        tl.store(z_ptr + rows * N + cols, acc.to(dtype), mask=in_m & in_n)
+    if col_scale_ptr is not None:
+        acc *= tl.load(col_scale_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_n.to(tl.int64) * stride_bias, mask=offs_n < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
@@ -146,6 +164,7 @@ def _launch(
     b: torch.Tensor | None = None,
     scale: float = 1.0,
     dropout: Dropout | None = None,
+    dora: ColumnScale | None = None,
 ) -> torch.Tensor:
     (M, K), N = x.shape, w.shape[1]
     R = b.shape[0] if b is not None else 1
@@ -163,6 +182,8 @@ def _launch(
             h,
             b,
             y,
+            dora.scale if dora else None,
+            dora.z if dora else None,
             dropout.seed if dropout else None,
             M,
             N,
@@ -200,6 +221,7 @@ def gemm_one_pass(
     bias: torch.Tensor | None,
     scale: float,
     store_h: bool,
+    dora: ColumnScale | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """y = x w + h b + bias with h = scale * x a, in one launch.
 
@@ -207,7 +229,7 @@ def gemm_one_pass(
     dtype, the rest in x's. Returns y [M, N] and, if ``store_h``, h [M, R], both in x's dtype.
     """
     h = x.new_empty((x.shape[0], a.shape[1])) if store_h else None
-    return _launch(config, x, w, bias=bias, a=a, h=h, b=b, scale=scale), h
+    return _launch(config, x, w, bias=bias, a=a, h=h, b=b, scale=scale, dora=dora), h
 
 
 def gemm_add_lora(
@@ -219,10 +241,11 @@ def gemm_add_lora(
     *,
     bias: torch.Tensor | None = None,
     dropout: Dropout | None = None,
+    dora: ColumnScale | None = None,
 ) -> torch.Tensor:
     """y = x w + D o (h b) + bias; h [M, R] contiguous in x's dtype, the rest as above."""
     scale = dropout.keep_scale if dropout else 1.0
-    return _launch(config, x, w, bias=bias, h=h, b=b, scale=scale, dropout=dropout)
+    return _launch(config, x, w, bias=bias, h=h, b=b, scale=scale, dropout=dropout, dora=dora)
 
 
 def gemm_scaled(

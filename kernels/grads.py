@@ -88,10 +88,16 @@ def sum_partials_kernel(partial_ptr, out_ptr, numel, SPLIT_M, BLOCK: tl.constexp
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < numel)
 
 
-def _rows_per_split(M: int, tiles: int, block: int, num_sms: int) -> int:
+def rows_in_split(M: int, tiles: int, block: int, num_sms: int) -> int:
     """Enough ranges of rows for two programs on every multiprocessor, in whole blocks."""
     splits = max(1, min(triton.cdiv(2 * num_sms, tiles), triton.cdiv(M, block)))
     return triton.cdiv(triton.cdiv(M, splits), block) * block
+
+
+def sum_partials(partial: torch.Tensor, out: torch.Tensor, SPLIT_M: int) -> None:
+    """out = the sum of SPLIT_M fp32 tensors that lie one after another from ``partial`` on."""
+    grid = (triton.cdiv(out.numel(), _REDUCE_BLOCK),)
+    sum_partials_kernel[grid](partial, out, out.numel(), SPLIT_M, BLOCK=_REDUCE_BLOCK)
 
 
 def _launch(
@@ -109,7 +115,7 @@ def _launch(
         return
     tiles_c, tiles_r = triton.cdiv(C, config.BLOCK_M), triton.cdiv(R, config.BLOCK_N)
     num_sms = device_info(q.device).num_sms
-    rows_per_split = _rows_per_split(M, tiles_c * tiles_r, config.BLOCK_K, num_sms)
+    rows_per_split = rows_in_split(M, tiles_c * tiles_r, config.BLOCK_K, num_sms)
     SPLIT_M = triton.cdiv(M, rows_per_split)
     # Partials in the gradient's own order, so that adding them is one flat pass over memory.
     partial = out
@@ -136,8 +142,7 @@ def _launch(
             **config.meta(),
         )
         if SPLIT_M > 1:
-            grid = (triton.cdiv(out.numel(), _REDUCE_BLOCK),)
-            sum_partials_kernel[grid](partial, out, out.numel(), SPLIT_M, BLOCK=_REDUCE_BLOCK)
+            sum_partials(partial, out, SPLIT_M)
 
 
 def grad_lora_a(

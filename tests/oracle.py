@@ -129,7 +129,7 @@ def _magnitudes(p: Problem) -> Problem:
     return replace(p, **{n: t.abs() for n, t in p.tensors().items() if t.is_floating_point()})
 
 
-def check(got: Result, p: Problem) -> None:
+def check(got: Result, p: Problem, expression: Callable[[Problem], Tensor] = expression) -> None:
     """Applies the rule to every tensor of ``got``."""
     needs = tuple(name[1:] for name in got if name != "y")
     exact = run(expression, in_fp64(p), needs)

@@ -291,3 +291,20 @@ def test_all_pairs_of_backends_and_grad_modes(device):
             y = _plain(p, backend=backend)
         assert not y.requires_grad
         check({"y": y}, p)
+
+
+@pytest.mark.parametrize("lead", [(5,), (2, 3)])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_the_output_may_be_changed_in_place(device, backend, lead):
+    """As `nn.Linear`'s: nn.ReLU(inplace=True) and `y += residual` are common."""
+    p = problem(lead, 6, 7, 2, device=device)
+    p.lora_B.requires_grad_()
+
+    def grad(function, **options):
+        y = function(p.x, p.weight, p.lora_A, p.lora_B, scaling=p.scaling, **options)
+        y.relu_()
+        return torch.autograd.grad(y, p.lora_B, p.g)[0]
+
+    torch.testing.assert_close(
+        grad(lora_linear, backend=backend), grad(reference.lora_linear), rtol=1e-4, atol=1e-5
+    )

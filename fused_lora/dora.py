@@ -1,0 +1,113 @@
+"""DoRA: the norm of each row of W0 + scaling * B A, and `DoRALinearFunction`.
+
+    y = c o z + bias    z = x W0^T + scaling * x A^T B^T [M, N], c = m / norm [N]
+    dm = sum_M g o z / norm, and with g' = c o g the gradients of x, A and B are LoRA's
+
+z is the one [M, N] tensor that this library saves, and only where m trains. Making it again in
+backward would be a third product with W0, half as much work again in training; the adapter's r
+columns cannot give it. y instead would cost nothing where the next layer keeps it anyway, but gives
+no z where c is 0, loses its digits where the bias is large, and must then not be changed in place.
+PEFT saves the base's product and the adapter's, and a third for their sum. g' lives during backward
+only: the kernels could put c on each tile of g instead, and their products would wait for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, torch_backend
+from .dispatch import Plan
+
+
+def weight_norm(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, plan: Plan
+) -> Tensor:
+    """||W0 + scaling * B A|| of each row, [N], in fp32 or better, computed anew in each call."""
+    if plan.backend == "triton":
+        from .kernels import dora
+
+        return dora.weight_norm(weight, lora_A, lora_B, scale=scaling)
+    return torch_backend.weight_norm(weight, lora_A, lora_B, scaling)
+
+
+def over_norm(numerator: Tensor, norm: Tensor) -> Tensor:
+    """numerator / norm in the norm's dtype, and 0 for rows of zeros: their y is the bias."""
+    return torch.where(norm > 0, numerator.to(norm.dtype) / norm, 0.0)
+
+
+class DoRALinearFunction(torch.autograd.Function):
+    """y = m / norm o (x W0^T + scaling * x A^T B^T) + bias with gradients for x, A, B, m and bias.
+
+    The norm is a constant to the gradient (https://arxiv.org/abs/2402.09353, sec. 4.3). Saves x, h
+    [M, r], the weights, and z [M, N] if m trains. Differentiable once. `dora_linear` is the checked
+    way in.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        magnitude: Tensor,
+        norm: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        plan: Plan,
+    ) -> Tensor:
+        """As `LoRALinearFunction`, with magnitude and norm [N]; norm in fp32 or better."""
+        needs_x, _, needs_A, needs_B, needs_m = ctx.needs_input_grad[:5]
+        y, h, z = backends.dora_forward(
+            x,
+            weight,
+            lora_A,
+            lora_B,
+            over_norm(magnitude, norm),
+            bias,
+            scaling,
+            plan,
+            need_h=needs_B,
+            need_z=needs_m,
+        )
+        ctx.save_for_backward(
+            x if needs_A else None,
+            weight if needs_x else None,
+            lora_A,
+            lora_B,
+            magnitude,
+            norm,
+            h,
+            z,
+        )
+        ctx.scaling, ctx.plan = scaling, plan
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients in the order of forward's arguments."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "dora_linear: its gradients cannot be differentiated again (create_graph=True); "
+                "fused_lora.reference.dora_linear's can"
+            )
+        x, weight, lora_A, lora_B, magnitude, norm, h, z = ctx.saved_tensors
+        gs, dot = backends.dora_backward(g, over_norm(magnitude, norm), z, ctx.plan)
+        dx, dA, dB = backends.backward(
+            gs,
+            x,
+            weight,
+            lora_A,
+            lora_B,
+            h,
+            ctx.scaling,
+            None,
+            ctx.plan,
+            need_dx=ctx.needs_input_grad[0],
+        )
+        dm = None if dot is None else over_norm(dot, norm).to(magnitude.dtype)
+        dbias = g.sum_to_size(g.shape[-1:]) if ctx.needs_input_grad[6] else None
+        return dx, None, dA, dB, dm, None, dbias, None, None

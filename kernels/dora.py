@@ -1,0 +1,166 @@
+"""DoRA's own kernels: the norms of W0 + scale * B A, and the backward of the column scale.
+
+    norm[n] = ||W0[n, :] + scale * (B A)[n, :]||_2      W0 [N, K], A [R, K], B [N, R]
+    gs = c o g,  dot[n] = sum_m g[m, n] z[m, n]         g, z [M, N], c [N]
+
+The norm adds B A to a tile of W0 in registers: W0 + scale * B A is never in memory. Expanding the
+square (||W0||^2 + 2 scale rowsum(W0 A^T o B) + ...) reads W0 and multiplies as much, and loses half
+of the digits where the adapter cancels W0.
+"""
+
+# mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False
+# mypy: disallow-incomplete-defs=False
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .configs import MIN_DOT, padded
+from .device import device_guard, device_info
+from .grads import rows_in_split, sum_partials
+
+# Both are bound by memory. The norm's products are exact (FMA): few rows, so that many programs
+# share them; the columns' tile is one of plain loads.
+_NORM = {"BLOCK_N": MIN_DOT, "BLOCK_K": 128, "num_warps": 4}
+_COLUMNS = {"BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 4}
+_MAX_BLOCK_R = 64
+
+
+@triton.jit(do_not_specialize=["scale"])
+def weight_norm_kernel(
+    w_ptr,
+    a_ptr,
+    b_ptr,
+    norm_ptr,
+    N,
+    K,
+    R,
+    stride_wn,
+    stride_wk,
+    stride_ar,
+    stride_ak,
+    stride_bn,
+    stride_br,
+    scale,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    scale = tl.cast(scale, tl.float32)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = offs_n.to(tl.int64)[:, None]
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_r = tl.arange(0, BLOCK_R)
+    in_n = (offs_n < N)[:, None]
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        in_k = (k + offs_k < K)[None, :]
+        cols = (k + offs_k).to(tl.int64)[None, :]
+        delta = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        for r in range(0, R, BLOCK_R):
+            in_r = r + offs_r < R
+            ranks = (r + offs_r).to(tl.int64)
+            b_ptrs = b_ptr + rows * stride_bn + ranks[None, :] * stride_br
+            b = tl.load(b_ptrs, mask=in_n & in_r[None, :], other=0.0)  # [BLOCK_N, BLOCK_R]
+            a_ptrs = a_ptr + ranks[:, None] * stride_ar + cols * stride_ak
+            a = tl.load(a_ptrs, mask=in_r[:, None] & in_k, other=0.0)  # [BLOCK_R, BLOCK_K]
+            delta = tl.dot(b.to(tl.float32), a.to(tl.float32), delta, input_precision="ieee")
+        w_ptrs = w_ptr + rows * stride_wn + cols * stride_wk
+        w = tl.load(w_ptrs, mask=in_n & in_k, other=0.0)  # [BLOCK_N, BLOCK_K]
+        v = w.to(tl.float32) + scale * delta
+        acc += v * v
+    tl.store(norm_ptr + offs_n, tl.sqrt_rn(tl.sum(acc, axis=1)), mask=offs_n < N)
+
+
+def weight_norm(
+    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, scale: float
+) -> torch.Tensor:
+    """||weight + scale * b a|| of each row, fp32 [N]; any strides, any floating dtypes."""
+    (N, K), R = weight.shape, a.shape[0]
+    norm = torch.empty(N, dtype=torch.float32, device=weight.device)
+    if N == 0:
+        return norm
+    with device_guard(weight.device):
+        weight_norm_kernel[(triton.cdiv(N, _NORM["BLOCK_N"]),)](
+            weight,
+            a,
+            b,
+            norm,
+            N,
+            K,
+            R,
+            *weight.stride(),
+            *a.stride(),
+            *b.stride(),
+            scale,
+            BLOCK_R=min(padded(R), _MAX_BLOCK_R),
+            **_NORM,
+        )
+    return norm
+
+
+@triton.jit
+def scale_columns_kernel(
+    g_ptr,
+    z_ptr,
+    col_scale_ptr,
+    gs_ptr,
+    dot_ptr,
+    M,
+    N,
+    rows_per_split,
+    stride_gm,
+    stride_gn,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    pid_s = tl.program_id(1)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_n = offs_n < N
+    cols = offs_n.to(tl.int64)[None, :]
+    c = tl.load(col_scale_ptr + offs_n, mask=in_n, other=0.0)[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    start = pid_s * rows_per_split
+    for m in range(start, min(start + rows_per_split, M), BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        rows = offs_m.to(tl.int64)[:, None]
+        mask = (offs_m < M)[:, None] & in_n[None, :]
+        g = tl.load(g_ptr + rows * stride_gm + cols * stride_gn, mask=mask, other=0.0)
+        g = g.to(tl.float32)
+        tl.store(gs_ptr + rows * N + cols, (g * c).to(gs_ptr.dtype.element_ty), mask=mask)
+        if z_ptr is not None:
+            acc += g * tl.load(z_ptr + rows * N + cols, mask=mask, other=0.0).to(tl.float32)
+    if z_ptr is not None:
+        tl.store(dot_ptr + pid_s.to(tl.int64) * N + offs_n, tl.sum(acc, axis=0), mask=in_n)
+
+
+def scale_columns_backward(
+    g: torch.Tensor, column_scale: torch.Tensor, z: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """c o g [M, N] in g's dtype and, if z is given, sum_m g o z [N] in fp32.
+
+    g [M, N] any strides, z [M, N] contiguous, column_scale [N] fp32. One pass over g and z; the
+    sum's partials are added in a fixed order.
+    """
+    M, N = g.shape
+    gs = torch.empty((M, N), dtype=g.dtype, device=g.device)
+    if M == 0 or N == 0:
+        return gs, None if z is None else column_scale.new_zeros(N)
+    tiles = triton.cdiv(N, _COLUMNS["BLOCK_N"])
+    num_sms = device_info(g.device).num_sms
+    # Eight programs on every multiprocessor: the loads in flight are what makes it fast.
+    rows_per_split = rows_in_split(M, tiles, _COLUMNS["BLOCK_M"], 4 * num_sms)
+    SPLIT_M = triton.cdiv(M, rows_per_split)
+    partial = None if z is None else column_scale.new_empty((SPLIT_M, N))
+    with device_guard(g.device):
+        scale_columns_kernel[(tiles, SPLIT_M)](
+            g, z, column_scale, gs, partial, M, N, rows_per_split, *g.stride(), **_COLUMNS
+        )
+        if partial is None:
+            return gs, None
+        dot = partial[0]
+        if SPLIT_M > 1:
+            dot = torch.empty_like(dot)
+            sum_partials(partial, dot, SPLIT_M)
+    return gs, dot

@@ -1,0 +1,265 @@
+"""`dora_linear`: the house rule on both backends, norms, what is saved, dropout, compile."""
+
+import re
+from dataclasses import dataclass, fields
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import Problem, check, problem, run
+from torch import Tensor
+
+from fused_lora import dora_linear, explain, reference
+from fused_lora import torch_backend as torch_path
+from fused_lora.kernels import dora as kernels
+
+BACKENDS = ["triton", "torch"]
+NEEDS = ("x", "lora_A", "lora_B", "bias", "magnitude")
+
+
+@dataclass
+class DoRAProblem(Problem):
+    magnitude: Tensor
+
+
+def _problem(*shape, magnitude_dtype=None, **options):
+    p = problem(*shape, **options)
+    magnitude = torch.rand(p.weight.shape[0]) + 0.5
+    magnitude = magnitude.to(p.x.device, magnitude_dtype or p.lora_A.dtype)
+    return DoRAProblem(**{f.name: getattr(p, f.name) for f in fields(p)}, magnitude=magnitude)
+
+
+def _call(p, function=dora_linear, **options):
+    return function(
+        p.x,
+        p.weight,
+        p.lora_A,
+        p.lora_B,
+        p.magnitude,
+        scaling=p.scaling,
+        bias=p.bias,
+        **options,
+    )
+
+
+def expression(p):
+    return _call(p, reference.dora_linear)
+
+
+def _check(p, needs=NEEDS, **options):
+    check(run(lambda p: _call(p, **options), p, needs), p, expression)
+
+
+SHAPES = [(1, 5, 7, 1), (33, 70, 45, 4), ((2, 3, 19), 130, 65, 20), (130, 20, 140, 70)]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_rule(device, launches, backend, shape, dtype, bias):
+    _check(_problem(*shape, dtype=dtype, device=device, bias=bias), backend=backend)
+    assert bool(launches) == (backend == "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_rule_in_dtypes_of_the_torch_path(dtype):
+    _check(_problem(33, 70, 45, 4, dtype=dtype), backend="torch")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fp32_adapters_over_a_half_base(device, backend):
+    p = _problem(33, 70, 45, 4, dtype=torch.float16, adapter_dtype=torch.float32, device=device)
+    _check(p, backend=backend)
+    p.magnitude = p.magnitude.half()
+    _check(p, backend=backend)
+
+
+@pytest.mark.parametrize("needs", [*[(n,) for n in NEEDS], ("lora_A", "lora_B")], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_wanted_gradients(device, backend, needs):
+    _check(_problem(33, 70, 45, 4, device=device), needs, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides(device, backend):
+    p = _problem(34, 70, 46, 4, device=device)
+    for name in ("x", "weight", "lora_A", "lora_B", "g"):
+        tensor = getattr(p, name)
+        setattr(p, name, tensor.t().contiguous().t())
+    wide = torch.zeros(140, device=device)
+    wide[::2] = p.magnitude
+    p.magnitude = wide[::2]
+    _check(p, backend=backend)
+    p.g = torch.ones((), device=device).expand(34, 70)  # as of .sum()
+    _check(p, backend=backend)
+
+
+@pytest.mark.parametrize("M", [0, 5])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_and_repeatable(device, backend, M):
+    p = _problem(M, 70, 45, 4, device=device)
+    first, second = (run(lambda p: _call(p, backend=backend), p, NEEDS) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert first["dmagnitude"].shape == (70,)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_zero_magnitude_still_learns_and_a_zero_row_is_the_bias(device, backend):
+    p = _problem(9, 20, 16, 4, device=device)
+    p.magnitude[3] = 0.0
+    _check(p, backend=backend)
+    p.weight[5], p.lora_B[5] = 0.0, 0.0
+    got = run(lambda p: _call(p, backend=backend), p, NEEDS)
+    assert torch.equal(got["y"][:, 5], p.bias[5].expand(9))
+    assert all(t.isfinite().all() for t in got.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_norms_where_the_adapter_cancels_the_weight(device, backend, dtype):
+    """Row by row to a few roundings of the sum's terms, where the expanded square has no digits."""
+    N, K, r = 37, 200, 70
+    A, B = torch.randn(r, K, device=device), torch.randn(N, r, device=device)
+    weight = (-0.5 * B.double() @ A.double()).to(dtype)
+    exact = weight.double() + 0.5 * B.double() @ A.double()
+    if backend == "triton":
+        norm = kernels.weight_norm(weight, A, B, scale=0.5)
+    else:
+        norm = torch_path.weight_norm(weight, A, B, 0.5)
+    error = (norm - exact.norm(dim=1)).abs()
+    size = (weight.double().abs() + 0.5 * B.double().abs() @ A.double().abs()).norm(dim=1)
+    assert norm.dtype == torch.float32
+    assert (error <= 4 * torch.finfo(torch.float32).eps * size).all()
+
+
+def test_norms_in_chunks(monkeypatch):
+    weight, A, B = torch.randn(37, 20), torch.randn(3, 20), torch.randn(37, 3)
+    whole = torch_path.weight_norm(weight, A, B, 0.5)
+    g, z, c = torch.randn(37, 20), torch.randn(37, 20), torch.randn(20)
+    gs, dot = torch_path.scale_columns_backward(g, c, z)
+    monkeypatch.setattr(torch_path, "_CHUNK", 100)
+    torch.testing.assert_close(torch_path.weight_norm(weight, A, B, 0.5), whole)
+    torch.testing.assert_close(torch_path.scale_columns_backward(g, c, z), (gs, dot))
+
+
+def test_what_is_saved(device):
+    """x, h, the weights and, only where the magnitude trains, one [M, N]."""
+    p = _problem(50, 70, 45, 4, device=device)
+    for name in NEEDS:
+        getattr(p, name).requires_grad_()
+
+    def saved(p):
+        shapes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t
+        ):
+            _call(p)
+        return shapes
+
+    assert sorted(saved(p)) == sorted(
+        [(50, 45), (70, 45), (4, 45), (70, 4), (70,), (70,), (50, 4), (50, 70)]
+    )
+    p.magnitude.requires_grad_(False)
+    assert (50, 70) not in saved(p)
+
+
+def test_the_output_may_be_changed_in_place():
+    p = _problem(5, 6, 7, 2)
+    p.magnitude.requires_grad_()
+    y = _call(p)
+    y.mul_(2.0)
+    (got,) = torch.autograd.grad(y, p.magnitude, p.g)
+    (expected,) = torch.autograd.grad(2 * expression(p), p.magnitude, p.g)
+    torch.testing.assert_close(got, expected)
+
+
+def test_dropout_is_on_the_base_product_too():
+    p = _problem(50, 6, 7, 2)
+    torch.manual_seed(3)
+    y = _call(p, dropout_p=0.5)
+    torch.manual_seed(3)
+    dropped = F.dropout(p.x, 0.5)
+    p.bias, bias, x = None, p.bias, p.x
+    p.x = dropped
+    torch.testing.assert_close(y, F.linear(x - dropped, p.weight, bias) + expression(p))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(device, dtype):
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        device = torch.device("cpu")
+    p = _problem(5, 12, 20, 4, device=device)
+    p.magnitude.requires_grad_()
+    with torch.autocast(device.type, dtype):
+        y = _call(p)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), expression(p), rtol=0.05, atol=0.05)
+    y.float().sum().backward()
+    assert p.magnitude.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile(device, launches, compiler, dropout_p, backend):
+    torch._dynamo.reset()
+    p = _problem(6, 12, 20, 4, device=device)
+    compiled = torch.compile(_call, backend=compiler, fullgraph=True)
+    if dropout_p:
+        y = compiled(p, backend=backend, dropout_p=dropout_p)
+        assert y.isfinite().all()
+    else:
+        check(run(lambda p: compiled(p, backend=backend), p, NEEDS), p, expression)
+        half = _problem(6, 12, 20, 4, dtype=torch.float16, device=device)
+        assert compiled(half, backend=backend).dtype == torch.float16
+    assert bool(launches) == (backend == "triton")
+
+
+def test_explain():
+    p = _problem(5, 6, 7, 2)
+    why = explain(p.x, p.weight, p.lora_A, p.lora_B, magnitude=p.magnitude, dropout_p=0.1)
+    assert "dora: one more read of W0" in str(why)
+    assert "dropout costs a second product with W0" in str(why)
+    kernel = explain(p.x, p.weight, p.lora_A, p.lora_B, magnitude=p.magnitude, backend="triton")
+    assert "the column scale is in the epilogue" in str(kernel)
+    with pytest.raises(ValueError, match="magnitude: got shape"):
+        explain(p.x, p.weight, p.lora_A, p.lora_B, magnitude=p.magnitude[1:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"magnitude": torch.ones(5)}, ValueError, "magnitude: got shape [5], wanted [6]"),
+        ({"magnitude": torch.ones(6).int()}, TypeError, "magnitude's dtype: got torch.int32"),
+        ({"magnitude": [1.0]}, TypeError, "magnitude: got list"),
+        ({"magnitude": torch.ones(6, device="meta")}, ValueError, "magnitude: is on meta"),
+        ({"lora_A": torch.ones(2, 8)}, ValueError, "lora_A: got shape"),
+        ({"weight": torch.ones(6, 7).requires_grad_()}, ValueError, "weight: requires a gradient"),
+        ({"scaling": float("nan")}, ValueError, "scaling: got nan"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p: got 1.0"),
+        ({"backend": "gpu"}, ValueError, "backend: got 'gpu'"),
+    ],
+)
+def test_refused(changes, error, message):
+    arguments = {
+        "x": torch.ones(5, 7),
+        "weight": torch.ones(6, 7),
+        "lora_A": torch.ones(2, 7),
+        "lora_B": torch.ones(6, 2),
+        "magnitude": torch.ones(6),
+        "scaling": 1.0,
+    } | changes
+    with pytest.raises(error, match=re.escape(message)):
+        dora_linear(**arguments)
+
+
+def test_no_second_derivative():
+    p = _problem(5, 6, 7, 2)
+    p.x.requires_grad_()
+    (dx,) = torch.autograd.grad(_call(p).sum(), p.x)
+    assert dx.isfinite().all()
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(_call(p).sum(), p.x, create_graph=True)
