@@ -53,11 +53,12 @@ class Case:
     r: int
     dropout: bool
     transposed: bool  # W0 as dx reads it: the other dimension is contiguous
+    dora: bool  # with the column scale in the epilogue
     config: TileConfig
 
     def __str__(self) -> str:
         c = self.config
-        flags = "+dropout" * self.dropout + "+transposed" * self.transposed
+        flags = "+dropout" * self.dropout + "+transposed" * self.transposed + "+dora" * self.dora
         tile = f"{c.BLOCK_M}x{c.BLOCK_N}x{c.BLOCK_K}w{c.num_warps}s{c.num_stages}"
         dtypes = f"{self.dtype}/{self.adapter_dtype}"
         return f"sm_{self.arch} {self.kind}{flags} {dtypes} r{self.r} {tile}"
@@ -83,18 +84,21 @@ def cases(archs: list[int], dtypes: list[str]) -> Iterator[Case]:
             for kind, ranks in RANKS.items():
                 for r, dropout in product(ranks, (False, True)):
                     for config in ship(kind, r, itemsize, dropout, device):
-                        for adapter_dtype, transposed in _operands(kind, dtype, r):
+                        for operands in _operands(kind, dtype, r, dropout):
                             yield Case(
-                                arch, kind, dtype, adapter_dtype, r, dropout, transposed, config
+                                arch, kind, dtype, operands[0], r, dropout, *operands[1:], config
                             )
 
 
-def _operands(kind: Kind, dtype: str, r: int) -> list[tuple[str, bool]]:
-    """Adapter dtype and layout of W0. fp32 adapters take the most; x's own dtype is sampled."""
+def _operands(kind: Kind, dtype: str, r: int, dropout: bool) -> list[tuple[str, bool, bool]]:
+    """Adapter dtype, layout of W0, DoRA. fp32 adapters take the most; x's own dtype is sampled."""
     if kind == "grad":
-        return [(dtype, False)]  # reads neither
-    operands = [("fp32", False)] if kind == "plain" else [("fp32", False), ("fp32", True)]
-    return operands + [(dtype, False)] * (r == 16 and dtype != "fp32")
+        return [(dtype, False, False)]  # reads neither
+    operands = [("fp32", False, False)]
+    if kind != "plain":
+        operands += [("fp32", True, False)]  # dx, which never has DoRA
+        operands += [("fp32", False, True)] * (not dropout)
+    return operands + [(dtype, False, False)] * (r == 16 and dtype != "fp32")
 
 
 def _source(case: Case) -> ASTSource:
@@ -125,6 +129,8 @@ def _source(case: Case) -> ASTSource:
             constexprs["BLOCK_R"] = min(padded(case.r), case.config.BLOCK_K)
         if case.dropout:
             pointers["seed_ptr"] = "*i64"
+        if case.dora:
+            pointers |= {"col_scale_ptr": "*fp32", "z_ptr": x}
         floats = {"scale"}
     names = kernel.arg_names
     signature, attrs = {}, {}

@@ -16,9 +16,12 @@ from .kernels.gemm import ColumnScale, gemm_add_lora, gemm_one_pass, gemm_scaled
 from .kernels.grads import grad_lora_a, grad_lora_b
 
 
-def _config(kind: Kind, x: Tensor, N: int, r: int, dropout: Dropout | None) -> TileConfig:
+def _config(
+    kind: Kind, x: Tensor, N: int, r: int, dropout: Dropout | None, dora: bool = False
+) -> TileConfig:
     device = device_info(x.device)
-    return choose_config(kind, x.shape[0], N, r, x.dtype.itemsize, dropout is not None, device)
+    M, itemsize = x.shape[0], x.dtype.itemsize
+    return choose_config(kind, M, N, r, itemsize, dropout is not None, device, dora)
 
 
 def forward(
@@ -38,13 +41,13 @@ def forward(
     N, r = lora_B.shape
     w, a, b = weight.t(), lora_A.t(), lora_B.t()
     if strategy == "one_pass":
-        config = _config("one_pass", x, N, r, dropout)
+        config = _config("one_pass", x, N, r, dropout, dora is not None)
         return gemm_one_pass(
             config, x, w, a, b, bias=bias, scale=scaling, store_h=need_h, dora=dora
         )
     config = _config("plain", x, r, r, dropout)
     h = gemm_scaled(config, x, a, scale=scaling, dropout=dropout)
-    config = _config("second", x, N, r, None)
+    config = _config("second", x, N, r, None, dora is not None)
     return gemm_add_lora(config, x, w, h, b, bias=bias, dora=dora), h
 
 

@@ -75,7 +75,13 @@ def _candidates(kind: Kind, itemsize: int) -> tuple[TileConfig, ...]:
 
 
 def is_valid(
-    config: TileConfig, kind: Kind, r: int, itemsize: int, dropout: bool, device: DeviceInfo
+    config: TileConfig,
+    kind: Kind,
+    r: int,
+    itemsize: int,
+    dropout: bool,
+    device: DeviceInfo,
+    dora: bool = False,
 ) -> bool:
     """Whether the tile fits the shared memory and the registers; the one place that decides it.
 
@@ -92,6 +98,8 @@ def is_valid(
     accumulators = config.BLOCK_M * (config.BLOCK_N + block_r) / threads
     if dropout:  # drawing a mask takes about five words per eight elements on top
         return accumulators <= 64
+    if dora and accumulators > 96:  # two outputs and a scale: the largest tiles spill
+        return False
     if device.capability >= 90:
         return accumulators <= 144
     # Before Hopper the operands of a product are in registers too, BLOCK_K of them at a time.
@@ -100,25 +108,32 @@ def is_valid(
 
 @functools.lru_cache(maxsize=1024)
 def ship(
-    kind: Kind, r: int, itemsize: int, dropout: bool, device: DeviceInfo
+    kind: Kind, r: int, itemsize: int, dropout: bool, device: DeviceInfo, dora: bool = False
 ) -> tuple[TileConfig, ...]:
     """The valid configurations for this kind of call, largest first; empty if there is none."""
     configs = _candidates(kind, itemsize)
     if kind in ("plain", "grad"):  # the output is as wide as the rank
         configs = tuple(replace(c, BLOCK_N=min(c.BLOCK_N, padded(r))) for c in configs)
-    return tuple(c for c in configs if is_valid(c, kind, r, itemsize, dropout, device))
+    return tuple(c for c in configs if is_valid(c, kind, r, itemsize, dropout, device, dora))
 
 
 @functools.lru_cache(maxsize=4096)
 def choose_config(
-    kind: Kind, M: int, N: int, r: int, itemsize: int, dropout: bool, device: DeviceInfo
+    kind: Kind,
+    M: int,
+    N: int,
+    r: int,
+    itemsize: int,
+    dropout: bool,
+    device: DeviceInfo,
+    dora: bool = False,
 ) -> TileConfig:
     """The largest valid tile that gives every multiprocessor one of the output [M, N].
 
     Where none does, the one that makes the most tiles; in either case none that is more than half
     empty rows, if there is another. Raises ValueError where `ship` is empty.
     """
-    valid = ship(kind, r, itemsize, dropout, device)
+    valid = ship(kind, r, itemsize, dropout, device, dora)
     if not valid:
         raise ValueError(f"no {kind} tile configuration takes rank {r} on {device}")
     if kind == "grad":  # split over the reduction, so that one tile size fills any GPU
