@@ -27,6 +27,8 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _MAX_CONFIG_BYTES = 1 << 20
+# What a layer's tensors are called, in it and, with what follows, in the files.
+_TENSORS = {"lora_A": ".weight", "lora_B": ".weight", "lora_magnitude_vector": ""}
 
 # Fields that we use, and fields that say nothing about the computation.
 _USED = {
@@ -37,6 +39,7 @@ _USED = {
     "target_modules",
     "exclude_modules",
     "use_rslora",
+    "use_dora",
     "rank_pattern",
     "alpha_pattern",
 }
@@ -90,8 +93,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     config = _config(model, layers, saved)
     tensors = {}
     for path, layer in saved.items():
-        for name in ("lora_A", "lora_B"):
-            tensors[_key(path, name)] = getattr(layer, name).cpu().contiguous()
+        for name, tensor in layer.tensors().items():
+            tensors[_key(path, name)] = tensor.cpu().contiguous()
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(
@@ -140,9 +143,10 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         matched = match_modules(model, config["target_modules"], config["exclude_modules"])
         paths = [path for path in matched if path in linears]
         ranks = per_layer("rank_pattern", config["rank_pattern"], config["r"], paths)
-    _check_tensors(tensors, {path: (ranks[path], linears[path]) for path in ranks})
+    expected = {path: (ranks[path], linears[path]) for path in ranks}
+    _check_tensors(tensors, expected, config["use_dora"])
     if layers:
-        _check_scalings(layers, config)
+        _check_computation(layers, config)
     else:
         inject(
             model,
@@ -151,13 +155,15 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             config["target_modules"],
             lora_dropout=config["lora_dropout"],
             use_rslora=config["use_rslora"],
+            use_dora=config["use_dora"],
             **options,
         )
         layers = _layers(model)
     with torch.no_grad():
         for path, layer in layers.items():
-            layer.lora_A.copy_(tensors[_key(path, "lora_A")])
-            layer.lora_B.copy_(tensors[_key(path, "lora_B")])
+            for name in _TENSORS:
+                if _key(path, name) in tensors:
+                    getattr(layer, name).copy_(tensors[_key(path, name)])
 
 
 def _layers(model: object) -> dict[str, FusedLoRALinear]:
@@ -173,20 +179,25 @@ class _Saved(NamedTuple):
 
     lora_A: Tensor
     lora_B: Tensor
+    lora_magnitude_vector: Tensor | None
     lora_alpha: float
+
+    def tensors(self) -> dict[str, Tensor]:
+        values = {name: getattr(self, name) for name in _TENSORS}
+        return {name: tensor.detach() for name, tensor in values.items() if tensor is not None}
 
 
 def _saved(layer: FusedLoRALinear) -> _Saved:
-    A, B = layer.lora_A.detach(), layer.lora_B.detach()
+    A, B, magnitude = layer.lora_A, layer.lora_B, layer.lora_magnitude_vector
     if layer.lora_A_init is None or layer.lora_B_init is None:
-        return _Saved(A, B, layer.lora_alpha)
+        return _Saved(A, B, magnitude, layer.lora_alpha)
     growth = math.sqrt(2) if layer.use_rslora else 2  # as r doubles, the scaling stays
-    A, B = torch.cat([A, layer.lora_A_init]), torch.cat([B, -layer.lora_B_init], dim=1)
-    return _Saved(A, B, layer.lora_alpha * growth)
+    learnt = torch.cat([A, layer.lora_A_init]), torch.cat([B, -layer.lora_B_init], dim=1)
+    return _Saved(*learnt, magnitude, layer.lora_alpha * growth)
 
 
 def _key(path: str, name: str) -> str:
-    return f"{_PREFIX}{path}.{name}.weight"
+    return f"{_PREFIX}{path}.{name}{_TENSORS[name]}"
 
 
 def _only(name: str, layers: dict[str, FusedLoRALinear]) -> Any:
@@ -211,6 +222,7 @@ def _config(
         "lora_alpha": lora_alpha,
         "lora_dropout": _only("lora_dropout", layers),
         "use_rslora": _only("use_rslora", layers),
+        "use_dora": _only("use_dora", layers),
         "target_modules": _target_modules(model, layers),
         "rank_pattern": {re.escape(p): other for p, other in ranks.items() if other != r},
         "alpha_pattern": {
@@ -266,6 +278,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         "lora_alpha": 8,
         "lora_dropout": 0.0,
         "use_rslora": False,
+        "use_dora": False,
         "exclude_modules": None,
         "rank_pattern": {},
         "alpha_pattern": {},
@@ -279,8 +292,9 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
     for field in ("r", "target_modules"):
         if field not in config:
             raise ValueError(f"{path}: {field}: is missing")
-    if not isinstance(config["use_rslora"], bool):
-        raise ValueError(f"{path}: use_rslora: got {config['use_rslora']!r}, wanted true or false")
+    for field in ("use_rslora", "use_dora"):
+        if not isinstance(config[field], bool):
+            raise ValueError(f"{path}: {field}: got {config[field]!r}, wanted true or false")
     for field in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config[field], dict):
             raise ValueError(f"{path}: {field}: got {config[field]!r}, wanted an object")
@@ -329,12 +343,16 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _check_tensors(
-    tensors: dict[str, Tensor], expected: dict[str, tuple[int, nn.Linear | FusedLoRALinear]]
+    tensors: dict[str, Tensor],
+    expected: dict[str, tuple[int, nn.Linear | FusedLoRALinear]],
+    use_dora: bool,
 ) -> None:
     shapes: dict[str, list[int]] = {}
     for path, (r, linear) in expected.items():
         shapes[_key(path, "lora_A")] = [r, linear.in_features]
         shapes[_key(path, "lora_B")] = [linear.out_features, r]
+        if use_dora:
+            shapes[_key(path, "lora_magnitude_vector")] = [linear.out_features]
     missing, unexpected = sorted(shapes.keys() - tensors), sorted(tensors.keys() - shapes)
     if missing or unexpected:
         raise ValueError(
@@ -352,10 +370,15 @@ def _check_tensors(
             raise ValueError(f"{WEIGHTS_NAME}: {key}: has values that are not finite")
 
 
-def _check_scalings(layers: dict[str, FusedLoRALinear], config: dict[str, Any]) -> None:
+def _check_computation(layers: dict[str, FusedLoRALinear], config: dict[str, Any]) -> None:
     paths = list(layers)
     alphas = per_layer("alpha_pattern", config["alpha_pattern"], config["lora_alpha"], paths)
     for path, layer in layers.items():
+        if config["use_dora"] != layer.use_dora:
+            raise ValueError(
+                f"{CONFIG_NAME}: use_dora: got {config['use_dora']}, and {path} of the model has "
+                f"{layer.use_dora}"
+            )
         scaling = FusedLoRALinear.scaling_of(alphas[path], layer.r, config["use_rslora"])
         if scaling != layer.scaling:
             raise ValueError(

@@ -53,6 +53,7 @@ def inject(
     alpha_pattern: Mapping[str, float] | None = None,
     adapter_dtype: torch.dtype | None = None,
     init_lora_weights: bool | str = True,
+    use_dora: bool = False,
     backend: Backend = "auto",
 ) -> InjectReport:
     """Replaces matching `nn.Linear`s with `FusedLoRALinear`s in place and freezes everything else.
@@ -65,8 +66,8 @@ def inject(
         exclude_modules: matched in the same way, and left out.
         rank_pattern, alpha_pattern: other r and lora_alpha for the layers whose path, or the end
             of it after a dot, is matched by the key, a regular expression; the first match counts.
-        r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, init_lora_weights, backend: see
-            `FusedLoRALinear`.
+        r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, init_lora_weights, use_dora,
+            backend: see `FusedLoRALinear`.
 
     Returns:
         The report: which layers, what was skipped and why, and the numbers of parameters.
@@ -122,6 +123,7 @@ def inject(
                 use_rslora=use_rslora,
                 adapter_dtype=adapter_dtype,
                 init_lora_weights=init_lora_weights,
+                use_dora=use_dora,
                 backend=backend,
             )
     model.requires_grad_(False)

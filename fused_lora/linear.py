@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from . import checks
 from .dispatch import Backend
-from .functional import lora_linear
+from .dora import over_norm
+from .functional import dora_linear, lora_linear
 from .initial import check_init, initial_values
+from .torch_backend import weight_norm
 
-_ADAPTER = ("lora_A", "lora_B", "lora_A_init", "lora_B_init")
+_ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_A_init", "lora_B_init")
 
 
 class FusedLoRALinear(nn.Module):
@@ -33,25 +35,31 @@ class FusedLoRALinear(nn.Module):
             base, the base's own dtype otherwise.
         init_lora_weights: True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_<N>" or
             "olora", as in PEFT and with its numbers from the same seed (see `fused_lora.initial`).
+        use_dora: y = m / ||W0 + scaling * B A|| o (x W0^T + scaling * x A^T B^T) + bias instead
+            (https://arxiv.org/abs/2402.09353), see `dora_linear`. With lora_dropout, training costs
+            a second product with W0, as in PEFT.
         backend: "auto", "triton" or "torch", as for `lora_linear`.
 
     Attributes:
         weight [N, K], bias [N] or None: frozen parameters, named as in `nn.Linear`.
-        lora_A [r, K], lora_B [N, r]: trainable parameters.
+        lora_A [r, K], lora_B [N, r]: trainable parameters, and with use_dora
+            lora_magnitude_vector m [N] (None without), which starts as the norm itself.
         scaling: float. merged: whether the adapter is added into ``weight``.
         lora_A_init, lora_B_init: buffers, None but after "pissa" and "olora". There ``weight`` is
             the residual W0 - scaling * B_init A_init in storage of its own, and these two are what
             brings W0 back.
 
-    The state dict has `nn.Linear`'s keys plus ``lora_A`` and ``lora_B`` (and the buffers that are
-    not None); a plain `nn.Linear`'s loads and leaves the adapter as it is, except into a layer
+    The state dict has `nn.Linear`'s keys plus those of the adapter and of the buffers that are not
+    None; a plain `nn.Linear`'s loads and leaves the adapter as it is, except into a layer
     whose weight is a residual. That of a merged layer is a plain `nn.Linear`'s.
     """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    lora_magnitude_vector: nn.Parameter | None
     lora_A_init: Tensor | None
     lora_B_init: Tensor | None
+    merged_scale: Tensor | None
 
     def __init__(
         self,
@@ -67,6 +75,7 @@ class FusedLoRALinear(nn.Module):
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
         init_lora_weights: bool | str = True,
+        use_dora: bool = False,
         backend: Backend = "auto",
     ) -> None:
         checks.check_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
@@ -79,6 +88,7 @@ class FusedLoRALinear(nn.Module):
             use_rslora,
             adapter_dtype,
             init_lora_weights,
+            use_dora,
             backend,
         )
 
@@ -93,6 +103,7 @@ class FusedLoRALinear(nn.Module):
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
         init_lora_weights: bool | str = True,
+        use_dora: bool = False,
         backend: Backend = "auto",
     ) -> FusedLoRALinear:
         """A layer over ``linear``'s own weight and bias: the storage is shared, not copied.
@@ -114,6 +125,7 @@ class FusedLoRALinear(nn.Module):
             use_rslora,
             adapter_dtype,
             init_lora_weights,
+            use_dora,
             backend,
         )
         return layer.train(linear.training)
@@ -127,6 +139,7 @@ class FusedLoRALinear(nn.Module):
         use_rslora: bool,
         adapter_dtype: torch.dtype | None,
         init_lora_weights: bool | str,
+        use_dora: bool,
         backend: Backend,
     ) -> None:
         super().__init__()
@@ -156,6 +169,11 @@ class FusedLoRALinear(nn.Module):
         factory: dict[str, Any] = {"device": base.weight.device, "dtype": adapter_dtype}
         self.lora_A = nn.Parameter(torch.empty((r, self.in_features), **factory))
         self.lora_B = nn.Parameter(torch.empty((self.out_features, r), **factory))
+        self.use_dora = use_dora
+        self.lora_magnitude_vector = (
+            nn.Parameter(torch.empty(self.out_features, **factory)) if use_dora else None
+        )
+        self.register_buffer("merged_scale", None, persistent=False)  # DoRA's m / norm, if merged
         self.register_buffer("lora_A_init", None)
         self.register_buffer("lora_B_init", None)
         self.reset_lora_parameters()
@@ -177,7 +195,8 @@ class FusedLoRALinear(nn.Module):
         if self.weight.is_meta:
             return
         if self.lora_A_init is not None and self.lora_B_init is not None:
-            self._add_to_weight(self._product(self.lora_A_init, self.lora_B_init))
+            product = self._product(self.lora_A_init, self.lora_B_init)
+            self._set_weight(self.weight.to(product.dtype) + product)
             self.lora_A_init = self.lora_B_init = None
         start = initial_values(self.init_lora_weights, self.weight, self.r, self.scaling)
         self.lora_A.copy_(start.lora_A)
@@ -185,6 +204,9 @@ class FusedLoRALinear(nn.Module):
         if start.weight is not None:
             self.weight.data = start.weight  # not in place: the storage may be another layer's too
             self.lora_A_init, self.lora_B_init = self.lora_A.clone(), self.lora_B.clone()
+        if self.lora_magnitude_vector is not None:
+            # PEFT's is rounded to the base's dtype; this one starts at W0 x in any.
+            self.lora_magnitude_vector.copy_(self._norm())
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> y [..., out_features].
@@ -199,16 +221,17 @@ class FusedLoRALinear(nn.Module):
                     "adapter, or eval() to run the merged weight"
                 )
             return F.linear(x, self.weight, self.bias)
-        return lora_linear(
-            x,
-            self.weight,
-            self.lora_A,
-            self.lora_B,
-            scaling=self.scaling,
-            bias=self.bias,
-            dropout_p=self.lora_dropout if self.training else 0.0,
-            backend=self.backend,
-        )
+        dropout_p = self.lora_dropout if self.training else 0.0
+        base, adapter = (x, self.weight), (self.lora_A, self.lora_B)
+        options: dict[str, Any] = {
+            "scaling": self.scaling,
+            "bias": self.bias,
+            "dropout_p": dropout_p,
+            "backend": self.backend,
+        }
+        if self.lora_magnitude_vector is not None:
+            return dora_linear(*base, *adapter, self.lora_magnitude_vector, **options)
+        return lora_linear(*base, *adapter, **options)
 
     @torch.no_grad()
     def _product(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
@@ -216,37 +239,56 @@ class FusedLoRALinear(nn.Module):
         dtype = torch.promote_types(lora_A.dtype, torch.float32)
         return self.scaling * (lora_B.to(dtype) @ lora_A.to(dtype))
 
+    def _norm(self) -> Tensor:
+        return weight_norm(self.weight, self.lora_A, self.lora_B, self.scaling)
+
     @torch.no_grad()
-    def _add_to_weight(self, delta: Tensor) -> None:
+    def _set_weight(self, value: Tensor) -> None:
         if "weight" not in self._parameters:
             raise RuntimeError(
-                "weight: is computed by a parametrization, and what is added to it would be lost; "
+                "weight: is computed by a parametrization, and what is put into it would be lost; "
                 "call torch.nn.utils.parametrize.remove_parametrizations first"
             )
-        merged = (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
-        if not torch.isfinite(merged).all():
+        weight = value.to(self.weight.dtype)
+        if not torch.isfinite(weight).all():
             raise ValueError("lora_A, lora_B: W0 + scaling * B A has values that are not finite")
         if type(self.weight) is nn.Parameter:
             # Not in place: the storage may be another layer's too (from_linear, tying).
-            self.weight.data = merged
+            self.weight.data = weight
         else:  # a DTensor's storage is its own, and its .data is not what FSDP gathers
-            self.weight.copy_(merged)
+            self.weight.copy_(weight)
 
+    @torch.no_grad()
     def merge(self) -> None:
-        """Adds scaling * B A into ``weight``; the adapter stays. Nothing happens if merged.
+        """Puts the adapter into ``weight``; the adapter stays. Nothing happens if merged.
 
         ``weight`` gets new storage: layers that shared the old one are not changed. Raises
-        ValueError, and merges nothing, if the sum is not finite in the weight's dtype.
+        ValueError, and merges nothing, if the result is not finite in the weight's dtype or has
+        DoRA rows of magnitude 0, which could not be brought back.
         """
-        if not self.merged:
-            self._add_to_weight(self._product(self.lora_A, self.lora_B))
-            self.merged = True
-
-    def unmerge(self) -> None:
-        """Subtracts the adapter again; exact up to rounding in the weight's dtype, as in PEFT."""
         if self.merged:
-            self._add_to_weight(-self._product(self.lora_A, self.lora_B))
-            self.merged = False
+            return
+        product = self._product(self.lora_A, self.lora_B)
+        value, scale = self.weight.to(product.dtype) + product, None
+        if self.lora_magnitude_vector is not None:
+            scale = over_norm(self.lora_magnitude_vector, self._norm()).to(product.dtype)
+            if not scale.all():
+                raise ValueError("lora_magnitude_vector: has zeros, which merging cannot undo")
+            value *= scale[:, None]
+        self._set_weight(value)
+        self.merged, self.merged_scale = True, scale
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Takes the adapter out again; exact up to rounding in the weight's dtype, as in PEFT."""
+        if not self.merged:
+            return
+        product = self._product(self.lora_A, self.lora_B)
+        value = self.weight.to(product.dtype)
+        if self.merged_scale is not None:
+            value = value / self.merged_scale[:, None]
+        self._set_weight(value - product)
+        self.merged, self.merged_scale = False, None
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -283,9 +325,8 @@ class FusedLoRALinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
-        adapter = {prefix + "lora_A", prefix + "lora_B"}
-        if adapter <= set(missing):  # a plain nn.Linear's: the adapter stays as it is
-            missing = [key for key in missing if key not in adapter]
+        if not holds & set(_ADAPTER):  # a plain nn.Linear's: the adapter stays as it is
+            missing = [key for key in missing if key.removeprefix(prefix) not in _ADAPTER]
         missing_keys.extend(missing)
 
     def extra_repr(self) -> str:
@@ -297,6 +338,8 @@ class FusedLoRALinear(nn.Module):
             parts.append(f"lora_dropout={self.lora_dropout}")
         if self.use_rslora:
             parts.append("use_rslora=True")
+        if self.use_dora:
+            parts.append("use_dora=True")
         if self.init_lora_weights is not True:
             parts.append(f"init_lora_weights={self.init_lora_weights!r}")
         if self.backend != "auto":

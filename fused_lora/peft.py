@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import layer as peft_lora
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -25,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from . import checks
 from .backends import autocast_enabled
 from .dispatch import Backend
-from .functional import lora_linear
+from .functional import dora_linear, lora_linear
 
 
 class FusedPeftLinear(peft_lora.Linear):  # type: ignore[misc]  # peft is untyped
@@ -48,16 +50,16 @@ class FusedPeftLinear(peft_lora.Linear):  # type: ignore[misc]  # peft is untype
             lora_A = torch.cat([self.lora_A[a].weight for a in adapters])
             lora_B = torch.cat([self.lora_B[a].weight * self.scaling[a] for a in adapters], dim=1)
             scaling = 1.0
-        return lora_linear(
-            x,
-            weight,
-            lora_A,
-            lora_B,
-            scaling=scaling,
-            bias=_bias(self, adapters, x),
-            dropout_p=_dropout_p(self, first),
-            backend=self.fused_lora_backend,
-        )
+        options: dict[str, Any] = {
+            "scaling": scaling,
+            "bias": _bias(self, adapters, x),
+            "dropout_p": _dropout_p(self, first),
+            "backend": self.fused_lora_backend,
+        }
+        if first in self.lora_variant:  # DoRA, or `obstacle` had said so
+            magnitude = self.lora_magnitude_vector[first].weight
+            return dora_linear(x, weight, lora_A, lora_B, magnitude, **options)
+        return lora_linear(x, weight, lora_A, lora_B, **options)
 
 
 def _active(layer: peft_lora.Linear) -> list[str]:
@@ -121,7 +123,9 @@ def obstacle(layer: peft_lora.Linear) -> str | None:
         return "none of its adapters is active"
     for name in adapters:
         if name in layer.lora_variant:
-            return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
+            why = _variant_obstacle(layer, name, adapters)
+            if why is not None:
+                return why
         A, B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
         if type(A) is not nn.Linear or type(B) is not nn.Linear:
             return f"adapter {name!r} is made of {type(A).__name__} and {type(B).__name__}"
@@ -131,6 +135,17 @@ def obstacle(layer: peft_lora.Linear) -> str | None:
             return f"adapter {name!r} has hooks"
         if len(adapters) > 1 and _dropout_p(layer, name):
             return "several adapters are active, each with a dropout mask of its own"
+    return None
+
+
+def _variant_obstacle(layer: peft_lora.Linear, name: str, adapters: list[str]) -> str | None:
+    if type(layer.lora_variant[name]) is not DoraLinearVariant:
+        return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
+    if len(adapters) > 1:
+        return f"several adapters are active, and {name!r} is DoRA's"
+    magnitude = layer.lora_magnitude_vector[name]
+    if type(magnitude) is not DoraLinearLayer or _hooked(magnitude):
+        return f"adapter {name!r} has a changed {type(magnitude).__name__}"
     return None
 
 
@@ -186,7 +201,7 @@ def _cannot_swap(layer: peft_lora.LoraLayer) -> str | None:
 def fuse(model: nn.Module, *, strict: bool = False, backend: Backend = "auto") -> FuseReport:
     """Puts every eligible `peft.tuners.lora.Linear` of a live model on the fused path, in place.
 
-    On the fast path: dropout, bias, ``lora_bias``, rsLoRA, fp32 adapters over a half base,
+    On the fast path: dropout, bias, ``lora_bias``, rsLoRA, DoRA, fp32 adapters over a half base,
     Conv1D (GPT-2), several active adapters, ``scale_layer``, patterns of r and alpha. A layer whose
     state does not allow it now (merged, disabled, ...) is listed with the reason and takes the
     fast path as soon as its state does. Calling it again changes nothing.

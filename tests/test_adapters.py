@@ -35,6 +35,8 @@ def _adapted(**options):
     for module in model.modules():
         if isinstance(module, FusedLoRALinear):
             nn.init.normal_(module.lora_B)
+            if module.use_dora:
+                nn.init.uniform_(module.lora_magnitude_vector)
     return model.eval()
 
 
@@ -44,6 +46,7 @@ OPTIONS = {
     "names": {},
     "one path": {"target_modules": ["0.q_proj"]},
     "rslora and dropout": {"use_rslora": True, "lora_dropout": 0.25},
+    "dora": {"use_dora": True, "use_rslora": True},
     "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"2\.o_proj": 1.5}},
 }
 
@@ -78,6 +81,8 @@ def test_we_load_what_peft_saves(tmp_path, options):
     for name, parameter in theirs.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter)
+        elif "magnitude" in name:
+            nn.init.uniform_(parameter)
     theirs.save_pretrained(tmp_path)
     model = _base()
     load_adapter(model, tmp_path)
@@ -191,7 +196,8 @@ HOSTILE = {
     "config huge": (_config_text(" " * (1 << 21)), "is no adapter config"),
     "config a list": (_config_text("[]"), "got a JSON list, wanted an object"),
     "other method": (_edit(peft_type="IA3"), "peft_type: got 'IA3', wanted 'LORA'"),
-    "dora": (_edit(use_dora=True), "use_dora: got True, which changes the computation"),
+    "dora without magnitudes": (_edit(use_dora=True), "4 tensors are missing"),
+    "dora a string": (_edit(use_dora="yes"), "use_dora: got 'yes'"),
     "bias": (_edit(bias="all"), "bias: got 'all'"),
     "pissa": (_edit(init_lora_weights="pissa"), "init_lora_weights: got 'pissa'"),
     "modules_to_save": (_edit(modules_to_save=["x"]), "modules_to_save: got ['x']"),
@@ -255,6 +261,7 @@ def test_a_model_with_other_layers_ranks_or_scaling_is_refused(tmp_path):
         ({"target_modules": ["q_proj"]}, "4 unexpected"),
         ({"r": 2}, "got shape"),
         ({"lora_alpha": 5}, "a scaling of 2.0, the model's is"),
+        ({"use_dora": True}, "use_dora: got False, and 0.q_proj of the model has True"),
     ]:
         with pytest.raises(ValueError, match=message):
             load_adapter(_adapted(**options), tmp_path)

@@ -120,14 +120,16 @@ def test_reset_starts_again_from_the_original_weight(init):
         layer.reset_lora_parameters()
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("init", INITS)
-def test_saved_adapters_go_with_the_original_model(tmp_path, init, use_rslora):
+def test_saved_adapters_go_with_the_original_model(tmp_path, init, use_rslora, use_dora):
     """Ours and PEFT's loaders make of the original model and the files what was trained."""
     pytest.importorskip("safetensors")
     peft = pytest.importorskip("peft")
     net, x = _net(), torch.randn(5, 12)
     options = {"alpha_pattern": {"2": 5}, "rank_pattern": {"2": 6}, "use_rslora": use_rslora}
+    options |= {"use_dora": use_dora}
     model = _learn(_adapted(init, copy.deepcopy(net), **options)).eval()
     save_adapter(model, tmp_path)
     ours = copy.deepcopy(net)

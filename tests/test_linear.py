@@ -188,3 +188,101 @@ def test_repr():
         "FusedLoRALinear(in_features=6, out_features=5, bias=True, r=2, lora_alpha=4, "
         "lora_dropout=0.1, use_rslora=True, backend='torch', merged=True)"
     )
+
+
+def _dora(**options):
+    layer = _layer(use_dora=True, **options)
+    nn.init.uniform_(layer.lora_magnitude_vector, 0.5, 1.5)
+    return layer
+
+
+def test_dora_starts_as_the_base_layer():
+    for dtype in (torch.float32, torch.bfloat16):
+        base, x = nn.Linear(6, 5, dtype=dtype), torch.randn(4, 6, dtype=dtype)
+        layer = FusedLoRALinear.from_linear(base, r=2, use_dora=True)
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(layer(x), base(x), rtol=2 * eps, atol=2 * eps)
+        assert [n for n, p in layer.named_parameters() if p.requires_grad] == [
+            "lora_A",
+            "lora_B",
+            "lora_magnitude_vector",
+        ]
+
+
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.5])
+def test_dora_is_pefts(lora_dropout):
+    """Outputs and gradients, in training with the same masks too."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=2, lora_alpha=4, use_dora=True, target_modules=["0"], lora_dropout=lora_dropout
+    )
+    base, x = nn.Linear(6, 5), torch.randn(30, 6)
+    theirs = peft.get_peft_model(nn.Sequential(copy.deepcopy(base)), config)
+    ours = FusedLoRALinear.from_linear(base, 2, 4, use_dora=True, lora_dropout=lora_dropout)
+    module = theirs.base_model.model[0]
+    torch.testing.assert_close(
+        ours.lora_magnitude_vector, module.lora_magnitude_vector["default"].weight
+    )
+    pairs = [
+        (ours.lora_A, module.lora_A["default"].weight),
+        (ours.lora_B, module.lora_B["default"].weight),
+        (ours.lora_magnitude_vector, module.lora_magnitude_vector["default"].weight),
+    ]
+    for mine, other in pairs:
+        nn.init.uniform_(mine, 0.5, 1.5)
+        other.data.copy_(mine)
+
+    def outputs(model):
+        torch.manual_seed(3)
+        y = model(x)
+        y.square().sum().backward()
+        return y
+
+    torch.testing.assert_close(outputs(ours), outputs(theirs))
+    for mine, other in pairs:
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_dora_trains_on_either_backend(device, launches, backend):
+    layer = _dora(device=device, backend=backend)
+    layer(torch.randn(4, 6, device=device)).square().sum().backward()
+    assert layer.lora_magnitude_vector.grad is not None
+    assert bool(launches) == (backend == "triton")
+
+
+def test_dora_merges_and_comes_back():
+    layer, x = _dora().eval(), torch.randn(4, 6)
+    expected, before = layer(x), layer.weight.clone()
+    layer.merge()
+    torch.testing.assert_close(layer(x), expected)
+    assert list(layer.state_dict()) == ["weight", "bias"]
+    copied = copy.deepcopy(layer)
+    copied.unmerge()
+    for other in (layer, copied):
+        other.unmerge()
+        torch.testing.assert_close(other.weight, before)
+        torch.testing.assert_close(other(x), expected)
+    with torch.no_grad():
+        layer.lora_magnitude_vector[0] = 0.0
+    with pytest.raises(ValueError, match="lora_magnitude_vector: has zeros"):
+        layer.merge()
+    assert not layer.merged
+
+
+def test_dora_state_dicts_and_copies():
+    layer, other, x = _dora().eval(), _dora().eval(), torch.randn(4, 6)
+    assert "lora_magnitude_vector" in layer.state_dict()
+    other.load_state_dict(layer.state_dict())
+    again = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(other(x), layer(x))
+    assert torch.equal(again(x), layer(x))
+    with pytest.raises(RuntimeError, match="lora_magnitude_vector"):
+        layer.load_state_dict(_layer().state_dict())
+    layer.load_state_dict(nn.Linear(6, 5).state_dict())
+    assert "use_dora=True" in repr(layer)
+    meta = FusedLoRALinear(6, 5, 2, use_dora=True, device="meta").to_empty(device="cpu")
+    base = nn.Linear(6, 5)
+    meta.load_state_dict(base.state_dict())
+    meta.reset_lora_parameters()
+    torch.testing.assert_close(meta(x), base(x))

@@ -45,6 +45,8 @@ def _model(adapters=1, base_bias=True, base_dtype=torch.float32, **config):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter)
+        elif "magnitude" in name:
+            nn.init.uniform_(parameter, 0.5, 1.5)
     return model
 
 
@@ -68,10 +70,13 @@ def _assert_same(got, expected, **tolerance):
 def calls(monkeypatch):
     """How many layers took the fused path since the last look."""
     seen = []
-    real = fused_peft.lora_linear
-    monkeypatch.setattr(
-        fused_peft, "lora_linear", lambda *a, **k: seen.append(k["dropout_p"]) or real(*a, **k)
-    )
+    for name in ("lora_linear", "dora_linear"):
+        real = getattr(fused_peft, name)
+        monkeypatch.setattr(
+            fused_peft,
+            name,
+            lambda *a, real=real, **k: seen.append(k["dropout_p"]) or real(*a, **k),
+        )
     return seen
 
 
@@ -89,6 +94,9 @@ CONFIGS = {
     "patterns": {"rank_pattern": {"up": 7}, "alpha_pattern": {"down": 3}},
     "two adapters": {"adapters": 2},
     "three adapters": {"adapters": 3},
+    "dora": {"use_dora": True},
+    "dora, no bias, rslora": {"use_dora": True, "base_bias": False, "use_rslora": True},
+    "pissa": {"init_lora_weights": "pissa"},
     "gaussian": {"init_lora_weights": "gaussian"},
 }
 
@@ -105,6 +113,40 @@ def test_values_and_gradients_are_pefts(config, calls):
     assert len(calls) == len(report.fused)
 
 
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.5])
+def test_dora_trains_as_peft_does(calls, lora_dropout):
+    """Several steps from the same start, with PEFT's own dropout masks from the same seed."""
+    model = _model(use_dora=True, lora_dropout=lora_dropout)
+    plain, x = copy.deepcopy(model), torch.randn(30, 12)
+    fuse(model, strict=True)
+
+    def losses(model):
+        torch.manual_seed(3)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        history = []
+        for _ in range(8):
+            loss = model(x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            history.append(loss.item())
+        return history
+
+    ours = losses(model)
+    assert len(calls) == 3 * 8
+    assert ours == pytest.approx(losses(plain), rel=1e-4)
+    assert ours[-1] != ours[0]
+
+
+def test_kernels_run_under_fused_dora(device, launches):
+    model = _model(target_modules=["up", "down"], use_dora=True).to(device)
+    x = torch.randn(5, 12, device=device)
+    expected = _outputs(model, x)
+    fuse(model, backend="triton")
+    _assert_same(_outputs(model, x), expected, rtol=1e-4, atol=1e-4)
+    assert launches
+
+
 def test_kernels_run_under_a_fused_model(device, launches):
     model = _model(target_modules=["up", "down"]).to(device)
     x = torch.randn(5, 12, device=device)
@@ -115,8 +157,9 @@ def test_kernels_run_under_a_fused_model(device, launches):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_fp32_adapters_over_a_half_base(calls, dtype):
-    model = _model(base_dtype=dtype, target_modules=["up", "down"])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_fp32_adapters_over_a_half_base(calls, dtype, use_dora):
+    model = _model(base_dtype=dtype, target_modules=["up", "down"], use_dora=use_dora)
     assert model.base_model.model.up.lora_A["default"].weight.dtype == torch.float32
     x = torch.randn(5, 12, dtype=dtype)
     expected = _outputs(model, x)
@@ -130,8 +173,9 @@ def test_fp32_adapters_over_a_half_base(calls, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(calls, dtype):
-    model, x = _model(target_modules=["up", "down"]), torch.randn(5, 12)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_autocast(calls, dtype, use_dora):
+    model, x = _model(target_modules=["up", "down"], use_dora=use_dora), torch.randn(5, 12)
     with torch.autocast("cpu", dtype):
         expected = model(x)
         fuse(model)
@@ -194,8 +238,9 @@ def test_adapter_names_go_to_peft(calls):
     assert calls == []
 
 
-def test_merge_and_unload_of_a_fused_model():
-    model, x = _model().eval(), torch.randn(5, 12)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_merge_and_unload_of_a_fused_model(use_dora):
+    model, x = _model(use_dora=use_dora).eval(), torch.randn(5, 12)
     fuse(model)
     expected = model(x)
     merged = model.merge_and_unload()
@@ -232,6 +277,17 @@ def test_hooks_on_the_layer_still_run():
     fuse(model)
     model(torch.randn(5, 12))
     assert seen == ["up"]
+
+
+def test_dora_beside_another_adapter_goes_to_peft():
+    model = _model(target_modules=["up", "down"], use_dora=True, adapters=2).eval()
+    x = torch.randn(5, 12)
+    model.base_model.set_adapter(list(model.peft_config))
+    expected = model(x)
+    report = fuse(model)
+    assert len(report.not_fused) == 2
+    assert "several adapters are active, and 'default' is DoRA's" in str(report)
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_as_a_context_manager():
@@ -358,8 +414,9 @@ def test_register_makes_fused_layers_and_lets_subclasses_through(calls):
         register({})
 
 
-def test_compile(calls):
-    model, x = _model(lora_dropout=0.0).eval(), torch.randn(5, 12)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_compile(calls, use_dora):
+    model, x = _model(lora_dropout=0.0, use_dora=use_dora).eval(), torch.randn(5, 12)
     expected = model(x)
     fuse(model)
     y = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
