@@ -70,7 +70,8 @@ def weight_norm_kernel(
         w = tl.load(w_ptrs, mask=in_n & in_k, other=0.0)  # [BLOCK_N, BLOCK_K]
         v = w.to(tl.float32) + scale * delta
         acc += v * v
-    tl.store(norm_ptr + offs_n, tl.sqrt_rn(tl.sum(acc, axis=1)), mask=offs_n < N)
+    norm = tl.sqrt_rn(tl.sum(acc, axis=1))
+    tl.store(norm_ptr + offs_n.to(tl.int64), norm, mask=offs_n < N)
 
 
 def weight_norm(
@@ -117,22 +118,23 @@ def scale_columns_kernel(
 ):
     pid_s = tl.program_id(1)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_n = offs_n < N
+    in_n = (offs_n < N)[None, :]
     cols = offs_n.to(tl.int64)[None, :]
-    c = tl.load(col_scale_ptr + offs_n, mask=in_n, other=0.0)[None, :]
+    c = tl.load(col_scale_ptr + cols, mask=in_n, other=0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     start = pid_s * rows_per_split
     for m in range(start, min(start + rows_per_split, M), BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         rows = offs_m.to(tl.int64)[:, None]
-        mask = (offs_m < M)[:, None] & in_n[None, :]
+        mask = (offs_m < M)[:, None] & in_n
         g = tl.load(g_ptr + rows * stride_gm + cols * stride_gn, mask=mask, other=0.0)
         g = g.to(tl.float32)
         tl.store(gs_ptr + rows * N + cols, (g * c).to(gs_ptr.dtype.element_ty), mask=mask)
         if z_ptr is not None:
             acc += g * tl.load(z_ptr + rows * N + cols, mask=mask, other=0.0).to(tl.float32)
     if z_ptr is not None:
-        tl.store(dot_ptr + pid_s.to(tl.int64) * N + offs_n, tl.sum(acc, axis=0), mask=in_n)
+        dot = tl.sum(acc, axis=0)[None, :]
+        tl.store(dot_ptr + pid_s.to(tl.int64) * N + cols, dot, mask=in_n)
 
 
 def scale_columns_backward(

@@ -146,7 +146,7 @@ def lora_gemm_kernel(
     if z_ptr is not None:
         tl.store(z_ptr + rows * N + cols, acc.to(dtype), mask=in_m & in_n)
     if col_scale_ptr is not None:
-        acc *= tl.load(col_scale_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
+        acc *= tl.load(col_scale_ptr + cols, mask=in_n, other=0.0)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_n.to(tl.int64) * stride_bias, mask=offs_n < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import Problem, check, problem, run
-from torch import Tensor
+from torch import Tensor, nn
 
-from fused_lora import dora_linear, explain, reference
+from fused_lora import dora_linear, explain, inject, reference
 from fused_lora import torch_backend as torch_path
 from fused_lora.kernels import dora as kernels
 
@@ -216,6 +216,38 @@ def test_compile(device, launches, compiler, dropout_p, backend):
         half = _problem(6, 12, 20, 4, dtype=torch.float16, device=device)
         assert compiled(half, backend=backend).dtype == torch.float16
     assert bool(launches) == (backend == "triton")
+
+
+def test_a_dynamic_batch_and_another_alpha_do_not_recompile():
+    torch._dynamo.reset()
+    p = _problem(6, 12, 20, 4)
+    A = p.lora_A.requires_grad_()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def call(x, scaling):
+        return dora_linear(x, p.weight, A, p.lora_B, p.magnitude, scaling=scaling)
+
+    def expected(x, scaling):
+        return reference.dora_linear(x, p.weight, A, p.lora_B, p.magnitude, scaling=scaling)
+
+    graphs = torch._dynamo.utils.counters["stats"]
+    for M, scaling in ((6, 1.0), (7, 0.5)):
+        call(torch.randn(M, 20), scaling)
+    before = graphs["unique_graphs"]
+    for M, scaling in ((64, 0.25), (3, 7.5)):
+        x = torch.randn(M, 20)
+        torch.testing.assert_close(call(x, scaling), expected(x, scaling))
+    assert graphs["unique_graphs"] == before
+
+
+def test_export():
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    inject(model, 2, 4, "all-linear", use_dora=True)
+    model.eval().requires_grad_(False)
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(model, (torch.randn(5, 8),), dynamic_shapes=({0: batch},))
+    x = torch.randn(9, 8)
+    torch.testing.assert_close(program.module()(x), model(x))
 
 
 def test_explain():

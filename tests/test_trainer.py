@@ -98,6 +98,8 @@ MODELS = {
     "T5": (_t5, _text, "SEQ_2_SEQ_LM"),
     "ViT": (_vit, _image, None),
 }
+RUNS = {name: (name, {}) for name in MODELS}
+RUNS["Llama with DoRA"] = ("Llama", {"use_dora": True, "lora_dropout": 0.1})
 
 
 def _model(name, seed, **config):
@@ -156,8 +158,13 @@ def one_thread():
 def calls(monkeypatch):
     """Grows by one with each layer that takes the fused path."""
     seen = []
-    real = fused_peft.lora_linear
-    monkeypatch.setattr(fused_peft, "lora_linear", lambda *a, **k: seen.append(1) or real(*a, **k))
+
+    def watch(name):
+        real = getattr(fused_peft, name)
+        monkeypatch.setattr(fused_peft, name, lambda *a, **k: seen.append(1) or real(*a, **k))
+
+    watch("lora_linear")
+    watch("dora_linear")
     return seen
 
 
@@ -166,9 +173,9 @@ def seed():
     return torch.initial_seed()
 
 
-def _losses(name, seed, folder, calls, fused, **options):
+def _losses(name, seed, folder, calls, fused, config=None, **options):
     """Of PEFT's own run, or of the fused one."""
-    model, data = _model(name, seed)
+    model, data = _model(name, seed, **(config or {}))
     if fused:
         assert fuse(model, strict=True).fused
     calls.clear()
@@ -177,12 +184,13 @@ def _losses(name, seed, folder, calls, fused, **options):
     return losses
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_losses_are_pefts_with_gradient_checkpointing(name, seed, tmp_path, calls):
+@pytest.mark.parametrize(("name", "config"), RUNS.values(), ids=RUNS)
+def test_losses_are_pefts_with_gradient_checkpointing(name, config, seed, tmp_path, calls):
     """In fp32 to the last digits; in bf16 as near to the fp32 run as PEFT's bf16 run is."""
 
     def losses(**options):
-        return _losses(name, seed, tmp_path, calls, gradient_checkpointing=True, **options)
+        options |= {"gradient_checkpointing": True, "config": config}
+        return _losses(name, seed, tmp_path, calls, **options)
 
     exact = losses(fused=False)
     torch.testing.assert_close(losses(fused=True), exact, rtol=1e-5, atol=0.0)
