@@ -1,6 +1,9 @@
 """`dora_linear`: the house rule on both backends, norms, what is saved, dropout, compile."""
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass, fields
 
 import pytest
@@ -295,3 +298,53 @@ def test_no_second_derivative():
     assert dx.isfinite().all()
     with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         torch.autograd.grad(_call(p).sum(), p.x, create_graph=True)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_what_the_kernels_compile_to(arch):
+    """No spills, and offsets of 64 bits, in the launchers' own tiles."""
+    program = f"""
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import triton
+from triton.backends.compiler import GPUTarget
+from benchmarks.compile_report import _cuobjdump, specialised
+from fused_lora.kernels import dora
+
+def compile(kernel, tile, pointers, constants, floats=()):
+    meta = {{k: v for k, v in tile.items() if k.isupper()}}
+    source = specialised(kernel, pointers, meta | constants, set(floats))
+    options = {{k: v for k, v in tile.items() if not k.isupper()}}
+    compiled = triton.compile(source, target=GPUTarget("cuda", {arch}, 32), options=options)
+    offsets = re.findall(r"tt.addptr [^:]*: [^,]*, (\\S+)", compiled.asm["ttir"])
+    assert offsets and all("i64" in offset for offset in offsets), sorted(set(offsets))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = _cuobjdump("--dump-resource-usage", cubin.name)
+    assert "STACK:0 " in usage, usage
+
+rows = {{"stride_wk": 1, "stride_ak": 1, "stride_br": 1}}
+for r in (16, 32):
+    for weight in ("*bf16", "*fp32"):
+        pointers = {{"w_ptr": weight, "a_ptr": "*fp32", "b_ptr": "*fp32", "norm_ptr": "*fp32"}}
+        constants = rows | {{"BLOCK_R": r}}
+        compile(dora.weight_norm_kernel, dora._NORM, pointers, constants, ["scale"])
+for dtype in ("*bf16", "*fp32"):
+    pointers = {{"g_ptr": dtype, "col_scale_ptr": "*fp32", "gs_ptr": dtype}}
+    compile(dora.scale_columns_kernel, dora._COLUMNS, pointers, {{"stride_gn": 1}})
+    pointers |= {{"z_ptr": dtype, "dot_ptr": "*fp32"}}
+    compile(dora.scale_columns_kernel, dora._COLUMNS, pointers, {{"stride_gn": 1}})
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
