@@ -84,10 +84,10 @@ def cases(archs: list[int], dtypes: list[str]) -> Iterator[Case]:
             itemsize = 4 if dtype == "fp32" else 2
             for kind, ranks in RANKS.items():
                 for r, dropout in product(ranks, (False, True)):
-                    for config in ship(kind, r, itemsize, dropout, device):
-                        for operands in _operands(kind, dtype, r, dropout):
+                    for adapter, transposed, dora in _operands(kind, dtype, r, dropout):
+                        for config in ship(kind, r, itemsize, dropout, device, dora):
                             yield Case(
-                                arch, kind, dtype, operands[0], r, dropout, *operands[1:], config
+                                arch, kind, dtype, adapter, r, dropout, transposed, dora, config
                             )
 
 
