@@ -28,7 +28,7 @@ def autocast_enabled(device: torch.device) -> bool:
 
 
 def _shaped_as(x: Tensor, y: Tensor) -> Tensor:
-    """y [M, N] as [..., N]: itself and no view, which autograd would not let be changed in place."""
+    """y [M, N] as [..., N], itself: of a view, autograd would refuse changes in place."""
     return y.resize_(*x.shape[:-1], y.shape[-1])
 
 

@@ -194,9 +194,15 @@ def dora_linear(
         y [..., N] in x's dtype (under autocast: in the autocast dtype), contiguous.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `lora_linear`.
+        TypeError, ValueError, RuntimeError: as `lora_linear`; TypeError for a DTensor.
     """
     _check_options(weight, scaling, dropout_p, backend)
+    if _distributed():
+        from . import parallel
+
+        x = parallel.arrived(x)
+        if parallel.has_dtensor(x, weight, lora_A, lora_B, magnitude, bias):
+            raise TypeError("x, weight, ...: got a DTensor, which dora_linear does not take yet")
     exact_weight = weight
     x, weight, bias = _autocast(x, weight, bias)
     if torch.compiler.is_compiling():

@@ -79,6 +79,11 @@ def initial_values(init: bool | str, weight: Tensor, r: int, scaling: float) -> 
         lora_A = (torch.randn(K, r // 2, device="cpu") @ q[0::2]).t() / 10.0
         lora_B = torch.randn(r // 2, N, device="cpu").t() @ q[1::2] / 10.0
     elif isinstance(init, str):
+        if type(weight) is not Tensor and type(weight) is not nn.Parameter:
+            raise RuntimeError(
+                f"weight: is a {type(weight).__name__}, and init_lora_weights={init!r} decomposes "
+                "all of it; initialise before the model is sharded"
+            )
         exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
         decompose = _olora if init == "olora" else _pissa
         lora_A, lora_B = decompose(init, exact, r, scaling)

@@ -188,19 +188,24 @@ class FusedLoRALinear(nn.Module):
         """Starts the adapter afresh, as ``init_lora_weights`` says.
 
         A ``weight`` that is a residual is made W0 again first, exact up to rounding in its dtype.
-        On the meta device nothing happens. Raises RuntimeError if merged.
+        On the meta device nothing happens. Raises RuntimeError if merged, or if the weight is a
+        DTensor and the start depends on its values ("pissa", "olora", use_dora).
         """
         if self.merged:
             raise RuntimeError("FusedLoRALinear is merged: call unmerge() before the reset")
         if self.weight.is_meta:
             return
+        if type(self.weight) is not nn.Parameter and (
+            self.use_dora or self.lora_A_init is not None
+        ):
+            raise RuntimeError("weight: is sharded, and the start depends on all of it")
         if self.lora_A_init is not None and self.lora_B_init is not None:
             product = self._product(self.lora_A_init, self.lora_B_init)
             self._set_weight(self.weight.to(product.dtype) + product)
             self.lora_A_init = self.lora_B_init = None
         start = initial_values(self.init_lora_weights, self.weight, self.r, self.scaling)
-        self.lora_A.copy_(start.lora_A)
-        self.lora_B.copy_(start.lora_B)
+        _fill(self.lora_A, start.lora_A)
+        _fill(self.lora_B, start.lora_B)
         if start.weight is not None:
             self.weight.data = start.weight  # not in place: the storage may be another layer's too
             self.lora_A_init, self.lora_B_init = self.lora_A.clone(), self.lora_B.clone()
@@ -347,3 +352,14 @@ class FusedLoRALinear(nn.Module):
         if self.merged:
             parts.append("merged=True")
         return ", ".join(parts)
+
+
+def _fill(parameter: nn.Parameter, value: Tensor) -> None:
+    """Puts ``value`` there; a sharded parameter gets its shards of what rank 0 drew."""
+    if type(parameter) is not nn.Parameter:
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        if isinstance(parameter, DTensor):
+            value = value.to(parameter.device)
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)

@@ -6,6 +6,7 @@ own outputs, and no [M, N] temporary.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
