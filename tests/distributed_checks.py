@@ -435,7 +435,9 @@ def tensor_parallel_autocast():
         for got, expected in zip(model.parameters(), single.parameters(), strict=True):
             if expected.requires_grad:
                 assert got.grad.dtype == torch.float32
-                assert_close(full(got.grad).half(), expected.grad.half())
+                # Of the norm: one element may be a sum in which most of fp16's digits cancel.
+                error = (full(got.grad) - expected.grad).norm()
+                assert error <= 0.02 * expected.grad.norm()
 
 
 @check
