@@ -6,6 +6,7 @@ from . import reference
 from .autograd import LoRALinearFunction
 from .dispatch import Explanation
 from .functional import explain, lora_linear
+from .group import FusedLoRAGroup, LoRALinearGroupFunction, lora_linear_group
 from .inject import InjectReport, inject
 from .linear import FusedLoRALinear
 from .merge import merge_and_unload
@@ -14,13 +15,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Explanation",
+    "FusedLoRAGroup",
     "FusedLoRALinear",
     "InjectReport",
     "LoRALinearFunction",
+    "LoRALinearGroupFunction",
     "explain",
     "inject",
     "load_adapter",
     "lora_linear",
+    "lora_linear_group",
     "merge_and_unload",
     "reference",
     "save_adapter",
