@@ -3,6 +3,7 @@
 from typing import Any
 
 from . import reference
+from .attention import FusedLoRAAttention
 from .autograd import LoRALinearFunction
 from .dispatch import Explanation
 from .functional import explain, lora_linear
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Explanation",
+    "FusedLoRAAttention",
     "FusedLoRAGroup",
     "FusedLoRALinear",
     "InjectReport",

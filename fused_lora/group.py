@@ -219,7 +219,8 @@ def forward_together(layers: Sequence[FusedLoRALinear], x: Tensor) -> tuple[Tens
     one.
     """
     alone = (
-        torch.compiler.is_compiling()
+        len(layers) == 1
+        or torch.compiler.is_compiling()
         or len({layer.backend for layer in layers}) != 1
         or any(layer.merged or is_hooked(layer) for layer in layers)
     )
