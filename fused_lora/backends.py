@@ -108,7 +108,7 @@ def forward_group(
             ys, h = triton_backend.forward_group(*arguments)
         else:
             ys, h = torch_backend.forward_group(*arguments)
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys], h
+    return [y.resize_(*x.shape[:-1], y.shape[-1]) for y in ys], h
 
 
 def backward_group(

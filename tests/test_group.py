@@ -246,6 +246,20 @@ def test_retain_graph_and_no_second_derivative(device):
         torch.autograd.grad(loss, A, create_graph=True)
 
 
+@both_backends
+def test_outputs_may_be_changed_in_place(device, backend):
+    def changed(ys):
+        ys[0].mul_(2)
+        ys[1].add_(1)
+        return ys
+
+    group = _group((3, 4), 8, SIZES[:2], device=device)
+    got = _run(lambda ps: changed(_fused(ps, backend)), group)
+    expected = _run(lambda ps: changed(_one_by_one(ps)), group)
+    for name in got:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-4)
+
+
 def test_what_is_saved():
     group = _group(6, 8, [(20, 2), (30, 3)], (0.5, 0.5))
     for p in group:
