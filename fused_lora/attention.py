@@ -291,7 +291,7 @@ class FusedLoRAAttention(nn.Module):
                 continue
             layers = {n: self.get_submodule(n) for n, t in inputs.items() if t is x}
             adapted = {n: m for n, m in layers.items() if isinstance(m, FusedLoRALinear)}
-            ys = forward_together(list(adapted.values()), x)
+            ys = forward_together(adapted.values(), x)
             outputs |= dict(zip(adapted, ys, strict=True))
         return [outputs[name] for name in inputs]
 

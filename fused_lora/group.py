@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -212,20 +212,23 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
-def forward_together(layers: Sequence[FusedLoRALinear], x: Tensor) -> tuple[Tensor, ...]:
-    """The layers' outputs for the same x [..., in_features]: `lora_linear_group` where it can be.
+def forward_together(modules: Iterable[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
+    """The modules' outputs for the same x [..., in_features]: `lora_linear_group` where it can be.
 
-    Layers of which one is merged or has hooks, or which differ in their backend, are called one by
-    one.
+    Called one by one if any is no `FusedLoRALinear` (any more), merged or has hooks, or if they
+    differ in their backend.
     """
+    modules = list(modules)
+    layers = [m for m in modules if type(m) is FusedLoRALinear and not m.merged]
     alone = (
-        len(layers) == 1
+        len(modules) == 1
+        or len(layers) < len(modules)
         or torch.compiler.is_compiling()
         or len({layer.backend for layer in layers}) != 1
-        or any(layer.merged or is_hooked(layer) for layer in layers)
+        or any(is_hooked(layer) for layer in layers)
     )
     if alone:
-        return tuple(layer(x) for layer in layers)
+        return tuple(module(x) for module in modules)
     return lora_linear_group(
         x,
         [layer.weight for layer in layers],
@@ -262,4 +265,4 @@ class FusedLoRAGroup(nn.ModuleDict):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [..., in_features] -> the outputs [..., out_features_i] in the order of the names."""
-        return forward_together(list(self.values()), x)  # type: ignore[arg-type]
+        return forward_together(self.values(), x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from . import checks
 from .dispatch import Backend
 from .functional import lora_linear
+
+if TYPE_CHECKING:
+    from .sharing import SharedInput
 
 
 class FusedLoRALinear(nn.Module):
@@ -41,6 +44,7 @@ class FusedLoRALinear(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    shared_input: SharedInput | None = None  # set by `inject`
 
     def __init__(
         self,
@@ -145,6 +149,10 @@ class FusedLoRALinear(nn.Module):
                     "adapter, or eval() to run the merged weight"
                 )
             return F.linear(x, self.weight, self.bias)
+        if self.shared_input is not None and not torch.compiler.is_compiling():
+            shared = self.shared_input.output(self, x)
+            if shared is not None:
+                return shared
         return lora_linear(
             x,
             self.weight,

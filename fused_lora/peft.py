@@ -10,8 +10,6 @@ call that the fused path does not take goes to PEFT's own forward. Needs the ext
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import MethodType, TracebackType
@@ -30,11 +28,6 @@ from .dispatch import Backend
 from .functional import lora_linear
 from .group import is_hooked
 from .sharing import Arguments, SharedInput
-
-# transformers' families whose attention calls q_proj, k_proj and v_proj, and whose MLP gate_proj
-# and up_proj, one after another with the same tensor.
-_FAMILIES = ("gemma", "gemma2", "gemma3", "llama", "mistral", "qwen2", "qwen3")
-_SHARING = {"Attention": ("q_proj", "k_proj", "v_proj"), "MLP": ("gate_proj", "up_proj")}
 
 
 class FusedPeftLinear(peft_lora.Linear):  # type: ignore[misc]  # peft is untyped
@@ -173,10 +166,7 @@ class FuseReport:
         lines = [f"{len(self.fused)} of {total} LoRA layers fused"]
         width = max(map(len, self.not_fused), default=0)
         lines += [f"  {path:{width}}  not fused: {why}" for path, why in self.not_fused.items()]
-        kinds = Counter(tuple(re.sub(r"\.\d+\.", ".*.", path) for path in g) for g in self.groups)
-        for paths, times in kinds.items():
-            names = ", ".join(path.rpartition(".")[2] for path in paths)
-            lines.append(f"  {paths[0].rpartition('.')[0]}: {names} share their input, {times} x")
+        lines += sharing.describe_groups(self.groups)
         return "\n".join(lines)
 
     def __enter__(self) -> FuseReport:
@@ -211,17 +201,6 @@ def _cannot_swap(layer: peft_lora.LoraLayer) -> str | None:
     if "forward" in layer.__dict__ and "_old_forward" not in layer.__dict__:
         return "its forward was replaced by another library"
     return None
-
-
-def _find_groups(model: nn.Module) -> Iterator[list[str]]:
-    """Paths of the fused layers of each block that are called one after another with one input."""
-    modules = {f"transformers.models.{name}.modeling_{name}" for name in _FAMILIES}
-    for path, block in model.named_modules():
-        for suffix, names in _SHARING.items():
-            if type(block).__module__ in modules and type(block).__name__.endswith(suffix):
-                members = [n for n in names if type(getattr(block, n, None)) is FusedPeftLinear]
-                if len(members) > 1:
-                    yield [f"{path}.{name}" if path else name for name in members]
 
 
 def fuse(
@@ -271,7 +250,7 @@ def fuse(
                 _swap(layer, FusedPeftLinear)
             layer.fused_lora_backend = backend
             layer.__dict__.pop("fused_lora_group", None)
-    found = tuple(tuple(paths) for paths in _find_groups(model)) if groups else ()
+    found = tuple(sharing.find_groups(model, FusedPeftLinear)) if groups else ()
     for paths in found:
         group = SharedInput([layers[path] for path in paths], _lasting_arguments)
         for layer in group.members:

@@ -13,10 +13,12 @@ parameters is touched.
 
 from __future__ import annotations
 
+import re
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,12 @@ from torch import Tensor, nn
 
 from .dispatch import Backend
 from .group import lora_linear_group
+
+# transformers' families whose attention calls q_proj, k_proj and v_proj, and whose MLP gate_proj
+# and up_proj, one after another with the same tensor.
+_FAMILIES = ("gemma", "gemma2", "gemma3", "llama", "mistral", "qwen2", "qwen3")
+_MODULES = {f"transformers.models.{name}.modeling_{name}" for name in _FAMILIES}
+_SHARING = {"Attention": ("q_proj", "k_proj", "v_proj"), "MLP": ("gate_proj", "up_proj")}
 
 _PATIENCE = 8  # groups in a row that were computed and not asked for, before the warning
 
@@ -102,6 +110,7 @@ def _fit(x: Tensor, calls: Sequence[Arguments]) -> bool:
         and x.ndim > 0
         and all(call.weight.shape[-1] == x.shape[-1] for call in calls)
         and len({(call.backend, call.weight.dtype) for call in calls}) == 1
+        and (x.dtype == calls[0].weight.dtype or torch.is_autocast_enabled(x.device.type))
     )
 
 
@@ -181,6 +190,29 @@ class SharedInput:
             warnings.warn(
                 f"fused_lora: a {type(group.members[0]).__name__} computed for its group, "
                 f"{_PATIENCE} times in a row, what was not asked for with the same input; "
-                "fuse(model, groups=False) computes each layer on its own",
+                "groups=False (of fuse and of inject) computes each layer on its own",
                 stacklevel=2,
             )
+
+
+def find_groups(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, ...]]:
+    """Paths of the layers of type ``kind`` that a block calls one after another with one input.
+
+    Only in blocks of transformers' own classes that are known to.
+    """
+    for path, block in model.named_modules():
+        for suffix, names in _SHARING.items():
+            if type(block).__module__ in _MODULES and type(block).__name__.endswith(suffix):
+                members = [name for name in names if type(getattr(block, name, None)) is kind]
+                if len(members) > 1:
+                    yield tuple(f"{path}.{name}" if path else name for name in members)
+
+
+def describe_groups(groups: Iterable[tuple[str, ...]]) -> list[str]:
+    """A line for each kind of group, for the reports."""
+    kinds = Counter(tuple(re.sub(r"\.\d+\.", ".*.", path) for path in paths) for paths in groups)
+    lines = []
+    for paths, times in kinds.items():
+        names = ", ".join(path.rpartition(".")[2] for path in paths)
+        lines.append(f"  {paths[0].rpartition('.')[0]}: {names} share their input, {times} x")
+    return lines

@@ -10,7 +10,13 @@ import torch
 from oracle import compare, expression, in_fp64, magnitudes, problem
 from torch import nn
 
-from fused_lora import FusedLoRAGroup, FusedLoRALinear, lora_linear_group, reference
+from fused_lora import (
+    FusedLoRAGroup,
+    FusedLoRALinear,
+    lora_linear_group,
+    merge_and_unload,
+    reference,
+)
 from fused_lora.dispatch import Plan
 from fused_lora.group import LoRALinearGroupFunction
 from fused_lora.kernels import configs
@@ -409,6 +415,15 @@ def test_module_looks_at_its_layers_on_each_call(launches, device):
     launches.clear()
     group(x)
     assert "gemm_add_lora" in launches
+
+
+def test_module_after_merge_and_unload():
+    group, x = FusedLoRAGroup(_layers()).eval(), torch.randn(5, 6)
+    expected = group(x)
+    merge_and_unload(group)
+    assert type(group["q"]) is nn.Linear
+    for y, before in zip(group(x), expected, strict=True):
+        torch.testing.assert_close(y, before, rtol=1e-4, atol=1e-4)
 
 
 def test_module_draws_dropout_in_training_only():

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from fused_lora import sharing  # noqa: E402
+from fused_lora import inject, sharing  # noqa: E402
 from fused_lora.peft import fuse, register, unfuse  # noqa: E402
 
 SMALL = {
@@ -484,3 +484,24 @@ def test_a_group_that_is_never_used_warns(groups):
     with pytest.warns(UserWarning, match="groups=False"):
         q(x)
     sharing.forget()
+
+
+def test_inject_groups_too(groups):
+    model, ids = _base(), _batch()
+    plain = copy.deepcopy(model)
+    report = inject(model, 3, 6, ALL)
+    inject(plain, 3, 6, ALL, groups=False)
+    assert len(report.groups) == 4
+    assert "q_proj, k_proj, v_proj share their input, 2 x" in str(report)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    plain.load_state_dict(model.state_dict())
+    _assert_same(_outputs(model, ids), _outputs(plain, ids))
+    assert groups == [3, 2] * 2
+    attention = model.model.layers[0].self_attn
+    attention.k_proj.eval().merge()
+    groups.clear()
+    logits = [m(input_ids=ids).logits for m in (model, plain)]
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-4)
+    assert groups == [2, 3, 2]
