@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends
+from . import backends, checks
 from .dispatch import Backend, Plan, checked_call, plan
-from .functional import _autocast, _check_options, lora_linear
+from .functional import _autocast, _check_options, _is_constant
+from .group_ops import dropouts_of, lora_linear_group_op, plan_of_all
 from .kernels.configs import MAX_GROUP
-from .kernels.dropout import Dropout, dropout_threshold
+from .kernels.dropout import dropout_threshold
 from .linear import FusedLoRALinear
 
 
@@ -38,7 +39,7 @@ class LoRALinearGroupFunction(torch.autograd.Function):
         """
         n = len(scalings)
         weights, As, Bs, biases = _in_four(tensors, n)
-        dropouts = _dropouts(seeds, thresholds)
+        dropouts = dropouts_of(seeds, thresholds)
         ys, h = backends.forward_group(x, weights, As, Bs, biases, scalings, dropouts, plan)
         needs_x, needs_A, needs_B = _needs(ctx, n)[:3]
         ctx.save_for_backward(
@@ -67,7 +68,7 @@ class LoRALinearGroupFunction(torch.autograd.Function):
         needs_x, needs_A, needs_B, needs_bias = _needs(ctx, n)
         # A member whose output nobody used takes no part.
         live = [i for i in range(n) if grads[i] is not None]
-        dropouts = _dropouts(seeds, ctx.thresholds)
+        dropouts = dropouts_of(seeds, ctx.thresholds)
         hs = [None] * n if h is None else h.split_with_sizes([len(A) for A in As], dim=1)
         dAs: list[Tensor | None] = [None] * n
         dBs: list[Tensor | None] = [None] * n
@@ -101,13 +102,6 @@ def _in_four(tensors: Sequence[Any], n: int) -> Iterator[list[Any]]:
 def _needs(ctx: Any, n: int) -> tuple[bool, list[bool], list[bool], list[bool]]:
     _, As, Bs, biases = _in_four(ctx.needs_input_grad[5:], n)
     return ctx.needs_input_grad[0], As, Bs, biases
-
-
-def _dropouts(seeds: Tensor | None, thresholds: Sequence[int]) -> list[Dropout | None]:
-    """Masks of their own: each member has its own seed."""
-    if seeds is None:
-        return [None] * len(thresholds)
-    return [Dropout(seeds[i : i + 1], t) if t else None for i, t in enumerate(thresholds)]
 
 
 def lora_linear_group(
@@ -144,7 +138,10 @@ def lora_linear_group(
         The y_i [..., N_i] in x's dtype.
 
     Raises what `lora_linear` does, with the number of the member; ValueError if there is no member,
-    or not the same number of everything. Traced by torch.compile, each member is a call of its own.
+    or not the same number of everything.
+
+    The members are one node of the graph: a backward pass through one output alone frees what the
+    others need too, unless it is told to retain the graph.
     """
     n = len(weights)
     biases = [None] * n if biases is None else biases
@@ -163,38 +160,55 @@ def lora_linear_group(
             raise ValueError(f"{name}: got {len(values)}, wanted {n}, one for each of weights")
     members = list(zip(weights, lora_As, lora_Bs, scalings, biases, dropout_ps, strict=True))
     if torch.compiler.is_compiling():
-        return tuple(
-            lora_linear(x, W, A, B, scaling=s, bias=bias, dropout_p=p, backend=backend)
-            for W, A, B, s, bias, p in members
-        )
-    cast, thresholds, plans = [], [], []
+        return _traced(x, members, backend)
+    cast, plans = [], []
     x_cast = x
     for i, (W, A, B, s, bias, p) in enumerate(members):
         try:
             _check_options(W, s, p, backend)
             x_cast, W, bias = _autocast(x_cast, W, bias)
-            threshold = dropout_threshold(p)
-            plans.append(plan(checked_call(x_cast, W, A, B, bias, threshold > 0), backend))
+            call = checked_call(x_cast, W, A, B, bias, dropout_threshold(p) > 0)
+            plans.append(plan(call, backend))
         except (TypeError, ValueError, RuntimeError) as error:
             raise type(error)(f"member {i}: {error}") from None
         cast.append((W, A, B, bias))
-        thresholds.append(threshold)
-    on_kernels = all(p.backend == "triton" for p in plans)
-    chosen = Plan("triton", "split", "split") if on_kernels else Plan("torch", "library", "library")
+    chosen = plan_of_all(plans)
     ys: tuple[Tensor, ...] = ()
     for first in range(0, n, MAX_GROUP):
         part = slice(first, first + MAX_GROUP)
-        part_thresholds = thresholds[part]
-        seeds = _draw_seeds(len(part_thresholds), x.device) if any(part_thresholds) else None
+        thresholds = [dropout_threshold(p) for p in dropout_ps[part]]
         ys += LoRALinearGroupFunction.apply(
             x_cast,
             [float(s) for s in scalings[part]],
-            seeds,
-            part_thresholds,
+            _draw_seeds(len(thresholds), x.device) if any(thresholds) else None,
+            thresholds,
             chosen,
             *(tensor for kind in zip(*cast[part], strict=True) for tensor in kind),
         )
     return ys
+
+
+def _traced(x: Tensor, members: Sequence[tuple[Any, ...]], backend: Backend) -> tuple[Tensor, ...]:
+    """By the registered operator, as `lora_linear` does it."""
+    cast = []
+    for W, A, B, s, bias, p in members:
+        _check_options(W, s, p, backend)
+        x, W, bias = _autocast(x, W, bias)
+        checks.check_tensors(x, W, A, B, bias)
+        if not _is_constant(s):
+            B, s = B.to(torch.promote_types(B.dtype, torch.float32)) * s, 1.0
+        cast.append((W, A, B, x.new_empty(0) if bias is None else bias, s, dropout_threshold(p)))
+    ys: list[Tensor] = []
+    for first in range(0, len(cast), MAX_GROUP):
+        weights, As, Bs, biases, scalings, thresholds = (
+            list(kind) for kind in zip(*cast[first : first + MAX_GROUP], strict=True)
+        )
+        seeds = _draw_seeds(len(thresholds), x.device) if any(thresholds) else None
+        need_h = torch.is_grad_enabled() and any([B.requires_grad for B in Bs])
+        ys += lora_linear_group_op(
+            x, weights, As, Bs, biases, scalings, seeds, thresholds, backend, need_h
+        )[:-1]
+    return tuple(ys)
 
 
 def _draw_seeds(n: int, device: torch.device) -> Tensor:
@@ -223,7 +237,6 @@ def forward_together(modules: Iterable[nn.Module], x: Tensor) -> tuple[Tensor, .
     alone = (
         len(modules) == 1
         or len(layers) < len(modules)
-        or torch.compiler.is_compiling()
         or len({layer.backend for layer in layers}) != 1
         or any(is_hooked(layer) for layer in layers)
     )

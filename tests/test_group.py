@@ -19,6 +19,7 @@ from fused_lora import (
 )
 from fused_lora.dispatch import Plan
 from fused_lora.group import LoRALinearGroupFunction
+from fused_lora.group_ops import lora_linear_group_backward_op, lora_linear_group_op
 from fused_lora.kernels import configs
 from fused_lora.kernels.device import INTERPRETED
 from fused_lora.kernels.dropout import Dropout, dropout_threshold
@@ -80,8 +81,8 @@ def _run(call, problems, skip=(), needs=("lora_A", "lora_B", "bias"), need_x=Tru
     return outputs | dict(zip(leaves, grads, strict=True))
 
 
-def _check(problems, backend, **kwargs):
-    got = _run(lambda ps: _fused(ps, backend), problems, **kwargs)
+def _check(problems, backend, call=None, **kwargs):
+    got = _run(call or (lambda ps: _fused(ps, backend)), problems, **kwargs)
     exact_problems = [in_fp64(p) for p in problems]
     exact = _run(_one_by_one, exact_problems, **kwargs)
     magnitude = _run(_one_by_one, [magnitudes(p) for p in exact_problems], **kwargs)
@@ -289,18 +290,87 @@ def test_autocast(device):
     assert A.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-def test_compile(device, dropout_p):
+COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+
+
+@pytest.fixture
+def fresh_compiler():
     torch._dynamo.reset()
-    group = _group(6, 12, [(9, 2), (7, 4)], device=device)
+    yield
+    torch._dynamo.reset()
+
+
+@both_backends
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("skip", [(), (1,)])
+def test_compile(device, launches, fresh_compiler, backend, compiler, dynamic, skip):
+    def call(problems):
+        arguments, named = _arguments(problems)
+        return lora_linear_group(*arguments, **named, backend=backend)
+
+    group = _group((3, 7), 20, SIZES, device=device)
+    group[2].bias = None
+    compiled = torch.compile(call, backend=compiler, fullgraph=True, dynamic=dynamic)
+    _check(group, backend, call=compiled, skip=skip)
+    assert launches.count("gemm_group") == (backend == "triton")
+    assert launches.count("gemm_scaled") == (4 if backend == "triton" else 0)
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_compiled_dropout_is_the_same_in_backward(fresh_compiler, compiler):
+    K = 64
+    eye, zero = torch.eye(K), torch.zeros(K, K)
+    x = torch.ones(32, K, requires_grad=True)
+
+    @torch.compile(backend=compiler, fullgraph=True)
+    def call(x):
+        return lora_linear_group(
+            x, [zero] * 2, [eye] * 2, [eye] * 2, scalings=[1.0] * 2, dropout_ps=[0.5] * 2
+        )
+
+    first, second = call(x), call(x)
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], second[0])
+    (dx,) = torch.autograd.grad(first, x, [torch.ones_like(y) for y in first])
+    assert torch.equal(dx, first[0] + first[1])
+
+
+def test_compile_does_not_recompile_for_each_M_or_alpha(fresh_compiler):
+    group = _group(6, 12, SIZES[:2])
     arguments, named = _arguments(group)
-    x = arguments[0].requires_grad_()
-    compiled = torch.compile(lora_linear_group, backend="aot_eager", fullgraph=True)
-    ys = compiled(*arguments, **named, dropout_ps=[dropout_p] * 2)
-    torch.autograd.grad(ys, x, [p.g for p in group])
-    if not dropout_p:
-        for y, p in zip(ys, group, strict=True):
-            torch.testing.assert_close(y, expression(p), rtol=1e-4, atol=1e-4)
+
+    @torch.compile(backend="aot_eager", fullgraph=True, dynamic=True)
+    def call(x, s):
+        return lora_linear_group(x, *arguments[1:], **named | {"scalings": [s, 2.0]})
+
+    call(torch.randn(6, 12), 1.0)
+    call(torch.randn(7, 12), 0.5)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for M, s in ((9, 0.25), (30, 3.0)):
+        x = torch.randn(M, 12)
+        ys = call(x, s)
+        expected = lora_linear_group(x, *arguments[1:], **named | {"scalings": [s, 2.0]})
+        torch.testing.assert_close(ys, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("M", [0, 5])
+def test_opcheck(device, dropout_p, M):
+    group = _group(M, 8, [(6, 2), (9, 3)], device=device)
+    (x, weights, As, Bs), _ = _arguments(group)
+    biases = [group[0].bias, x.new_empty(0)]
+    for t in (x, *As, *Bs):
+        t.requires_grad_()
+    seeds = torch.tensor([3, 4], device=device) if dropout_p else None
+    dropout = (seeds, [round(dropout_p * 65536)] * 2)
+    call = (x, weights, As, Bs, biases, [0.5, 2.0], *dropout, "torch", True)
+    torch.library.opcheck(lora_linear_group_op, call)
+    detached = [[t.detach() for t in ts] for ts in (weights, As, Bs)]
+    gs, h = [p.g for p in group], torch.randn(M, 5, device=device)
+    call = (gs, x.detach(), *detached, h, [0.5, 2.0], *dropout, "torch", True)
+    torch.library.opcheck(lora_linear_group_backward_op, call)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
