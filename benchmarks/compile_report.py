@@ -29,7 +29,7 @@ from fused_lora.kernels.configs import MAX_GROUP, Kind, TileConfig, padded, ship
 from fused_lora.kernels.device import SHARED_MEMORY, DeviceInfo
 from fused_lora.kernels.gemm import GROUP_M, lora_gemm_kernel
 from fused_lora.kernels.grads import lora_grad_kernel
-from fused_lora.kernels.group import MAX_BLOCK_R, lora_group_kernel
+from fused_lora.kernels.group import lora_group_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # One rank for each width of tile that a rank is padded to within its kind.
@@ -106,7 +106,7 @@ def _group_source(case: Case) -> ASTSource:
     x, adapter = f"*{case.dtype}", f"*{case.adapter_dtype}"
     constants: dict[str, object] = {k: v for k, v in case.config.meta().items() if k.isupper()}
     constants |= {"GROUP_M": GROUP_M, "EVEN_K": True, "PRECISION": "ieee"}
-    constants["BLOCK_R"] = min(padded(case.r), case.config.BLOCK_K, MAX_BLOCK_R)
+    constants["BLOCK_R"] = min(padded(case.r), case.config.BLOCK_K)
     contiguous = ("i32", 1)  # the strides of a row-major matrix
     types = {
         "x_ptrs": x,

@@ -21,8 +21,6 @@ from .dropout import Dropout
 from .gemm import GROUP_M, dot_precision
 from .tiles import add_product, grouped_tile, keep_mask
 
-MAX_BLOCK_R = 32  # wider tiles of fp32 adapters cost the largest tiles their last registers
-
 
 @triton.jit
 def lora_group_kernel(
@@ -142,7 +140,7 @@ def gemm_group(
             tuple(b.stride() for b in bs),
             tuple(d.keep_scale if d else 1.0 for d in dropouts),
             tuple(d.threshold if d else 0 for d in dropouts),
-            BLOCK_R=min(padded(max(h.shape[1] for h in hs)), config.BLOCK_K, MAX_BLOCK_R),
+            BLOCK_R=min(padded(max(h.shape[1] for h in hs)), config.BLOCK_K),
             GROUP_M=GROUP_M,
             EVEN_K=all(x.shape[1] % config.BLOCK_K == 0 for x in xs),
             PRECISION=dot_precision(y.dtype),
