@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import backends, checks
 from .dispatch import Backend, Plan, checked_call, plan
-from .functional import _autocast, _check_options, _is_constant
+from .functional import _autocast, _check_options, _is_constant, lora_linear
 from .group_ops import dropouts_of, lora_linear_group_op, plan_of_all
 from .kernels.configs import MAX_GROUP
 from .kernels.dropout import dropout_threshold
@@ -140,6 +141,9 @@ def lora_linear_group(
     Raises what `lora_linear` does, with the number of the member; ValueError if there is no member,
     or not the same number of everything.
 
+    Under torch.func's transforms, dispatch modes and for tensor subclasses such as DTensor each
+    member is a call of its own.
+
     The members are one node of the graph: a backward pass through one output alone frees what the
     others need too, unless it is told to retain the graph.
     """
@@ -159,6 +163,11 @@ def lora_linear_group(
         if len(values) != n:
             raise ValueError(f"{name}: got {len(values)}, wanted {n}, one for each of weights")
     members = list(zip(weights, lora_As, lora_Bs, scalings, biases, dropout_ps, strict=True))
+    if _special((x, *weights, *lora_As, *lora_Bs)):
+        return tuple(
+            lora_linear(x, W, A, B, scaling=s, bias=bias, dropout_p=p, backend=backend)
+            for W, A, B, s, bias, p in members
+        )
     if torch.compiler.is_compiling():
         return _traced(x, members, backend)
     cast, plans = [], []
@@ -186,6 +195,15 @@ def lora_linear_group(
             *(tensor for kind in zip(*cast[part], strict=True) for tensor in kind),
         )
     return ys
+
+
+def _special(tensors: Sequence[Any]) -> bool:
+    """Whether `lora_linear` has ways of its own: torch.func, dispatch modes, tensor subclasses."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or (not torch.compiler.is_compiling() and _get_current_dispatch_mode() is not None)
+        or any(isinstance(t, Tensor) and type(t) not in (Tensor, nn.Parameter) for t in tensors)
+    )
 
 
 def _traced(x: Tensor, members: Sequence[tuple[Any, ...]], backend: Backend) -> tuple[Tensor, ...]:

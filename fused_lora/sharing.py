@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .backends import autocast_enabled
 from .dispatch import Backend
 from .group import lora_linear_group
 
@@ -81,7 +82,7 @@ def _mode(x: Tensor) -> tuple[object, ...]:
         x.requires_grad,
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+        autocast_enabled(x.device) and torch.get_autocast_dtype(device),
         torch.cuda.current_stream(x.device) if device == "cuda" else None,
     )
 
@@ -110,7 +111,7 @@ def _fit(x: Tensor, calls: Sequence[Arguments]) -> bool:
         and x.ndim > 0
         and all(call.weight.shape[-1] == x.shape[-1] for call in calls)
         and len({(call.backend, call.weight.dtype) for call in calls}) == 1
-        and (x.dtype == calls[0].weight.dtype or torch.is_autocast_enabled(x.device.type))
+        and (x.dtype == calls[0].weight.dtype or autocast_enabled(x.device))
     )
 
 

@@ -373,6 +373,24 @@ def test_opcheck(device, dropout_p, M):
     torch.library.opcheck(lora_linear_group_backward_op, call)
 
 
+def test_under_torch_func_each_member_is_on_its_own(launches):
+    group = _group((3, 4), 8, SIZES[:2])
+    arguments, named = _arguments(group)
+
+    def loss(x, call):
+        return sum(y.square().sum() for y in call(x))
+
+    def fused(x):
+        return lora_linear_group(x, *arguments[1:], **named)
+
+    def plain(x):
+        return _one_by_one([replace(p, x=x) for p in group])
+
+    got = torch.func.vmap(torch.func.grad(lambda x: loss(x, fused)))(arguments[0])
+    expected = torch.func.vmap(torch.func.grad(lambda x: loss(x, plain)))(arguments[0])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 2e-3)])
 def test_group_product_in_every_configuration(device, dtype, tolerance, p):
