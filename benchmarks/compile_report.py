@@ -26,10 +26,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_lora.kernels.configs import Kind, TileConfig, padded, ship
+from fused_lora.kernels.configs import MAX_GROUP, Kind, TileConfig, padded, ship
 from fused_lora.kernels.device import SHARED_MEMORY, DeviceInfo
 from fused_lora.kernels.gemm import GROUP_M, lora_gemm_kernel
 from fused_lora.kernels.grads import lora_grad_kernel
+from fused_lora.kernels.group import lora_group_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # One rank for each width of tile that a rank is padded to within its kind.
@@ -38,6 +39,7 @@ RANKS: dict[Kind, tuple[int, ...]] = {
     "second": (16, 64),
     "plain": (16, 64),
     "grad": (16, 32, 64),
+    "group": (16, 64),
 }
 # Warp-group products on Hopper, tcgen05 on Blackwell, warp products elsewhere and in small tiles.
 TENSOR_CORE = re.compile(r"\b(HGMMA|UTCHMMA|HMMA)\b")
@@ -95,6 +97,8 @@ def _operands(kind: Kind, dtype: str, r: int, dropout: bool) -> list[tuple[str, 
     """Adapter dtype, layout of W0, DoRA. fp32 adapters take the most; x's own dtype is sampled."""
     if kind == "grad":
         return [(dtype, False, False)]  # reads neither
+    if kind == "group":
+        return [("fp32", True, False)] + [(dtype, True, False)] * (r == 16 and dtype != "fp32")
     operands = [("fp32", False, False)]
     if kind != "plain":
         operands += [("fp32", True, False)]  # dx, which never has DoRA
@@ -102,7 +106,49 @@ def _operands(kind: Kind, dtype: str, r: int, dropout: bool) -> list[tuple[str, 
     return operands + [(dtype, False, False)] * (r == 16 and dtype != "fp32")
 
 
+def _group_source(case: Case) -> ASTSource:
+    """dx of as many members as a launch takes; their operands are tuples."""
+    x, adapter = f"*{case.dtype}", f"*{case.adapter_dtype}"
+    constants: dict[str, object] = {k: v for k, v in case.config.meta().items() if k.isupper()}
+    constants |= {"GROUP_M": GROUP_M, "EVEN_K": True, "PRECISION": "ieee"}
+    constants["BLOCK_R"] = min(padded(case.r), case.config.BLOCK_K)
+    contiguous = ("i32", 1)  # the strides of a row-major matrix
+    types = {
+        "x_ptrs": x,
+        "w_ptrs": x,
+        "h_ptrs": x,
+        "b_ptrs": adapter,
+        "seed_ptrs": "*i64" if case.dropout else None,
+        "Ks": "i32",
+        "Rs": "i32",
+        "strides_x": contiguous,
+        "strides_w": contiguous,
+        "strides_b": contiguous,
+        "scales": "fp32",
+        "thresholds": "i32",
+    }
+    flat = {"y_ptr": x, "M": "i32", "N": "i32", "stride_hm": "i32"}
+    values = flat | {name: (kind,) * MAX_GROUP for name, kind in types.items()} | constants
+    signature, constexprs, attrs = {}, {}, {}
+
+    def describe(name: str, path: tuple[int, ...], value: object) -> object:
+        if isinstance(value, tuple):
+            return tuple(describe(name, (*path, i), v) for i, v in enumerate(value))
+        if name in constants or not isinstance(value, str):
+            constexprs[path] = value
+            return "constexpr"
+        if name not in ("scales", "thresholds", "seed_ptrs"):
+            attrs[path] = [["tt.divisibility", 16]]
+        return value
+
+    for index, name in enumerate(lora_group_kernel.arg_names):
+        signature[name] = describe(name, (index,), values[name])
+    return ASTSource(lora_group_kernel, signature, constexprs, attrs)
+
+
 def _source(case: Case) -> ASTSource:
+    if case.kind == "group":
+        return _group_source(case)
     x, adapter = f"*{case.dtype}", f"*{case.adapter_dtype}"
     constexprs: dict[str, object] = {k: v for k, v in case.config.meta().items() if k.isupper()}
     # None (no such operand) and 1 (contiguous) are specialised by the launcher: constants here.

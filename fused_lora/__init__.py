@@ -3,9 +3,11 @@
 from typing import Any
 
 from . import reference
+from .attention import FusedLoRAAttention
 from .autograd import LoRALinearFunction
 from .dispatch import Explanation
 from .functional import dora_linear, explain, lora_linear
+from .group import FusedLoRAGroup, LoRALinearGroupFunction, lora_linear_group
 from .inject import InjectReport, inject
 from .linear import FusedLoRALinear
 from .loraplus import lora_plus_param_groups
@@ -15,14 +17,18 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Explanation",
+    "FusedLoRAAttention",
+    "FusedLoRAGroup",
     "FusedLoRALinear",
     "InjectReport",
     "LoRALinearFunction",
+    "LoRALinearGroupFunction",
     "dora_linear",
     "explain",
     "inject",
     "load_adapter",
     "lora_linear",
+    "lora_linear_group",
     "lora_plus_param_groups",
     "merge_and_unload",
     "reference",

@@ -5,6 +5,7 @@ Both take x and g of any number of dimensions; autocast has done its work before
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -136,3 +137,52 @@ def dora_backward(
         from .torch_backend import scale_columns_backward
     gs, dot = scale_columns_backward(_as_matrix(g), column_scale, z)
     return gs.view(g.shape), dot
+
+
+def forward_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    dropouts: Sequence[Dropout | None],
+    plan: Plan,
+) -> tuple[list[Tensor], Tensor]:
+    """Every y_i [..., N_i], and the scaled h_i side by side [M, sum r_i], in x's dtype."""
+    arguments = (_as_matrix(x), weights, lora_As, lora_Bs, biases, scalings, dropouts)
+    with _no_autocast(x.device):
+        if plan.backend == "triton":
+            from . import triton_backend
+
+            ys, h = triton_backend.forward_group(*arguments)
+        else:
+            ys, h = torch_backend.forward_group(*arguments)
+    return [_shaped_as(x, y) for y in ys], h
+
+
+def backward_group(
+    gs: Sequence[Tensor],
+    x: Tensor | None,
+    weights: Sequence[Tensor],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    dropouts: Sequence[Dropout | None],
+    plan: Plan,
+    *,
+    need_dx: bool,
+) -> tuple[Tensor | None, Sequence[Tensor | None], list[Tensor | None]]:
+    """dx [..., K], the sum over the members, and dA_i iff x is given, dB_i iff h_i is."""
+    x2 = None if x is None else _as_matrix(x)
+    gs2 = [_as_matrix(g) for g in gs]
+    arguments = (gs2, x2, weights, lora_As, lora_Bs, hs, scalings, dropouts)
+    with _no_autocast(gs[0].device):
+        if plan.backend == "triton":
+            from . import triton_backend
+
+            dx, dAs, dBs = triton_backend.backward_group(*arguments, need_dx=need_dx)
+        else:
+            dx, dAs, dBs = torch_backend.backward_group(*arguments, need_dx=need_dx)
+    return None if dx is None else dx.view(*gs[0].shape[:-1], dx.shape[-1]), dAs, dBs

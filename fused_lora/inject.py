@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from . import checks
+from . import checks, sharing
 from .dispatch import Backend
 from .linear import FusedLoRALinear
 
@@ -24,6 +24,7 @@ class InjectReport:
     trainable: int  # parameters of the adapters
     total: int  # all parameters, the adapters' included, shared ones counted once
     adapted: int  # parameters of the replaced weights: what full fine-tuning of them would train
+    groups: tuple[tuple[str, ...], ...] = ()  # paths of layers that are computed together
 
     @property
     def saved(self) -> float:
@@ -37,6 +38,7 @@ class InjectReport:
             f"in those layers' weights, {self.saved:.1%} saved"
         ]
         lines += [f"  skipped {path}: {why}" for path, why in self.skipped.items()]
+        lines += sharing.describe_groups(self.groups)
         return "\n".join(lines)
 
 
@@ -55,6 +57,7 @@ def inject(
     init_lora_weights: bool | str = True,
     use_dora: bool = False,
     backend: Backend = "auto",
+    groups: bool = True,
 ) -> InjectReport:
     """Replaces matching `nn.Linear`s with `FusedLoRALinear`s in place and freezes everything else.
 
@@ -68,6 +71,8 @@ def inject(
             of it after a dot, is matched by the key, a regular expression; the first match counts.
         r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, init_lora_weights, use_dora,
             backend: see `FusedLoRALinear`.
+        groups: compute the projections that share their input (q, k, v; gate, up) together, in the
+            families of transformers' models where they are known to: see `fused_lora.peft.fuse`.
 
     Returns:
         The report: which layers, what was skipped and why, and the numbers of parameters.
@@ -130,12 +135,33 @@ def inject(
     for path in layers:
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, replacements[modules[path]])
+    found = tuple(sharing.find_groups(model, FusedLoRALinear)) if groups else ()
+    for paths in found:
+        group = sharing.SharedInput([model.get_submodule(path) for path in paths], _arguments)
+        for layer in group.members:
+            layer.__dict__["shared_input"] = group
     return InjectReport(
         layers=tuple(layers),
         skipped=skipped,
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total=sum(p.numel() for p in model.parameters()),
         adapted=sum(layer.weight.numel() for layer in replacements.values()),
+        groups=found,
+    )
+
+
+def _arguments(layer: FusedLoRALinear, x: Tensor) -> sharing.Arguments | None:
+    """What the layer passes to `lora_linear` for any x; None if it is merged or has DoRA."""
+    if layer.merged or layer.lora_magnitude_vector is not None:
+        return None
+    return sharing.Arguments(
+        layer.weight,
+        layer.lora_A,
+        layer.lora_B,
+        layer.scaling,
+        layer.bias,
+        layer.lora_dropout if layer.training else 0.0,
+        layer.backend,
     )
 
 

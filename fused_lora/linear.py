@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from .initial import check_init, initial_values
 from .torch_backend import weight_norm
 
 _ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_A_init", "lora_B_init")
+
+if TYPE_CHECKING:
+    from .sharing import SharedInput
 
 
 class FusedLoRALinear(nn.Module):
@@ -60,6 +63,7 @@ class FusedLoRALinear(nn.Module):
     lora_A_init: Tensor | None
     lora_B_init: Tensor | None
     merged_scale: Tensor | None
+    shared_input: SharedInput | None = None  # set by `inject`
 
     def __init__(
         self,
@@ -226,6 +230,10 @@ class FusedLoRALinear(nn.Module):
                     "adapter, or eval() to run the merged weight"
                 )
             return F.linear(x, self.weight, self.bias)
+        if self.shared_input is not None and not torch.compiler.is_compiling():
+            shared = self.shared_input.output(self, x)
+            if shared is not None:
+                return shared
         dropout_p = self.lora_dropout if self.training else 0.0
         base, adapter = (x, self.weight), (self.lora_A, self.lora_B)
         options: dict[str, Any] = {

@@ -24,42 +24,75 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import checks
+from . import checks, sharing
 from .backends import autocast_enabled
 from .dispatch import Backend
 from .functional import dora_linear, lora_linear
+from .group import is_hooked
+from .sharing import Arguments, SharedInput
 
 
 class FusedPeftLinear(peft_lora.Linear):  # type: ignore[misc]  # peft is untyped
     """`peft.tuners.lora.Linear` with its forward in one fused call, wherever that is the same."""
 
     fused_lora_backend: Backend = "auto"
+    fused_lora_group: SharedInput | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., K] -> y [..., N], as PEFT's."""
         if args or kwargs or obstacle(self) is not None or not _fits(self, x):
             y: Tensor = super().forward(x, *args, **kwargs)
             return y
-        base = self.base_layer
-        weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
-        adapters = _active(self)
-        first = adapters[0]
-        lora_A, lora_B = self.lora_A[first].weight, self.lora_B[first].weight
-        scaling = self.scaling[first]
-        if len(adapters) > 1:  # side by side: their products add up, and x is read once for all
-            lora_A = torch.cat([self.lora_A[a].weight for a in adapters])
-            lora_B = torch.cat([self.lora_B[a].weight * self.scaling[a] for a in adapters], dim=1)
-            scaling = 1.0
+        if self.fused_lora_group is not None and not torch.compiler.is_compiling():
+            shared = self.fused_lora_group.output(self, x)
+            if shared is not None:
+                return shared
+        call = _arguments(self, x)
+        base, adapter = (x, call.weight), (call.lora_A, call.lora_B)
         options: dict[str, Any] = {
-            "scaling": scaling,
-            "bias": _bias(self, adapters, x),
-            "dropout_p": _dropout_p(self, first),
-            "backend": self.fused_lora_backend,
+            "scaling": call.scaling,
+            "bias": call.bias,
+            "dropout_p": call.dropout_p,
+            "backend": call.backend,
         }
+        first = _active(self)[0]
         if first in self.lora_variant:  # DoRA, or `obstacle` had said so
             magnitude = self.lora_magnitude_vector[first].weight
-            return dora_linear(x, weight, lora_A, lora_B, magnitude, **options)
-        return lora_linear(x, weight, lora_A, lora_B, **options)
+            return dora_linear(*base, *adapter, magnitude, **options)
+        return lora_linear(*base, *adapter, **options)
+
+
+def _arguments(layer: FusedPeftLinear, x: Tensor) -> Arguments:
+    base = layer.base_layer
+    weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
+    adapters = _active(layer)
+    first = adapters[0]
+    lora_A, lora_B = layer.lora_A[first].weight, layer.lora_B[first].weight
+    scaling = layer.scaling[first]
+    if len(adapters) > 1:  # side by side: their products add up, and x is read once for all
+        lora_A = torch.cat([layer.lora_A[a].weight for a in adapters])
+        lora_B = torch.cat([layer.lora_B[a].weight * layer.scaling[a] for a in adapters], dim=1)
+        scaling = 1.0
+    return Arguments(
+        weight=weight,
+        lora_A=lora_A,
+        lora_B=lora_B,
+        scaling=scaling,
+        bias=_bias(layer, adapters, x),
+        dropout_p=_dropout_p(layer, first),
+        backend=layer.fused_lora_backend,
+    )
+
+
+def _lasting_arguments(layer: FusedPeftLinear, x: Tensor) -> Arguments | None:
+    """The arguments if they are the layer's own tensors, none made for this call."""
+    if obstacle(layer) is not None or not _fits(layer, x):
+        return None
+    adapters = _active(layer)
+    first = adapters[0]
+    one = len(adapters) == 1 and first not in layer.lora_variant
+    one = one and layer.lora_B[first].bias is None
+    return _arguments(layer, x) if one and type(layer.base_layer) is nn.Linear else None
 
 
 def _active(layer: peft_lora.Linear) -> list[str]:
@@ -89,17 +122,6 @@ def _fits(layer: peft_lora.Linear, x: object) -> bool:
     return x.dtype == layer.base_layer.weight.dtype or autocast_enabled(x.device)
 
 
-def _hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__  # accelerate's hooks replace it
-    )
-
-
 def obstacle(layer: peft_lora.Linear) -> str | None:
     """Why this `peft.tuners.lora.Linear`, in its present state, goes to PEFT's own forward.
 
@@ -116,7 +138,7 @@ def obstacle(layer: peft_lora.Linear) -> str | None:
         return f"its base weight is {base.weight.dtype}"
     if base.weight.requires_grad and torch.is_grad_enabled():
         return "its base weight requires a gradient"
-    if _hooked(base):
+    if is_hooked(base):
         return "its base layer has hooks"
     adapters = _active(layer)
     if not adapters:
@@ -131,7 +153,7 @@ def obstacle(layer: peft_lora.Linear) -> str | None:
             return f"adapter {name!r} is made of {type(A).__name__} and {type(B).__name__}"
         if type(dropout) is not nn.Dropout and type(dropout) is not nn.Identity:
             return f"adapter {name!r} has a {type(dropout).__name__} for its dropout"
-        if _hooked(A) or _hooked(B) or _hooked(dropout):
+        if is_hooked(A) or is_hooked(B) or is_hooked(dropout):
             return f"adapter {name!r} has hooks"
         if len(adapters) > 1 and _dropout_p(layer, name):
             return "several adapters are active, each with a dropout mask of its own"
@@ -144,7 +166,7 @@ def _variant_obstacle(layer: peft_lora.Linear, name: str, adapters: list[str]) -
     if len(adapters) > 1:
         return f"several adapters are active, and {name!r} is DoRA's"
     magnitude = layer.lora_magnitude_vector[name]
-    if type(magnitude) is not DoraLinearLayer or _hooked(magnitude):
+    if type(magnitude) is not DoraLinearLayer or is_hooked(magnitude):
         return f"adapter {name!r} has a changed {type(magnitude).__name__}"
     return None
 
@@ -155,6 +177,7 @@ class FuseReport:
 
     fused: tuple[str, ...]  # paths of the layers on the fused path
     not_fused: dict[str, str]  # path -> why PEFT's own forward runs there
+    groups: tuple[tuple[str, ...], ...]  # paths of layers that are computed together
     _model: nn.Module = field(repr=False)
 
     def __str__(self) -> str:
@@ -162,6 +185,7 @@ class FuseReport:
         lines = [f"{len(self.fused)} of {total} LoRA layers fused"]
         width = max(map(len, self.not_fused), default=0)
         lines += [f"  {path:{width}}  not fused: {why}" for path, why in self.not_fused.items()]
+        lines += sharing.describe_groups(self.groups)
         return "\n".join(lines)
 
     def __enter__(self) -> FuseReport:
@@ -198,7 +222,9 @@ def _cannot_swap(layer: peft_lora.LoraLayer) -> str | None:
     return None
 
 
-def fuse(model: nn.Module, *, strict: bool = False, backend: Backend = "auto") -> FuseReport:
+def fuse(
+    model: nn.Module, *, strict: bool = False, backend: Backend = "auto", groups: bool = True
+) -> FuseReport:
     """Puts every eligible `peft.tuners.lora.Linear` of a live model on the fused path, in place.
 
     On the fast path: dropout, bias, ``lora_bias``, rsLoRA, DoRA, fp32 adapters over a half base,
@@ -210,6 +236,10 @@ def fuse(model: nn.Module, *, strict: bool = False, backend: Backend = "auto") -
         model: a PeftModel, or any module that contains PEFT's LoRA layers.
         strict: raise instead of leaving a layer to PEFT.
         backend: as for `lora_linear`.
+        groups: compute the projections that share their input (q, k, v; gate, up) together, in the
+            model families where they are known to: Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma2 and
+            Gemma3. See `fused_lora.sharing` for how; `lora_linear_group` for what it saves. Under
+            torch.compile each is computed on its own.
 
     Raises:
         TypeError: model is no module.
@@ -238,14 +268,22 @@ def fuse(model: nn.Module, *, strict: bool = False, backend: Backend = "auto") -
             if type(layer) is peft_lora.Linear:
                 _swap(layer, FusedPeftLinear)
             layer.fused_lora_backend = backend
+            layer.__dict__.pop("fused_lora_group", None)
+    found = tuple(sharing.find_groups(model, FusedPeftLinear)) if groups else ()
+    for paths in found:
+        group = SharedInput([layers[path] for path in paths], _lasting_arguments)
+        for layer in group.members:
+            layer.__dict__["fused_lora_group"] = group
     fused = tuple(path for path in layers if path not in not_fused)
-    return FuseReport(fused, not_fused, model)
+    return FuseReport(fused, not_fused, found, model)
 
 
 def unfuse(model: nn.Module) -> None:
     """Gives every fused layer PEFT's own class back. Nothing happens where none is fused."""
+    sharing.forget()
     for _, layer in _lora_layers(model):
         if type(layer) is FusedPeftLinear:
+            layer.__dict__.pop("fused_lora_group", None)
             del layer.fused_lora_backend
             _swap(layer, peft_lora.Linear)
 

@@ -6,6 +6,8 @@ own outputs, and no [M, N] temporary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -110,3 +112,93 @@ def scale_columns_backward(
     for m in range(0, len(g), rows):
         dot += (g[m : m + rows].to(dot.dtype) * z[m : m + rows].to(dot.dtype)).sum(0)
     return gs, dot
+
+
+def _dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
+    """D o x without its scale."""
+    if dropout is None:
+        return x
+    return torch.where(keep_mask(dropout.seed, dropout.threshold, *x.shape), x, 0.0)
+
+
+def forward_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    dropouts: Sequence[Dropout | None],
+) -> tuple[list[Tensor], Tensor]:
+    """Every y_i [M, N_i], and the h_i = scaling_i * (D_i o x) A_i^T side by side [M, sum r_i]."""
+    ranks = [A.shape[0] for A in lora_As]
+    As = [A.to(x.dtype) for A in lora_As]
+    if any(dropouts):
+        h = x.new_empty((x.shape[0], sum(ranks)))
+        for A, dropout, h_i in zip(As, dropouts, h.split_with_sizes(ranks, dim=1), strict=True):
+            torch.mm(_dropped(x, dropout), A.t(), out=h_i)
+    else:
+        h = F.linear(x, torch.cat(As))
+    ys = []
+    for i, h_i in enumerate(h.split_with_sizes(ranks, dim=1)):
+        dropout = dropouts[i]
+        h_i *= scalings[i] * (dropout.keep_scale if dropout else 1.0)
+        y = F.linear(x, weights[i], biases[i])
+        ys.append(y.addmm_(h_i, lora_Bs[i].to(x.dtype).t()))
+    return ys, h
+
+
+def backward_group(
+    gs: Sequence[Tensor],
+    x: Tensor | None,
+    weights: Sequence[Tensor],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    dropouts: Sequence[Dropout | None],
+    *,
+    need_dx: bool,
+) -> tuple[Tensor | None, Sequence[Tensor | None], list[Tensor | None]]:
+    """dx, dA_i and dB_i for g_i = dL/dy_i [M, N_i]: dA_i iff x is given, dB_i iff h_i is."""
+    dBs = [
+        None if h is None else (g.t() @ h).to(B.dtype)
+        for g, h, B in zip(gs, hs, lora_Bs, strict=True)
+    ]
+    dAs: Sequence[Tensor | None] = [None] * len(gs)
+    if not need_dx and x is None:
+        return None, dAs, dBs
+    ranks = [A.shape[0] for A in lora_As]
+    dh = gs[0].new_empty((gs[0].shape[0], sum(ranks)))
+    dhs = dh.split_with_sizes(ranks, dim=1)
+    for g, B, scale, dropout, dh_i in zip(gs, lora_Bs, scalings, dropouts, dhs, strict=True):
+        torch.mm(g, B.to(g.dtype), out=dh_i)
+        dh_i *= scale * (dropout.keep_scale if dropout else 1.0)
+    dx: Tensor | None = None
+    if need_dx:
+        dx = _adapters_dx(dh, dhs, [A.to(dh.dtype) for A in lora_As], dropouts)
+        for g, weight in zip(gs, weights, strict=True):
+            dx.addmm_(g, weight)
+    if x is not None and any(dropouts):
+        dAs = [
+            (dh_i.t() @ _dropped(x, dropout)).to(A.dtype)
+            for dh_i, dropout, A in zip(dhs, dropouts, lora_As, strict=True)
+        ]
+    elif x is not None:
+        parts = (dh.t() @ x).split_with_sizes(ranks)
+        dAs = [part.to(A.dtype) for part, A in zip(parts, lora_As, strict=True)]
+    return dx, dAs, dBs
+
+
+def _adapters_dx(
+    dh: Tensor, dhs: Sequence[Tensor], As: Sequence[Tensor], dropouts: Sequence[Dropout | None]
+) -> Tensor:
+    """sum_i D_i o (dh_i A_i): one product where no mask has to come between."""
+    if not any(dropouts):
+        return dh @ torch.cat(tuple(As))
+    dx: Tensor | None = None
+    for dh_i, A, dropout in zip(dhs, As, dropouts, strict=True):
+        part = _dropped(dh_i @ A, dropout)
+        dx = part if dx is None else dx.add_(part)
+    assert dx is not None
+    return dx

@@ -13,12 +13,13 @@ from typing import Literal
 
 from .device import DeviceInfo
 
-# Which product a configuration is for; see gemm.py for the three forms and grads.py for the last.
-Kind = Literal["one_pass", "second", "plain", "grad"]
+# Which product a configuration is for: the three forms of gemm.py, then grads.py and group.py.
+Kind = Literal["one_pass", "second", "plain", "grad", "group"]
 
 MAX_RANK = 512
 # Beyond it h's accumulator takes as much as y's, and the model prefers to make h first anyway.
 MAX_ONE_PASS_RANK = 64
+MAX_GROUP = 3  # members of one launch: its code is as long as they are many
 MIN_DOT = 16  # tl.dot takes no smaller side
 
 
@@ -97,7 +98,7 @@ def is_valid(
     threads = 32 * config.num_warps
     accumulators = config.BLOCK_M * (config.BLOCK_N + block_r) / threads
     if dropout:  # drawing a mask takes about five words per eight elements on top
-        return accumulators <= 64
+        return accumulators <= (32 if kind == "group" else 64)  # a group has two accumulators
     if dora and accumulators > 96:  # two outputs and a scale: the largest tiles spill
         return False
     if device.capability >= 90:

@@ -28,7 +28,7 @@ import triton.language as tl
 from .configs import TileConfig, padded
 from .device import device_guard
 from .dropout import Dropout
-from .tiles import grouped_tile, keep_mask
+from .tiles import add_product, grouped_tile, keep_mask
 
 GROUP_M = 8  # rows of tiles that run side by side and share W's tiles in L2
 
@@ -63,8 +63,10 @@ def lora_gemm_kernel(
     stride_bias,
     stride_ak,
     stride_ar,
+    stride_hm,
     stride_br,
     stride_bn,
+    stride_ym,
     scale,
     threshold,
     BLOCK_M: tl.constexpr,
@@ -95,13 +97,23 @@ def lora_gemm_kernel(
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if SECOND:
-        for r in range(0, R, BLOCK_R):
-            in_r = r + offs_r < R
-            h_ptrs = h_ptr + rows * R + (r + ranks)[None, :]
-            h = tl.load(h_ptrs, mask=in_m & in_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
-            b_ptrs = b_ptr + (r + ranks)[:, None] * stride_br + cols * stride_bn
-            b = tl.load(b_ptrs, mask=in_r[:, None] & in_n, other=0.0)  # [BLOCK_R, BLOCK_N]
-            acc = tl.dot(h, b.to(dtype), acc, input_precision=PRECISION)
+        acc = add_product(
+            acc,
+            h_ptr,
+            b_ptr,
+            rows,
+            cols,
+            in_m,
+            in_n,
+            R,
+            stride_hm,
+            1,
+            stride_br,
+            stride_bn,
+            BLOCK_R,
+            False,
+            PRECISION,
+        )
         if seed_ptr is not None:
             # Before the K loop: the accumulator starts as D o (h B) and needs no second one.
             keep = keep_mask(
@@ -136,7 +148,7 @@ def lora_gemm_kernel(
     if ONE_PASS:
         h = (acc_h * scale).to(dtype)  # [BLOCK_M, BLOCK_R]
         if h_ptr is not None and pid_n == 0:
-            h_ptrs = h_ptr + rows * R + ranks[None, :]
+            h_ptrs = h_ptr + rows * stride_hm + ranks[None, :]
             tl.store(h_ptrs, h, mask=in_m & (offs_r < R)[None, :])
         b_ptrs = b_ptr + ranks[:, None] * stride_br + cols * stride_bn
         b = tl.load(b_ptrs, mask=(offs_r < R)[:, None] & in_n, other=0.0)  # [BLOCK_R, BLOCK_N]
@@ -150,7 +162,7 @@ def lora_gemm_kernel(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_n.to(tl.int64) * stride_bias, mask=offs_n < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
-    tl.store(y_ptr + rows * N + cols, acc.to(dtype), mask=in_m & in_n)
+    tl.store(y_ptr + rows * stride_ym + cols, acc.to(dtype), mask=in_m & in_n)
 
 
 def _launch(
@@ -165,10 +177,11 @@ def _launch(
     scale: float = 1.0,
     dropout: Dropout | None = None,
     dora: ColumnScale | None = None,
+    out: torch.Tensor | None = None,  # [M, N], its rows contiguous
 ) -> torch.Tensor:
     (M, K), N = x.shape, w.shape[1]
     R = b.shape[0] if b is not None else 1
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    y = torch.empty((M, N), dtype=x.dtype, device=x.device) if out is None else out
     if M == 0 or N == 0:
         return y
     BLOCK_R = padded(R) if a is not None else min(padded(R), config.BLOCK_K)
@@ -193,7 +206,9 @@ def _launch(
             *w.stride(),
             bias.stride(0) if bias is not None else 0,
             *(a.stride() if a is not None else (0, 0)),
+            h.stride(0) if h is not None else 0,
             *(b.stride() if b is not None else (0, 0)),
+            y.stride(0),
             scale,
             dropout.threshold if dropout else 0,
             BLOCK_R=BLOCK_R,
@@ -243,7 +258,7 @@ def gemm_add_lora(
     dropout: Dropout | None = None,
     dora: ColumnScale | None = None,
 ) -> torch.Tensor:
-    """y = x w + D o (h b) + bias; h [M, R] contiguous in x's dtype, the rest as above."""
+    """y = x w + D o (h b) + bias; h [M, R] in x's dtype, its rows contiguous, the rest as above."""
     scale = dropout.keep_scale if dropout else 1.0
     return _launch(config, x, w, bias=bias, h=h, b=b, scale=scale, dropout=dropout, dora=dora)
 
@@ -255,8 +270,12 @@ def gemm_scaled(
     *,
     scale: float,
     dropout: Dropout | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y = scale * (D o x) w; w [K, N] in any floating dtype, y [M, N] contiguous in x's."""
+    """y = scale * (D o x) w; w [K, N] in any floating dtype, y [M, N] contiguous in x's.
+
+    ``out`` is where y goes: a view [M, N] in x's dtype whose rows are contiguous.
+    """
     if dropout:
         scale *= dropout.keep_scale
-    return _launch(config, x, w, scale=scale, dropout=dropout)
+    return _launch(config, x, w, scale=scale, dropout=dropout, out=out)

@@ -34,6 +34,7 @@ def lora_grad_kernel(
     rows_per_split,
     stride_qm,
     stride_qc,
+    stride_lm,
     stride_os,
     stride_oc,
     stride_or,
@@ -69,7 +70,7 @@ def lora_grad_kernel(
                 tl.load(seed_ptr), threshold, m + offs_m, pid_c * BLOCK_M, BLOCK_K, BLOCK_M
             )
             q = tl.where(keep, q, 0.0)
-        l_ptrs = l_ptr + rows[:, None] * R + ranks[None, :]
+        l_ptrs = l_ptr + rows[:, None] * stride_lm + ranks[None, :]
         l = tl.load(l_ptrs, mask=in_m[:, None] & in_r[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(tl.trans(q), l, acc, input_precision=PRECISION)
     out_ptrs = out_ptr + pid_s.to(tl.int64) * stride_os
@@ -133,6 +134,7 @@ def _launch(
             R,
             rows_per_split,
             *q.stride(),
+            l.stride(0),
             out.numel(),
             *out.stride(),
             dropout.keep_scale if dropout else 1.0,
@@ -153,7 +155,7 @@ def grad_lora_a(
     dtype: torch.dtype,
     dropout: Dropout | None,
 ) -> torch.Tensor:
-    """dA [R, K] = dh^T (D o x) in ``dtype``; x [M, K] any strides, dh [M, R] contiguous."""
+    """dA [R, K] = dh^T (D o x) in ``dtype``; x [M, K] any strides, dh's rows contiguous."""
     grad = torch.empty((dh.shape[1], x.shape[1]), dtype=dtype, device=x.device)
     _launch(config, x, dh, grad.t(), dropout)
     return grad
@@ -162,7 +164,7 @@ def grad_lora_a(
 def grad_lora_b(
     config: TileConfig, g: torch.Tensor, h: torch.Tensor, *, dtype: torch.dtype
 ) -> torch.Tensor:
-    """dB [N, R] = g^T h in ``dtype``; g [M, N] any strides, h [M, R] contiguous."""
+    """dB [N, R] = g^T h in ``dtype``; g [M, N] any strides, h's rows contiguous."""
     grad = torch.empty((g.shape[1], h.shape[1]), dtype=dtype, device=g.device)
     _launch(config, g, h, grad, None)
     return grad

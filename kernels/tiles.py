@@ -22,6 +22,43 @@ def grouped_tile(pid, num_pid_m, num_pid_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def add_product(
+    acc,
+    x_ptr,
+    w_ptr,
+    rows,
+    cols,
+    in_m,
+    in_n,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_wk,
+    stride_wn,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    NUM_STAGES: tl.constexpr = None,  # None: as many as the launch says
+):
+    """acc + x w for one tile: `rows` [BLOCK_M, 1] of x, `cols` [1, BLOCK_N] of w, both int64."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    offs_k = tl.arange(0, BLOCK_K)
+    ks = offs_k.to(tl.int64)
+    x_ptrs = x_ptr + rows * stride_xm + ks[None, :] * stride_xk
+    w_ptrs = w_ptr + ks[:, None] * stride_wk + cols * stride_wn
+    step_x = tl.cast(stride_xk, tl.int64) * BLOCK_K
+    step_w = tl.cast(stride_wk, tl.int64) * BLOCK_K
+    for k in tl.range(0, K, BLOCK_K, num_stages=NUM_STAGES):
+        in_k = offs_k < (BLOCK_K if EVEN_K else K - k)
+        x = tl.load(x_ptrs, mask=in_m & in_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        w = tl.load(w_ptrs, mask=in_k[:, None] & in_n, other=0.0)  # [BLOCK_K, BLOCK_N]
+        acc = tl.dot(x, w.to(dtype), acc, input_precision=PRECISION)
+        x_ptrs += step_x
+        w_ptrs += step_w
+    return acc
+
+
+@triton.jit
 def keep_mask(
     seed, threshold, offs_m, first_col, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
 ):

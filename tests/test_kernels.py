@@ -89,7 +89,7 @@ def test_gradients_in_every_configuration(device, dtype, tolerance, p):
 def test_every_rank_has_a_configuration_on_every_gpu(capability, itemsize, dropout):
     device = DeviceInfo(capability, num_sms=100, shared_memory=SHARED_MEMORY[capability])
     for r in (1, 16, 17, 64, 65, configs.MAX_RANK):
-        for kind in ("second", "plain", "grad"):
+        for kind in ("second", "plain", "grad", "group"):
             assert configs.ship(kind, r, itemsize, dropout, device)
     assert configs.ship("one_pass", 16, itemsize, False, device)
 
@@ -113,29 +113,29 @@ def _compile(*arguments):
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-def test_what_ships_compiles_fits_and_keeps_its_tensor_cores(arch, tmp_path):
+def test_what_ships_fits_and_keeps_its_tensor_cores(arch, tmp_path):
     rows_file = tmp_path / "rows.json"
     _compile("-m", "benchmarks.compile_report", "--arch", arch, "--json", str(rows_file))
     rows = json.loads(rows_file.read_text())
     assert len(rows) > 50
     assert all(row["stack"] == 0 for row in rows)
-    assert {row["kind"] for row in rows} == {"one_pass", "second", "plain", "grad"}
+    assert {row["kind"] for row in rows} == {"one_pass", "second", "plain", "grad", "group"}
     if arch == "sm_90":
         large = [r for r in rows if r["dtype"] == "bf16" and r["config"]["BLOCK_M"] >= 64]
         assert large
         assert all("HGMMA" in row["tensor_core"] for row in large)
 
 
-@pytest.mark.parametrize("kernel", ["lora_gemm_kernel", "lora_grad_kernel"])
-def test_offsets_are_64_bit(kernel):
+@pytest.mark.parametrize("kind", ["one_pass", "second", "grad", "group"])
+def test_offsets_are_64_bit(kind):
     """No 32-bit product of an index and a stride: it would wrap beyond 2^31 elements."""
     program = f"""
 import re
 from benchmarks import compile_report
 import triton
 from triton.backends.compiler import GPUTarget
-kind = "grad" if {kernel!r} == "lora_grad_kernel" else "one_pass"
-case = next(c for c in compile_report.cases([90], ["bf16"]) if c.kind == kind and not c.dropout)
+cases = compile_report.cases([90], ["bf16"])
+case = next(c for c in cases if c.kind == {kind!r} and not c.dropout)
 ttir = triton.compile(compile_report._source(case), target=GPUTarget("cuda", 90, 32)).asm["ttir"]
 # Every offset that reaches a pointer must have been computed in 64 bits.
 offsets = re.findall(r"tt.addptr [^:]*: [^,]*, (\\S+)", ttir)

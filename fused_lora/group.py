@@ -1,0 +1,300 @@
+"""Layers that share their input (q, k, v; gate, up): one call, one node of the graph, one dx."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from . import backends, checks
+from .dispatch import Backend, Plan, checked_call, plan
+from .functional import _autocast, _check_options, _is_constant, lora_linear
+from .group_ops import dropouts_of, lora_linear_group_op, plan_of_all
+from .kernels.configs import MAX_GROUP
+from .kernels.dropout import dropout_threshold
+from .linear import FusedLoRALinear
+
+
+class LoRALinearGroupFunction(torch.autograd.Function):
+    """y_i = x W0_i^T + bias_i + scaling_i * (D_i o x) A_i^T B_i^T for every member i of a group.
+
+    As `LoRALinearFunction`; what is saved: x once, the h_i side by side, the weights, the seeds.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scalings: Sequence[float],
+        seeds: Tensor | None,
+        thresholds: Sequence[int],
+        plan: Plan,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """``tensors``: every weight, then every lora_A, every lora_B, every bias (or None).
+
+        ``seeds``: int64 [members] on x's device, and ``thresholds`` make the dropout masks.
+        """
+        n = len(scalings)
+        weights, As, Bs, biases = _in_four(tensors, n)
+        dropouts = dropouts_of(seeds, thresholds)
+        ys, h = backends.forward_group(x, weights, As, Bs, biases, scalings, dropouts, plan)
+        needs_x, needs_A, needs_B = _needs(ctx, n)[:3]
+        ctx.save_for_backward(
+            x if any(needs_A) else None,
+            h if any(needs_B) else None,
+            seeds if needs_x or any(needs_A) else None,
+            *(weights if needs_x else [None] * n),
+            *As,
+            *Bs,
+        )
+        ctx.set_materialize_grads(False)
+        ctx.scalings, ctx.thresholds, ctx.plan = scalings, thresholds, plan
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients in the order of forward's arguments."""
+        if torch.is_grad_enabled():  # see LoRALinearFunction
+            raise RuntimeError(
+                "lora_linear_group: its gradients cannot be differentiated again "
+                "(create_graph=True); fused_lora.reference.lora_linear's can"
+            )
+        n = len(ctx.scalings)
+        x, h, seeds, *tensors = ctx.saved_tensors
+        weights, As, Bs, _ = _in_four([*tensors, *[None] * n], n)
+        needs_x, needs_A, needs_B, needs_bias = _needs(ctx, n)
+        # A member whose output nobody used takes no part.
+        live = [i for i in range(n) if grads[i] is not None]
+        dropouts = dropouts_of(seeds, ctx.thresholds)
+        hs = [None] * n if h is None else h.split_with_sizes([len(A) for A in As], dim=1)
+        dAs: list[Tensor | None] = [None] * n
+        dBs: list[Tensor | None] = [None] * n
+        dx = None
+        if live:
+            dx, live_dAs, live_dBs = backends.backward_group(
+                [grads[i] for i in live],  # type: ignore[misc]  # they are tensors
+                x if any(needs_A[i] for i in live) else None,
+                [weights[i] for i in live],
+                [As[i] for i in live],
+                [Bs[i] for i in live],
+                [hs[i] if needs_B[i] else None for i in live],
+                [ctx.scalings[i] for i in live],
+                [dropouts[i] for i in live],
+                ctx.plan,
+                need_dx=needs_x,
+            )
+            for i, dA, dB in zip(live, live_dAs, live_dBs, strict=True):
+                dAs[i], dBs[i] = dA if needs_A[i] else None, dB
+        dbiases = [
+            g.sum_to_size(g.shape[-1:]) if needs and g is not None else None
+            for g, needs in zip(grads, needs_bias, strict=True)
+        ]
+        return dx, None, None, None, None, *[None] * n, *dAs, *dBs, *dbiases
+
+
+def _in_four(tensors: Sequence[Any], n: int) -> Iterator[list[Any]]:
+    return (list(tensors[i * n : (i + 1) * n]) for i in range(4))
+
+
+def _needs(ctx: Any, n: int) -> tuple[bool, list[bool], list[bool], list[bool]]:
+    _, As, Bs, biases = _in_four(ctx.needs_input_grad[5:], n)
+    return ctx.needs_input_grad[0], As, Bs, biases
+
+
+def lora_linear_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    *,
+    scalings: Sequence[float],
+    biases: Sequence[Tensor | None] | None = None,
+    dropout_ps: Sequence[float] | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, ...]:
+    """y_i = x W0_i^T + bias_i + scaling_i * (D_i o x) A_i^T B_i^T, as by `lora_linear` for each.
+
+    What it saves over n calls of `lora_linear`: the A's are one matrix, so that one launch reads x
+    for all h_i, and one for all dA_i; dx = sum_i g_i W0_i + D_i o (dh_i A_i) is accumulated in one
+    launch and written once, where n calls write n gradients that are read again to be added
+    (3 (n - 1) passes over x's size). The base products x W0_i^T remain a launch each: one for all
+    would save n - 1 launches (about 4 us each, hidden behind the running ones where M is large)
+    and cost a second kernel. In all n + 2 launches forward (one is the concatenation of the A's)
+    instead of up to 2 n.
+
+    Dropout gives each member its own mask, that is its own D_i o x, and different scalings a
+    factor of its own: h_i is then made in a launch a member; with dropout dA_i too. dx stays one.
+
+    Args:
+        x: input [..., K], shared.
+        weights, lora_As, lora_Bs: each member's, as for `lora_linear`; N_i and r_i may differ.
+        scalings, biases, dropout_ps: one for each member; no biases and no dropout by default.
+        backend: as for `lora_linear`. More than 3 members run as several groups.
+
+    Returns:
+        The y_i [..., N_i] in x's dtype.
+
+    Raises what `lora_linear` does, with the number of the member; ValueError if there is no member,
+    or not the same number of everything.
+
+    Under torch.func's transforms, dispatch modes and for tensor subclasses such as DTensor each
+    member is a call of its own.
+
+    The members are one node of the graph: a backward pass through one output alone frees what the
+    others need too, unless it is told to retain the graph.
+    """
+    n = len(weights)
+    biases = [None] * n if biases is None else biases
+    dropout_ps = [0.0] * n if dropout_ps is None else dropout_ps
+    named = {
+        "lora_As": lora_As,
+        "lora_Bs": lora_Bs,
+        "scalings": scalings,
+        "biases": biases,
+        "dropout_ps": dropout_ps,
+    }
+    if n == 0:
+        raise ValueError("weights: got none, wanted at least one member")
+    for name, values in named.items():
+        if len(values) != n:
+            raise ValueError(f"{name}: got {len(values)}, wanted {n}, one for each of weights")
+    members = list(zip(weights, lora_As, lora_Bs, scalings, biases, dropout_ps, strict=True))
+    if _special((x, *weights, *lora_As, *lora_Bs)):
+        return tuple(
+            lora_linear(x, W, A, B, scaling=s, bias=bias, dropout_p=p, backend=backend)
+            for W, A, B, s, bias, p in members
+        )
+    if torch.compiler.is_compiling():
+        return _traced(x, members, backend)
+    cast, plans = [], []
+    x_cast = x
+    for i, (W, A, B, s, bias, p) in enumerate(members):
+        try:
+            _check_options(W, s, p, backend)
+            x_cast, W, bias = _autocast(x_cast, W, bias)
+            call = checked_call(x_cast, W, A, B, bias, dropout_threshold(p) > 0)
+            plans.append(plan(call, backend))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise type(error)(f"member {i}: {error}") from None
+        cast.append((W, A, B, bias))
+    chosen = plan_of_all(plans)
+    ys: tuple[Tensor, ...] = ()
+    for first in range(0, n, MAX_GROUP):
+        part = slice(first, first + MAX_GROUP)
+        thresholds = [dropout_threshold(p) for p in dropout_ps[part]]
+        ys += LoRALinearGroupFunction.apply(
+            x_cast,
+            [float(s) for s in scalings[part]],
+            _draw_seeds(len(thresholds), x.device) if any(thresholds) else None,
+            thresholds,
+            chosen,
+            *(tensor for kind in zip(*cast[part], strict=True) for tensor in kind),
+        )
+    return ys
+
+
+def _special(tensors: Sequence[Any]) -> bool:
+    """Whether `lora_linear` has ways of its own: torch.func, dispatch modes, tensor subclasses."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or (not torch.compiler.is_compiling() and _get_current_dispatch_mode() is not None)
+        or any(isinstance(t, Tensor) and type(t) not in (Tensor, nn.Parameter) for t in tensors)
+    )
+
+
+def _traced(x: Tensor, members: Sequence[tuple[Any, ...]], backend: Backend) -> tuple[Tensor, ...]:
+    """By the registered operator, as `lora_linear` does it."""
+    cast = []
+    for W, A, B, s, bias, p in members:
+        _check_options(W, s, p, backend)
+        x, W, bias = _autocast(x, W, bias)
+        checks.check_tensors(x, W, A, B, bias)
+        if not _is_constant(s):
+            B, s = B.to(torch.promote_types(B.dtype, torch.float32)) * s, 1.0
+        cast.append((W, A, B, x.new_empty(0) if bias is None else bias, s, dropout_threshold(p)))
+    ys: list[Tensor] = []
+    for first in range(0, len(cast), MAX_GROUP):
+        weights, As, Bs, biases, scalings, thresholds = (
+            list(kind) for kind in zip(*cast[first : first + MAX_GROUP], strict=True)
+        )
+        seeds = _draw_seeds(len(thresholds), x.device) if any(thresholds) else None
+        need_h = torch.is_grad_enabled() and any([B.requires_grad for B in Bs])
+        ys += lora_linear_group_op(
+            x, weights, As, Bs, biases, scalings, seeds, thresholds, backend, need_h
+        )[:-1]
+    return tuple(ys)
+
+
+def _draw_seeds(n: int, device: torch.device) -> Tensor:
+    return torch.randint(2**63 - 1, (n,), device=device)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__  # accelerate's hooks replace it
+    )
+
+
+def forward_together(modules: Iterable[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
+    """The modules' outputs for the same x [..., in_features]: `lora_linear_group` where it can be.
+
+    Called one by one if any is no `FusedLoRALinear` (any more), is merged, has DoRA or hooks, or
+    if they differ in their backend.
+    """
+    modules = list(modules)
+    layers = [m for m in modules if type(m) is FusedLoRALinear and not m.merged]
+    alone = (
+        len(modules) == 1
+        or len(layers) < len(modules)
+        or len({layer.backend for layer in layers}) != 1
+        or any(layer.lora_magnitude_vector is not None for layer in layers)
+        or any(is_hooked(layer) for layer in layers)
+    )
+    if alone:
+        return tuple(module(x) for module in modules)
+    return lora_linear_group(
+        x,
+        [layer.weight for layer in layers],
+        [layer.lora_A for layer in layers],
+        [layer.lora_B for layer in layers],
+        scalings=[layer.scaling for layer in layers],
+        biases=[layer.bias for layer in layers],
+        dropout_ps=[layer.lora_dropout if layer.training else 0.0 for layer in layers],
+        backend=layers[0].backend,
+    )
+
+
+class FusedLoRAGroup(nn.ModuleDict):
+    """Layers by name, called together on the input that they share.
+
+        qkv = FusedLoRAGroup({"q_proj": q, "k_proj": k, "v_proj": v})
+        q, k, v = qkv(x)
+
+    An `nn.ModuleDict`: the layers are its submodules under their names, with their own parameters,
+    so that the state dict is theirs. They stay usable on their own.
+
+    Raises TypeError unless all are `FusedLoRALinear`, ValueError unless there is one and all have
+    the same in_features.
+    """
+
+    def __init__(self, layers: Mapping[str, FusedLoRALinear]) -> None:
+        for name, layer in layers.items():
+            if not isinstance(layer, FusedLoRALinear):
+                raise TypeError(f"{name}: got {type(layer).__name__}, wanted a FusedLoRALinear")
+        sizes = {name: layer.in_features for name, layer in layers.items()}
+        if len(set(sizes.values())) != 1:
+            raise ValueError(f"layers: got in_features {sizes}, wanted one number for all")
+        super().__init__(layers)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [..., in_features] -> the outputs [..., out_features_i] in the order of the names."""
+        return forward_together(self.values(), x)

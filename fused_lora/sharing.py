@@ -1,0 +1,219 @@
+"""Finds out at run time that layers share their input, and computes them together.
+
+A model calls q_proj(x), k_proj(x) and v_proj(x) one after another. Where that is known, the first
+call computes all three and returns its own output; the others are handed out when their layers are
+called with the very same tensor in the very same state. Whatever differs by then (another tensor, a
+changed version of it or of a weight, another adapter, scaling, mode, stream, autocast or gradient
+mode) is computed anew, as if nothing had been prepared: only time can be lost, never correctness.
+
+One set of prepared outputs is kept a thread: until it has been handed out, or, should an exception
+come between, until the thread's next group or `forget`. Nothing of the model's own code, hooks or
+parameters is touched.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .backends import autocast_enabled
+from .dispatch import Backend
+from .group import lora_linear_group
+
+# transformers' families whose attention calls q_proj, k_proj and v_proj, and whose MLP gate_proj
+# and up_proj, one after another with the same tensor.
+_FAMILIES = ("gemma", "gemma2", "gemma3", "llama", "mistral", "qwen2", "qwen3")
+_MODULES = {f"transformers.models.{name}.modeling_{name}" for name in _FAMILIES}
+_SHARING = {"Attention": ("q_proj", "k_proj", "v_proj"), "MLP": ("gate_proj", "up_proj")}
+
+_PATIENCE = 8  # groups in a row that were computed and not asked for, before the warning
+
+
+class Arguments(NamedTuple):
+    """What a layer passes to `lora_linear` besides x."""
+
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    bias: Tensor | None
+    dropout_p: float
+    backend: Backend
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in self if isinstance(t, Tensor)]
+
+    def same(self, other: Arguments) -> bool:
+        """The same tensors (not equal ones) and the same numbers."""
+        return all(
+            a is b if isinstance(a, Tensor) or isinstance(b, Tensor) else a == b
+            for a, b in zip(self, other, strict=True)
+        )
+
+
+class _Prepared(NamedTuple):
+    group: SharedInput
+    x: weakref.ref[Tensor]
+    mode: tuple[object, ...]
+    outputs: dict[nn.Module, tuple[Tensor, Arguments, tuple[object, ...]]]
+
+
+_local = threading.local()
+
+
+def forget() -> None:
+    """Frees what this thread has prepared and not handed out."""
+    _local.prepared = None
+
+
+def _mode(x: Tensor) -> tuple[object, ...]:
+    """All that an output depends on besides the layer's own arguments and state."""
+    device = x.device.type
+    return (
+        x._version,
+        x.requires_grad,
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        autocast_enabled(x.device) and torch.get_autocast_dtype(device),
+        torch.cuda.current_stream(x.device) if device == "cuda" else None,
+    )
+
+
+def _versions(arguments: Arguments) -> tuple[object, ...]:
+    return tuple((t._version, t.requires_grad, t.data_ptr()) for t in arguments.tensors())
+
+
+def _changes_its_input(layer: nn.Module) -> bool:
+    """Whether something may run before the layer's forward, or give it another tensor."""
+    return bool(
+        layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or "forward" in layer.__dict__
+    )
+
+
+def _fit(x: Tensor, calls: Sequence[Arguments]) -> bool:
+    """Whether all can be called with x, now, as plain tensors that count their versions."""
+    tensors = [x, *(t for call in calls for t in call.tensors())]
+    return (
+        all(type(t) is Tensor or type(t) is nn.Parameter for t in tensors)
+        and not any(t.is_inference() for t in tensors)
+        and all(t.device == x.device for t in tensors)
+        and x.ndim > 0
+        and all(call.weight.shape[-1] == x.shape[-1] for call in calls)
+        and len({(call.backend, call.weight.dtype) for call in calls}) == 1
+        and (x.dtype == calls[0].weight.dtype or autocast_enabled(x.device))
+    )
+
+
+class SharedInput:
+    """Layers that are known to be called one after another with the same tensor, in this order.
+
+    Args:
+        members: the layers; the first computes for all.
+        arguments: gives what a layer, in its present state, passes to `lora_linear` for x; None
+            where it does something else. The same tensors as long as the state is the same.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[nn.Module],
+        arguments: Callable[[Any, Tensor], Arguments | None],
+    ) -> None:
+        self.members = tuple(members)
+        self.arguments = arguments
+        self._unused = 0
+
+    def output(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """The layer's output for x; None if it has to compute it itself."""
+        if layer is self.members[0]:
+            return self._prepare(x)
+        return self._take(layer, x)
+
+    def _prepare(self, x: Tensor) -> Tensor | None:
+        self._drop_prepared()
+        calls: list[Arguments] = []
+        for layer in self.members:
+            call = None if _changes_its_input(layer) else self.arguments(layer, x)
+            if call is None:
+                return None
+            calls.append(call)
+        if not _fit(x, calls):
+            return None
+        mode, versions = _mode(x), [_versions(call) for call in calls]
+        first, *others = lora_linear_group(
+            x,
+            [call.weight for call in calls],
+            [call.lora_A for call in calls],
+            [call.lora_B for call in calls],
+            scalings=[call.scaling for call in calls],
+            biases=[call.bias for call in calls],
+            dropout_ps=[call.dropout_p for call in calls],
+            backend=calls[0].backend,
+        )
+        prepared = zip(others, calls[1:], versions[1:], strict=True)
+        outputs = dict(zip(self.members[1:], prepared, strict=True))
+        _local.prepared = _Prepared(self, weakref.ref(x), mode, outputs)
+        return first
+
+    def _take(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        prepared: _Prepared | None = getattr(_local, "prepared", None)
+        if prepared is None or prepared.group is not self or layer not in prepared.outputs:
+            return None
+        if prepared.x() is not x or prepared.mode != _mode(x):
+            self._drop_prepared()
+            return None
+        y, call, versions = prepared.outputs.pop(layer)
+        if not prepared.outputs:
+            forget()
+            self._unused = 0
+        now = self.arguments(layer, x)
+        unchanged = now is not None and call.same(now) and versions == _versions(now)
+        return y if unchanged else None
+
+    def _drop_prepared(self) -> None:
+        prepared: _Prepared | None = getattr(_local, "prepared", None)
+        forget()
+        if prepared is None:
+            return
+        group = prepared.group
+        group._unused += 1
+        if group._unused == _PATIENCE:
+            warnings.warn(
+                f"fused_lora: a {type(group.members[0]).__name__} computed for its group, "
+                f"{_PATIENCE} times in a row, what was not asked for with the same input; "
+                "groups=False (of fuse and of inject) computes each layer on its own",
+                stacklevel=2,
+            )
+
+
+def find_groups(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, ...]]:
+    """Paths of the layers of type ``kind`` that a block calls one after another with one input.
+
+    Only in blocks of transformers' own classes that are known to.
+    """
+    for path, block in model.named_modules():
+        for suffix, names in _SHARING.items():
+            if type(block).__module__ in _MODULES and type(block).__name__.endswith(suffix):
+                members = [name for name in names if type(getattr(block, name, None)) is kind]
+                if len(members) > 1:
+                    yield tuple(f"{path}.{name}" if path else name for name in members)
+
+
+def describe_groups(groups: Iterable[tuple[str, ...]]) -> list[str]:
+    """A line for each kind of group, for the reports."""
+    kinds = Counter(tuple(re.sub(r"\.\d+\.", ".*.", path) for path in paths) for paths in groups)
+    lines = []
+    for paths, times in kinds.items():
+        names = ", ".join(path.rpartition(".")[2] for path in paths)
+        lines.append(f"  {paths[0].rpartition('.')[0]}: {names} share their input, {times} x")
+    return lines

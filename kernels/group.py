@@ -1,0 +1,149 @@
+"""The input gradient of layers that share their input: one product over all of them.
+
+    y = sum_i x_i w_i + D_i o (h_i b_i)    x_i [M, K_i], w_i [K_i, N], h_i [M, R_i], b_i [R_i, N]
+
+The backward pass puts x_i = g_i, w_i = W0_i, h_i = dh_i and b_i = A_i, and gets dx. The reduction
+runs over the members in turn, in one fp32 accumulator: dx is written once, in one rounding, where
+members on their own would write n gradients and read them again to add them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from .configs import TileConfig, padded
+from .device import device_guard
+from .dropout import Dropout
+from .gemm import GROUP_M, dot_precision
+from .tiles import add_product, grouped_tile, keep_mask
+
+
+@triton.jit
+def lora_group_kernel(
+    x_ptrs,
+    w_ptrs,
+    h_ptrs,
+    b_ptrs,
+    seed_ptrs,  # one a member: None where it has no dropout
+    y_ptr,
+    M,
+    N,
+    Ks,
+    Rs,
+    strides_x,
+    strides_w,
+    stride_hm,  # the h_i are columns of one matrix
+    strides_b,
+    scales,
+    thresholds,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,  # every K_i is a whole number of BLOCK_K
+    PRECISION: tl.constexpr,
+):
+    pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = offs_m.to(tl.int64)[:, None]
+    cols = offs_n.to(tl.int64)[None, :]
+    in_m = (offs_m < M)[:, None]
+    in_n = (offs_n < N)[None, :]
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for i in tl.static_range(len(x_ptrs)):
+        part = add_product(
+            acc if seed_ptrs[i] is None else tl.zeros([BLOCK_M, BLOCK_N], tl.float32),
+            h_ptrs[i],
+            b_ptrs[i],
+            rows,
+            cols,
+            in_m,
+            in_n,
+            Rs[i],
+            stride_hm,
+            1,
+            strides_b[i][0],
+            strides_b[i][1],
+            BLOCK_R,
+            False,
+            PRECISION,
+            NUM_STAGES=1,  # one step at most ranks: nothing to overlap
+        )
+        if seed_ptrs[i] is None:
+            acc = part
+        else:
+            keep = keep_mask(
+                tl.load(seed_ptrs[i]), thresholds[i], offs_m, pid_n * BLOCK_N, BLOCK_M, BLOCK_N
+            )
+            acc += tl.where(keep, part * scales[i], 0.0)
+    for i in tl.static_range(len(x_ptrs)):
+        acc = add_product(
+            acc,
+            x_ptrs[i],
+            w_ptrs[i],
+            rows,
+            cols,
+            in_m,
+            in_n,
+            Ks[i],
+            strides_x[i][0],
+            strides_x[i][1],
+            strides_w[i][0],
+            strides_w[i][1],
+            BLOCK_K,
+            EVEN_K,
+            PRECISION,
+        )
+    tl.store(y_ptr + rows * N + cols, acc.to(y_ptr.dtype.element_ty), mask=in_m & in_n)
+
+
+def gemm_group(
+    config: TileConfig,
+    xs: Sequence[torch.Tensor],
+    ws: Sequence[torch.Tensor],
+    hs: Sequence[torch.Tensor],
+    bs: Sequence[torch.Tensor],
+    dropouts: Sequence[Dropout | None],
+) -> torch.Tensor:
+    """y [M, N] = sum_i x_i w_i + D_i o (h_i b_i) in one launch, contiguous in x's dtype.
+
+    x_i [M, K_i], w_i [K_i, N] and b_i [R_i, N]: any strides, b_i in any floating dtype; h_i
+    [M, R_i] in x's dtype: all columns of one matrix, with rows that are contiguous.
+    """
+    M, N = xs[0].shape[0], ws[0].shape[1]
+    y = torch.empty((M, N), dtype=xs[0].dtype, device=xs[0].device)
+    if M == 0 or N == 0:
+        return y
+    grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
+    with device_guard(y.device):
+        lora_group_kernel[grid](
+            tuple(xs),
+            tuple(ws),
+            tuple(hs),
+            tuple(bs),
+            tuple(d.seed if d else None for d in dropouts),
+            y,
+            M,
+            N,
+            tuple(x.shape[1] for x in xs),
+            tuple(h.shape[1] for h in hs),
+            tuple(x.stride() for x in xs),
+            tuple(w.stride() for w in ws),
+            hs[0].stride(0),
+            tuple(b.stride() for b in bs),
+            tuple(d.keep_scale if d else 1.0 for d in dropouts),
+            tuple(d.threshold if d else 0 for d in dropouts),
+            BLOCK_R=min(padded(max(h.shape[1] for h in hs)), config.BLOCK_K),
+            GROUP_M=GROUP_M,
+            EVEN_K=all(x.shape[1] % config.BLOCK_K == 0 for x in xs),
+            PRECISION=dot_precision(y.dtype),
+            **config.meta(),
+        )
+    return y

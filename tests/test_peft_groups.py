@@ -1,0 +1,507 @@
+"""`fuse(model, groups=True)`: layers that share their input, and only they, run together."""
+
+import copy
+import gc
+import pickle
+import threading
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+from fused_lora import inject, sharing  # noqa: E402
+from fused_lora.peft import fuse, register, unfuse  # noqa: E402
+
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "pad_token_id": 0,
+    "max_position_embeddings": 64,
+}
+FAMILIES = {
+    "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+    "gemma": transformers.GemmaConfig,
+    "gemma2": transformers.Gemma2Config,
+    "gemma3": transformers.Gemma3TextConfig,
+}
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def _base(family="llama"):
+    config = FAMILIES[family](**SMALL, attn_implementation="eager")
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def _model(family="llama", targets=ALL, dtype=torch.float32, **config):
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, **config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(_base(family).to(dtype), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    return model
+
+
+def _batch():
+    return torch.randint(1, 40, (2, 7))
+
+
+def _outputs(model, ids, **kwargs):
+    model.zero_grad()
+    out = model(input_ids=ids, labels=ids, **kwargs)
+    out.loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"logits": out.logits.detach()} | grads
+
+
+def _assert_same(got, expected, rtol=1e-4, atol=1e-5):
+    assert got.keys() == expected.keys()
+    for name in got:
+        torch.testing.assert_close(got[name], expected[name], msg=name, rtol=rtol, atol=atol)
+
+
+@pytest.fixture
+def groups(monkeypatch):
+    """The number of members of every group that was computed."""
+    seen = []
+    real = sharing.lora_linear_group
+    monkeypatch.setattr(
+        sharing, "lora_linear_group", lambda *a, **k: seen.append(len(a[1])) or real(*a, **k)
+    )
+    yield seen
+    assert getattr(sharing._local, "prepared", None) is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_values_and_gradients_are_pefts(family, groups):
+    model, ids = _model(family), _batch()
+    expected = _outputs(model, ids)
+    report = fuse(model)
+    assert report.not_fused == {}
+    assert len(report.groups) == 4
+    _assert_same(_outputs(model, ids), expected)
+    assert groups == [3, 2] * 2
+    assert "q_proj, k_proj, v_proj share their input, 2 x" in str(report)
+    assert "layers.*.mlp: gate_proj, up_proj share" in str(report)
+
+
+def test_kernels_run(device, launches):
+    model, ids = _model().to(device), _batch().to(device)
+    expected = _outputs(model, ids)
+    fuse(model, backend="triton")
+    _assert_same(_outputs(model, ids), expected, rtol=1e-3, atol=1e-4)
+    assert launches.count("gemm_group") == 3  # the embeddings are frozen: the first x needs no dx
+
+
+def test_switched_off(groups):
+    model, ids = _model(), _batch()
+    assert len(fuse(model).groups) == 4
+    report = fuse(model, groups=False)
+    assert report.groups == ()
+    assert "share" not in str(report)
+    _outputs(model, ids)
+    assert groups == []
+
+
+def test_some_of_the_projections(groups):
+    model, ids = _model(targets=["q_proj", "v_proj", "up_proj"]), _batch()
+    expected = _outputs(model, ids)
+    assert len(fuse(model).groups) == 2
+    _assert_same(_outputs(model, ids), expected)
+    assert groups == [2] * 2
+
+
+def test_unfuse_leaves_nothing(groups):
+    model, ids = _model(), _batch()
+    before = {n: set(m.__dict__) for n, m in model.named_modules()}
+    keys, text = list(model.state_dict()), repr(model)
+    fuse(model)
+    assert list(model.state_dict()) == keys
+    _outputs(model, ids)
+    unfuse(model)
+    assert {n: set(m.__dict__) for n, m in model.named_modules()} == before
+    assert repr(model) == text
+
+
+def test_registered_models_group_after_fuse(groups):
+    config = peft.LoraConfig(r=2, target_modules=ALL)
+    register(config)
+    model = peft.get_peft_model(_base(), config)
+    _outputs(model, _batch())
+    assert groups == []
+    assert len(fuse(model).groups) == 4
+    _outputs(model, _batch())
+    assert groups == [3, 2] * 2
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_gradient_checkpointing(groups, reentrant, dropout):
+    model, ids = _model(lora_dropout=dropout).train(), _batch()
+    fuse(model)
+    torch.manual_seed(5)
+    expected = _outputs(model, ids)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    groups.clear()
+    torch.manual_seed(5)
+    _assert_same(_outputs(model, ids), expected)
+    assert len(groups) == 8  # each block twice
+
+
+def test_dropout_in_training_only(groups):
+    model, ids = _model(lora_dropout=0.5), _batch()
+    model.eval()
+    expected = model(input_ids=ids).logits
+    fuse(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)
+    model.train()
+    assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_generate(groups, mode):
+    model, ids = _model().eval(), _batch()
+    with mode():
+        expected = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+        fuse(model)
+        got = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+    assert torch.equal(got, expected)
+    # Inference tensors count no versions, so that a change could not be seen.
+    assert bool(groups) == (mode is torch.no_grad)
+
+
+def test_autocast(groups):
+    model, ids = _model(), _batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(input_ids=ids).logits
+        fuse(model)
+        got = model(input_ids=ids).logits
+    torch.testing.assert_close(got, expected, rtol=0.1, atol=0.1)
+    assert groups == [3, 2] * 2
+
+
+def test_state_is_looked_at_on_each_call(groups):
+    model, ids = _model().eval(), _batch()
+    plain = copy.deepcopy(model)
+    fuse(model)
+
+    def same():
+        groups.clear()
+        logits = [m(input_ids=ids).logits for m in (model, plain)]
+        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+        return len(groups)
+
+    assert same() == 4
+    for m in (model, plain):
+        torch.manual_seed(0)
+        m.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        m.set_adapter("other")
+    assert same() == 0  # k_proj has no such adapter: its own forward
+    for m in (model, plain):
+        m.base_model.set_adapter(["default", "other"])
+    assert same() == 2  # gate and up have one adapter still
+    for m in (model, plain):
+        m.set_adapter("default")
+    with model.disable_adapter(), plain.disable_adapter():
+        assert same() == 0
+    for m in (model, plain):
+        m.base_model.model.model.layers[0].self_attn.v_proj.scale_layer(0.5)
+    assert same() == 4
+    for m in (model, plain):
+        m.merge_adapter()
+    assert same() == 0
+    for m in (model, plain):
+        m.unmerge_adapter()
+    assert same() == 4
+
+
+def test_an_optimiser_step_is_seen(groups):
+    model, ids = _model(), _batch()
+    plain = copy.deepcopy(model)
+    fuse(model)
+    for m in (model, plain):
+        optimizer = torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(3):
+            _outputs(m, ids)
+            optimizer.step()
+    _assert_same(_outputs(model, ids), _outputs(plain, ids), rtol=1e-3, atol=1e-4)
+
+
+def _attention(**config):
+    """The projections of one layer, fused, an input for them and what they give on their own."""
+    model = _model(**config)
+    fuse(model)
+    attention = model.base_model.model.model.layers[0].self_attn
+    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    alone = copy.deepcopy(model)
+    fuse(alone, groups=False)
+    attention = alone.base_model.model.model.layers[0].self_attn
+    return layers, [attention.q_proj, attention.k_proj, attention.v_proj], torch.randn(2, 5, 16)
+
+
+def _close(y, expected):
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_outputs_are_handed_out_once(groups):
+    (q, k, v), alone, x = _attention()
+    for layer, other in zip((q, k, v), alone, strict=True):
+        _close(layer(x), other(x))
+    assert groups == [3]
+    first, second = k(x), k(x)
+    assert first is not second
+    _close(first, alone[1](x))
+    assert groups == [3]
+    assert q(x).grad_fn is k(x).grad_fn
+    v(x)
+
+
+def test_x_changed_in_place(groups):
+    (q, k, v), alone, x = _attention()
+    q(x)
+    x.mul_(2)
+    _close(k(x), alone[1](x))
+    _close(v(x), alone[2](x))
+
+
+def test_another_x_of_the_same_values(groups):
+    (q, k, v), alone, x = _attention()
+    q(x)
+    y = k(x.clone())
+    assert y.grad_fn is not None
+    _close(y, alone[1](x))
+    _close(v(x), alone[2](x))
+    assert groups == [3]
+
+
+def test_a_weight_changed_in_between(groups):
+    (q, k, v), alone, x = _attention()
+    for change in ("A", "data", "base"):
+        q(x)
+        with torch.no_grad():
+            for layer in (k, alone[1]):
+                parameter = layer.lora_A["default"].weight
+                if change == "A":
+                    parameter.mul_(2)
+                elif change == "data":
+                    parameter.data = parameter.data * 3
+                else:
+                    layer.base_layer.weight.add_(0.5)
+        _close(k(x), alone[1](x))
+        _close(v(x), alone[2](x))
+
+
+def test_a_state_changed_in_between(groups):
+    (q, k, v), alone, x = _attention()
+    for layer in (q, k, v, *alone):
+        layer.eval()
+    q(x)
+    for layer in (k, alone[1]):
+        layer.scale_layer(3.0)
+    for layer in (v, alone[2]):
+        layer.merge()
+    _close(k(x), alone[1](x))
+    _close(v(x), alone[2](x))
+    sharing.forget()  # v, merged, did not ask for its output
+
+
+def test_a_mode_changed_in_between(groups):
+    (q, k, v), alone, x = _attention()
+    with torch.no_grad():
+        q(x)
+    y = k(x)
+    assert y.requires_grad
+    _close(y, alone[1](x))
+    q(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert k(x).dtype == torch.bfloat16
+    q(x)
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(v(x).sum(), x)
+    (expected,) = torch.autograd.grad(alone[2](x).sum(), x)
+    _close(dx, expected)
+
+
+def test_an_exception_in_between_and_memory(groups):
+    (q, _, _), alone, x = _attention()
+    q(x)  # and then k and v are never called
+    y = q(x + 1)
+    _close(y, alone[0](x + 1))
+    assert groups == [3, 3]
+    sharing.forget()
+    assert getattr(sharing._local, "prepared", None) is None
+
+
+def test_nothing_outlives_the_forward(groups):
+    model, ids = _model(), _batch()
+    fuse(model)
+    out = model(input_ids=ids)
+    del out
+    gc.collect()
+    kept = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.grad_fn is not None]
+    assert [tuple(t.shape) for t in kept if "LoRALinearGroup" in str(t.grad_fn)] == []
+
+
+def test_threads_do_not_see_each_other(groups):
+    (q, k, v), alone, x = _attention()
+    q(x)
+    results = {}
+
+    def other():
+        results["k"] = k(x)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    _close(results["k"], alone[1](x))
+    assert k(x).grad_fn is v(x).grad_fn
+    assert results["k"].grad_fn is not None
+    assert groups == [3]
+
+
+def test_training_in_threads(groups):
+    models = [_model() for _ in range(2)]
+    ids = _batch()
+    expected = [_outputs(m, ids) for m in models]
+    results = [None, None]
+
+    def train(i):
+        results[i] = _outputs(models[i], ids)
+
+    for m in models:
+        fuse(m)
+    threads = [threading.Thread(target=train, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got, want in zip(results, expected, strict=True):
+        _assert_same(got, want)
+
+
+def test_hooks_run_and_see_their_own_layer(groups):
+    model, ids = _model(), _batch()
+    expected = _outputs(model, ids)
+    fuse(model)
+    attention = model.base_model.model.model.layers[0].self_attn
+    seen = []
+    attention.k_proj.register_forward_hook(lambda m, args, y: seen.append(tuple(y.shape)))
+    _assert_same(_outputs(model, ids), expected)
+    assert seen == [(2, 7, 8)]
+    assert groups == [3, 2] * 2
+
+
+@pytest.mark.parametrize("kind", ["register_forward_pre_hook", "register_full_backward_hook"])
+def test_hooks_that_may_change_the_input(groups, kind):
+    model, ids = _model(), _batch()
+    expected = _outputs(model, ids)
+    fuse(model)
+    getattr(model.base_model.model.model.layers[0].self_attn.k_proj, kind)(lambda *_: None)
+    _assert_same(_outputs(model, ids), expected)
+    assert groups == [2, 3, 2]  # the first attention's projections on their own
+
+
+def test_accelerates_hooks(groups):
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = _model(), _batch()
+    expected = _outputs(model, ids)
+    layer = model.base_model.model.model.layers[0].self_attn.k_proj
+    accelerate.hooks.add_hook_to_module(layer, accelerate.hooks.ModelHook())
+    fuse(model)
+    _assert_same(_outputs(model, ids), expected)
+    assert groups == [2, 3, 2]
+
+
+def test_copies(groups):
+    model, ids = _model().eval(), _batch()
+    fuse(model)
+    expected = model(input_ids=ids).logits
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        groups.clear()
+        assert torch.equal(other(input_ids=ids).logits, expected)
+        assert groups == [3, 2] * 2
+        attention = other.base_model.model.model.layers[0].self_attn
+        assert attention.q_proj.fused_lora_group.members[1] is attention.k_proj
+
+
+def test_functional_call(groups):
+    model, ids = _model().eval(), _batch()
+    other = {n: p.detach() * 1.5 for n, p in model.named_parameters() if "lora" in n}
+    expected = torch.func.functional_call(model, other, kwargs={"input_ids": ids}).logits
+    fuse(model)
+    got = torch.func.functional_call(model, other, kwargs={"input_ids": ids}).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_compile(groups):
+    torch._dynamo.reset()
+    model, ids = _model(), _batch()
+    expected = model(input_ids=ids, use_cache=False).logits
+    fuse(model)
+    attention = model.base_model.model.model.layers[0].mlp
+    x = torch.randn(3, 16)
+    want = attention(x)
+    groups.clear()
+    got = torch.compile(attention, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    got = torch.compile(model, backend="aot_eager")(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert groups == []
+
+
+def test_checkpoint_of_the_projections_alone(groups):
+    (q, k, v), alone, x = _attention()
+    x.requires_grad_()
+
+    def together(layers):
+        return lambda x: sum(layer(x).square().sum() for layer in layers)
+
+    (dx,) = torch.autograd.grad(checkpoint(together((q, k, v)), x, use_reentrant=False), x)
+    (expected,) = torch.autograd.grad(together(alone)(x), x)
+    _close(dx, expected)
+    sharing.forget()
+
+
+def test_a_group_that_is_never_used_warns(groups):
+    (q, _, _), _, x = _attention()
+    for _ in range(8):
+        q(x)
+    with pytest.warns(UserWarning, match="groups=False"):
+        q(x)
+    sharing.forget()
+
+
+def test_inject_groups_too(groups):
+    model, ids = _base(), _batch()
+    plain = copy.deepcopy(model)
+    report = inject(model, 3, 6, ALL)
+    inject(plain, 3, 6, ALL, groups=False)
+    assert len(report.groups) == 4
+    assert "q_proj, k_proj, v_proj share their input, 2 x" in str(report)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    plain.load_state_dict(model.state_dict())
+    _assert_same(_outputs(model, ids), _outputs(plain, ids))
+    assert groups == [3, 2] * 2
+    attention = model.model.layers[0].self_attn
+    attention.k_proj.eval().merge()
+    groups.clear()
+    logits = [m(input_ids=ids).logits for m in (model, plain)]
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-4)
+    assert groups == [2, 3, 2]
