@@ -224,7 +224,7 @@ def dora_linear(
         return (scaled if bias is None else scaled + bias).to(z.dtype)
     with torch.no_grad():
         norm = weight_norm(exact_weight, lora_A, lora_B, scaling, chosen)
-    y: Tensor = DoRALinearFunction.apply(  # type: ignore[no-untyped-call]
+    y: Tensor = DoRALinearFunction.apply(
         x, weight, lora_A, lora_B, magnitude, norm, bias, float(scaling), chosen
     )
     return y

@@ -8,8 +8,6 @@ square (||W0||^2 + 2 scale rowsum(W0 A^T o B) + ...) reads W0 and multiplies as 
 of the digits where the adapter cancels W0.
 """
 
-# mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False
-# mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
 import torch
