@@ -52,7 +52,7 @@ def forward(
         if plan.backend == "triton":
             from . import triton_backend
 
-            y, h = triton_backend.forward(*arguments, plan.strategy, need_h=need_h)
+            y, h = triton_backend.forward(*arguments, plan, need_h=need_h)
         else:
             y, h = torch_backend.forward(*arguments)
     # Not view(): autograd refuses changes in place of a view that a Function returns, and a
@@ -82,7 +82,7 @@ def backward(
 
             if type(g) is not Tensor:  # an unfinished collective: only an operator waits for it
                 arguments = (_as_matrix(g.clone()), *arguments[1:])
-            dx, dA, dB = triton_backend.backward(*arguments, plan.strategy_dx, need_dx=need_dx)
+            dx, dA, dB = triton_backend.backward(*arguments, plan, need_dx=need_dx)
         else:
             dx, dA, dB = torch_backend.backward(*arguments, need_dx=need_dx)
     return None if dx is None else dx.view(*g.shape[:-1], dx.shape[-1]), dA, dB

@@ -176,4 +176,5 @@ def explain(
         tensors = (x, weight, lora_A, lora_B, bias)
         if parallel.has_dtensor(*tensors):
             x, weight, lora_A, lora_B, bias = parallel.Layout.of(*tensors).to_local(*tensors)
-    return explain_call(checked_call(x, weight, lora_A, lora_B, bias, dropout), backend)
+    call = checked_call(x, weight, lora_A, lora_B, bias, dropout)
+    return explain_call(call, backend, (x, weight, lora_A))

@@ -11,6 +11,8 @@ import functools
 from dataclasses import asdict, dataclass, replace
 from typing import Literal, TypeGuard, get_args
 
+import torch
+
 from .device import DeviceInfo
 
 # Which product a configuration is for: the forms of gemm.py, grads.py, skinny.py and persistent.py.
@@ -22,6 +24,7 @@ MAX_RANK = 512
 MAX_ONE_PASS_RANK = 64
 MIN_DOT = 16  # tl.dot takes no smaller side
 MAX_SKINNY_M = 64
+_TMA_ALIGNMENT = 16  # bytes
 MAX_CHUNK_R = 64  # ranks of h B whose operands a persistent program holds while it multiplies x W
 
 
@@ -75,17 +78,45 @@ _PLAIN_16BIT = (
 # y [M <= 64, N] in ranges of K: as many bytes in flight as fit, few rows to multiply.
 _SKINNY_16BIT = tuple(TileConfig(m, 64, 128, num_warps=4, num_stages=4) for m in (16, 32, 64))
 _SKINNY_32BIT = tuple(TileConfig(m, 32, 32, num_warps=4, num_stages=3) for m in (16, 32, 64))
+
+
+def _tma(
+    M: int,
+    N: int,
+    num_warps: int,
+    num_stages: int,
+    SUBTILES: int,
+    *,
+    GROUP_M: int = 8,
+    FLATTEN: bool = False,
+    WARP_SPECIALIZE: bool = False,
+    programs_per_sm: int = 1,
+) -> TileConfig:
+    return TileConfig(
+        M,
+        N,
+        64,
+        num_warps,
+        num_stages,
+        GROUP_M=GROUP_M,
+        SUBTILES=SUBTILES,
+        FLATTEN=FLATTEN,
+        WARP_SPECIALIZE=WARP_SPECIALIZE,
+        programs_per_sm=programs_per_sm,
+    )
+
+
 # One program a multiprocessor, unless it says two. A smaller part of y's tile in its way to the
 # copy engine leaves memory for another stage; larger groups share more of W in L2.
 _TMA_16BIT = (
-    TileConfig(128, 256, 64, 8, 4, GROUP_M=8, SUBTILES=4, FLATTEN=False),
-    TileConfig(128, 256, 64, 8, 4, GROUP_M=16, SUBTILES=4, FLATTEN=False),
-    TileConfig(128, 256, 64, 8, 3, GROUP_M=8, SUBTILES=2, FLATTEN=False),
-    TileConfig(128, 256, 64, 8, 3, GROUP_M=8, SUBTILES=2, FLATTEN=True),
-    TileConfig(256, 128, 64, 8, 3, GROUP_M=8, SUBTILES=2, FLATTEN=False),
-    TileConfig(128, 128, 64, 8, 4, GROUP_M=8, SUBTILES=2, FLATTEN=False),
-    TileConfig(128, 128, 64, 4, 3, GROUP_M=8, SUBTILES=4, FLATTEN=False, programs_per_sm=2),
-    TileConfig(128, 256, 64, 8, 3, GROUP_M=8, SUBTILES=4, FLATTEN=False, WARP_SPECIALIZE=True),
+    _tma(128, 256, num_warps=8, num_stages=4, SUBTILES=4),
+    _tma(128, 256, num_warps=8, num_stages=4, SUBTILES=4, GROUP_M=16),
+    _tma(128, 256, num_warps=8, num_stages=3, SUBTILES=2),
+    _tma(128, 256, num_warps=8, num_stages=3, SUBTILES=2, FLATTEN=True),
+    _tma(128, 256, num_warps=8, num_stages=3, SUBTILES=4, WARP_SPECIALIZE=True),
+    _tma(256, 128, num_warps=8, num_stages=3, SUBTILES=2),
+    _tma(128, 128, num_warps=8, num_stages=4, SUBTILES=2),
+    _tma(128, 128, num_warps=4, num_stages=3, SUBTILES=4, programs_per_sm=2),
 )
 _GRAD_16BIT = (TileConfig(128, 64, 64, num_warps=4, num_stages=3),)
 _GRAD_32BIT = (TileConfig(64, 32, 32, num_warps=4, num_stages=3),)
@@ -196,3 +227,30 @@ def choose_config(
         return -(-M // config.BLOCK_M) * -(-N // config.BLOCK_N)
 
     return next((c for c in valid if tiles(c) >= device.num_sms), max(valid, key=tiles))
+
+
+def tma_obstacle(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor | None = None) -> str | None:
+    """Why x [M, K], w [K, N] and a [K, R] cannot all be read by TMA, or y written; None if so.
+
+    The copy engine takes base pointers and row strides of a multiple of 16 bytes, and a row's
+    elements side by side; of w and a either dimension may be the row.
+    """
+    if 0 in x.shape or 0 in w.shape:
+        return "a size is 0"
+    if w.shape[1] * x.element_size() % _TMA_ALIGNMENT:
+        return f"y: a row of {w.shape[1]} is not a multiple of {_TMA_ALIGNMENT} bytes"
+    for name, tensor in (("x", x), ("W", w), ("A", a)):
+        if tensor is None:
+            continue
+        outer, inner = tensor.stride()
+        if name != "x" and inner != 1:
+            outer, inner = inner, outer
+        step = outer * tensor.element_size()
+        if inner != 1 or step == 0 or step % _TMA_ALIGNMENT:
+            return (
+                f"{name}: got strides {tensor.stride()} of {tensor.element_size()} bytes, "
+                f"TMA wants rows of neighbours, {_TMA_ALIGNMENT} bytes or a multiple apart"
+            )
+        if tensor.data_ptr() % _TMA_ALIGNMENT:
+            return f"{name}: its first element is not at a multiple of {_TMA_ALIGNMENT} bytes"
+    return None

@@ -45,8 +45,6 @@ from .dropout import Dropout
 from .gemm import dot_precision
 from .tiles import grouped_tile, keep_mask
 
-TMA_ALIGNMENT = 16  # bytes
-
 # Words of the sync buffer before the flags: the epoch of the launch before, the programs of this
 # one that have finished, and the next ticket.
 EPOCH, FINISHED, TICKET = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -406,35 +404,6 @@ def lora_persistent_kernel(
             tl.store(sync_ptr + EPOCH, epoch)
 
 
-def tma_obstacle(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor | None = None) -> str | None:
-    """Why x [M, K], w [K, N] and a [K, R] cannot all be read by TMA, or y written; None if so.
-
-    The copy engine takes base pointers and row strides of a multiple of 16 bytes, and a row's
-    elements side by side; of w and a either dimension may be the row.
-    """
-    if 0 in x.shape or 0 in w.shape:
-        return "a size is 0"
-    if w.shape[1] * x.element_size() % TMA_ALIGNMENT:
-        return (
-            f"y: has rows of {w.shape[1]} elements, TMA wants a multiple of {TMA_ALIGNMENT} bytes"
-        )
-    for name, tensor in (("x", x), ("W", w), ("A", a)):
-        if tensor is None:
-            continue
-        outer, inner = tensor.stride()
-        if name != "x" and inner != 1:
-            outer, inner = inner, outer
-        step = outer * tensor.element_size()
-        if inner != 1 or step == 0 or step % TMA_ALIGNMENT:
-            return (
-                f"{name}: got strides {tensor.stride()} of {tensor.element_size()} bytes, "
-                f"TMA wants rows of neighbours, {TMA_ALIGNMENT} bytes or a multiple apart"
-            )
-        if tensor.data_ptr() % TMA_ALIGNMENT:
-            return f"{name}: its first element is not at a multiple of {TMA_ALIGNMENT} bytes"
-    return None
-
-
 def _is_transposed(w: torch.Tensor) -> bool:
     return w.stride(1) != 1
 
@@ -548,7 +517,7 @@ def persistent_one_pass(
     scale: float,
     store_h: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`gemm.gemm_one_pass` on tensor descriptors; see `tma_obstacle` for what it takes."""
+    """`gemm.gemm_one_pass` on tensor descriptors; see `configs.tma_obstacle` for what it takes."""
     h = x.new_empty((x.shape[0], a.shape[1])) if store_h else None
     return _launch(config, x, w, bias=bias, a=a, h=h, b=b, scale=scale), h
 

@@ -64,6 +64,17 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(triton_backend, name, recorded)
 
-    for name in ("gemm_one_pass", "gemm_add_lora", "gemm_scaled", "grad_lora_a", "grad_lora_b"):
+    for name in (
+        "gemm_one_pass",
+        "gemm_add_lora",
+        "gemm_scaled",
+        "persistent_one_pass",
+        "persistent_add_lora",
+        "persistent_produced",
+        "skinny",
+        "lora_grads",
+        "grad_lora_a",
+        "grad_lora_b",
+    ):
         record(name)
     return called

@@ -13,7 +13,7 @@ from fused_lora.kernels import configs
 from fused_lora.kernels.device import INTERPRETED, SHARED_MEMORY, DeviceInfo
 from fused_lora.kernels.dropout import Dropout
 from fused_lora.kernels.gemm import gemm_add_lora, gemm_one_pass, gemm_scaled
-from fused_lora.kernels.grads import grad_lora_a, grad_lora_b
+from fused_lora.kernels.grads import grad_lora_a, grad_lora_b, lora_grads
 
 M, N, K, R = 133, 261, 70, 20
 DTYPES = [(torch.float32, 1e-6), (torch.float16, 2e-3)]  # of the result's norm: a few roundings
@@ -81,6 +81,25 @@ def test_gradients_in_every_configuration(device, dtype, tolerance, p):
         _assert_close(dA, dA64, tolerance)
         dB = grad_lora_b(config, g, h, dtype=dtype)
         _assert_close(dB, g.double().t() @ h.double(), tolerance)
+        both = lora_grads(config, x, h, g, h, dtype_a=torch.float32, dtype_b=dtype, dropout=dropout)
+        _assert_close(both[0], dA64, tolerance)
+        _assert_close(both[1], g.double().t() @ h.double(), tolerance)
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(0, 5, 6), (7, 0, 6), (7, 5, 0), (7, 0, 0)])
+def test_gradients_of_empty_problems(device, m, k, n):
+    (config,) = _configs("grad", 4)
+    x, g, h = (torch.randn(m, size, device=device) for size in (k, n, R))
+    dA, dB = lora_grads(
+        config, x, h, g, h, dtype_a=torch.float32, dtype_b=torch.float32, dropout=None
+    )
+    _assert_shape_and_value(dA, h.t() @ x)
+    _assert_shape_and_value(dB, g.t() @ h)
+
+
+def _assert_shape_and_value(got, exact):
+    assert got.shape == exact.shape
+    torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dropout", [False, True])

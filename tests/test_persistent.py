@@ -7,14 +7,13 @@ import torch
 
 from fused_lora import reference
 from fused_lora.kernels import persistent
-from fused_lora.kernels.configs import TileConfig
+from fused_lora.kernels.configs import TileConfig, tma_obstacle
 from fused_lora.kernels.dropout import Dropout
 from fused_lora.kernels.persistent import (
     persistent_add_lora,
     persistent_one_pass,
     persistent_plain,
     persistent_produced,
-    tma_obstacle,
 )
 
 M, N, K, R = 69, 136, 40, 24
@@ -222,7 +221,7 @@ def test_obstacles():
     x, w = torch.empty(8, 64).half(), torch.empty(64, 32).half()
     assert tma_obstacle(x, w, torch.empty(16, 64).half().t()) is None
     assert tma_obstacle(x, torch.empty(32, 64).half().t()) is None
-    assert "y: has rows of 30" in tma_obstacle(x, torch.empty(30, 64).half().t())
+    assert "y: a row of 30" in tma_obstacle(x, torch.empty(30, 64).half().t())
     assert "x: got strides (1, 8)" in tma_obstacle(torch.empty(64, 8).half().t(), w)
     assert "x: got strides (70, 1)" in tma_obstacle(torch.empty(8, 70).half()[:, :64], w)
     assert "W: got strides (128, 2)" in tma_obstacle(
