@@ -76,7 +76,11 @@ _PLAIN_16BIT = (
     TileConfig(16, 64, 128, num_warps=4, num_stages=4),
 )
 # y [M <= 64, N] in ranges of K: as many bytes in flight as fit, few rows to multiply.
-_SKINNY_16BIT = tuple(TileConfig(m, 64, 128, num_warps=4, num_stages=4) for m in (16, 32, 64))
+_SKINNY_16BIT = (
+    TileConfig(16, 64, 64, num_warps=4, num_stages=4),
+    TileConfig(32, 64, 64, num_warps=4, num_stages=4),
+    TileConfig(64, 64, 64, num_warps=4, num_stages=3),
+)
 _SKINNY_32BIT = tuple(TileConfig(m, 32, 32, num_warps=4, num_stages=3) for m in (16, 32, 64))
 
 
@@ -112,10 +116,10 @@ _TMA_16BIT = (
     _tma(128, 256, num_warps=8, num_stages=4, SUBTILES=4),
     _tma(128, 256, num_warps=8, num_stages=4, SUBTILES=4, GROUP_M=16),
     _tma(128, 256, num_warps=8, num_stages=3, SUBTILES=2),
-    _tma(128, 256, num_warps=8, num_stages=3, SUBTILES=2, FLATTEN=True),
     _tma(128, 256, num_warps=8, num_stages=3, SUBTILES=4, WARP_SPECIALIZE=True),
     _tma(256, 128, num_warps=8, num_stages=3, SUBTILES=2),
     _tma(128, 128, num_warps=8, num_stages=4, SUBTILES=2),
+    _tma(128, 128, num_warps=8, num_stages=4, SUBTILES=2, FLATTEN=True),
     _tma(128, 128, num_warps=4, num_stages=3, SUBTILES=4, programs_per_sm=2),
 )
 _GRAD_16BIT = (TileConfig(128, 64, 64, num_warps=4, num_stages=3),)
@@ -153,7 +157,8 @@ def is_valid(
     block_r = padded(r) if kind == "one_pass" else 0
     operands = itemsize * config.BLOCK_K * (config.BLOCK_M + config.BLOCK_N)
     adapter = 4 * config.BLOCK_K * block_r
-    if config.num_stages * (operands + adapter) > device.shared_memory:
+    loops = 2 if kind == "skinny" else 1  # over W and over A, each with memory of its own
+    if loops * config.num_stages * (operands + adapter) > device.shared_memory:
         return False
     threads = 32 * config.num_warps
     accumulators = config.BLOCK_M * (config.BLOCK_N + block_r) / threads
@@ -174,9 +179,10 @@ def _is_valid_tma(
     # crashes the compiler with 4; on Blackwell it crashes on every form but this.
     if config.WARP_SPECIALIZE and (device.capability < 100 or kind != "tma_one_pass"):
         return False
-    # FLATTEN: with two accumulators it spills, or crashes Blackwell's compiler. A work list drawn
-    # by tickets is no loop that could be flattened.
-    if config.FLATTEN and (kind != "tma_second" or dropout or device.capability >= 100):
+    # FLATTEN: what a tile begins and ends with stays alive over the K loop, and spills where that
+    # is much. A work list drawn by tickets is no loop that could be flattened.
+    much = r > 32 or dropout or config.BLOCK_M * config.BLOCK_N > 128 * 128
+    if config.FLATTEN and (kind != "tma_second" or much or device.capability >= 100):
         return False
     M, N, K = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
     block_r = padded(r)

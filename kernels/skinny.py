@@ -21,6 +21,7 @@ from .dropout import Dropout
 from .gemm import dot_precision
 from .tiles import keep_mask
 
+MAX_SPLIT_K = 8  # the sum is unrolled, and compiled once for each
 SUM_BLOCK_N = 32  # columns of y in the second kernel: small, so that many programs share it
 
 
@@ -119,20 +120,20 @@ def skinny_partial_kernel(
 
 @triton.jit
 def sum_parts(
-    partial_ptr, offs_m, offs_c, end, M, row_size, SPLIT_K,
+    partial_ptr, offs_m, offs_c, end, M, row_size, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Columns offs_c < end of the parts [SPLIT_K, M, row_size], added in order."""
     acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     mask = (offs_m < M)[:, None] & (offs_c < end)[None, :]
-    for s in range(SPLIT_K):
-        rows = tl.cast(s, tl.int64) * M + offs_m
+    for s in tl.static_range(SPLIT_K):  # unrolled: all loads are in flight together
+        rows = tl.cast(M, tl.int64) * s + offs_m
         partial_ptrs = partial_ptr + rows[:, None] * row_size + offs_c.to(tl.int64)[None, :]
         acc += tl.load(partial_ptrs, mask=mask, other=0.0)
     return acc
 
 
-@triton.jit(do_not_specialize=["scale", "keep_scale", "threshold", "SPLIT_K"])
+@triton.jit(do_not_specialize=["scale", "keep_scale", "threshold"])
 def skinny_sum_kernel(
     partial_ptr,
     bias_ptr,
@@ -149,7 +150,7 @@ def skinny_sum_kernel(
     scale,
     keep_scale,
     threshold,
-    SPLIT_K,
+    SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK_R: tl.constexpr,
@@ -216,7 +217,7 @@ def skinny(
     tiles = triton.cdiv(N, config.BLOCK_N) + triton.cdiv(R, config.BLOCK_N)
     # Two programs a multiprocessor; a range of K is a few steps, so that its pipeline fills.
     wanted = triton.cdiv(2 * device_info(x.device).num_sms, tiles)
-    splits = max(1, min(wanted, K // (2 * config.BLOCK_K)))
+    splits = max(1, min(wanted, MAX_SPLIT_K, K // (2 * config.BLOCK_K)))
     k_per_split = triton.cdiv(triton.cdiv(K, splits), config.BLOCK_K) * config.BLOCK_K
     SPLIT_K = max(1, triton.cdiv(K, k_per_split)) if K else 1
     partial = torch.empty((SPLIT_K, M, N + R), dtype=torch.float32, device=x.device)
@@ -256,7 +257,7 @@ def skinny(
             scale,
             dropout.keep_scale if dropout else 1.0,
             threshold,
-            SPLIT_K,
+            SPLIT_K=SPLIT_K,
             BLOCK_M=config.BLOCK_M,
             BLOCK_N=SUM_BLOCK_N,
             CHUNK_R=min(padded(R), 64),

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import torch
@@ -138,24 +139,32 @@ def test_what_ships_compiles_fits_and_keeps_its_tensor_cores(arch, tmp_path):
     rows = json.loads(rows_file.read_text())
     assert len(rows) > 50
     assert all(row["stack"] == 0 for row in rows)
-    assert {row["kind"] for row in rows} == {"one_pass", "second", "plain", "grad"}
+    kinds = {kind for kind in get_args(configs.Kind) if not configs.is_tma(kind)}
+    tma = set(get_args(configs.TmaKind))
+    assert {row["kind"] for row in rows} == (kinds if arch == "sm_80" else kinds | tma)
+    assert all(
+        row["predicted_us"].keys() == {"H100", "H200"} for row in rows if row["dtype"] == "bf16"
+    )
     if arch == "sm_90":
         large = [r for r in rows if r["dtype"] == "bf16" and r["config"]["BLOCK_M"] >= 64]
+        large = [r for r in large if not r["sums"]]
         assert large
-        assert all("HGMMA" in row["tensor_core"] for row in large)
+        assert all("HGMMA" in row["instructions"] for row in large)
+        tma_rows = [row for row in rows if row["kind"] in tma]
+        assert all({"UTMALDG", "UTMASTG"} <= row["instructions"].keys() for row in tma_rows)
 
 
-@pytest.mark.parametrize("kernel", ["lora_gemm_kernel", "lora_grad_kernel"])
-def test_offsets_are_64_bit(kernel):
+@pytest.mark.parametrize("kind", ["one_pass", "grad", "skinny", "tma_second"])
+def test_offsets_are_64_bit(kind):
     """No 32-bit product of an index and a stride: it would wrap beyond 2^31 elements."""
     program = f"""
 import re
 from benchmarks import compile_report
 import triton
 from triton.backends.compiler import GPUTarget
-kind = "grad" if {kernel!r} == "lora_grad_kernel" else "one_pass"
-case = next(c for c in compile_report.cases([90], ["bf16"]) if c.kind == kind and not c.dropout)
-ttir = triton.compile(compile_report._source(case), target=GPUTarget("cuda", 90, 32)).asm["ttir"]
+cases = compile_report.cases([90], ["bf16"])
+case = next(c for c in cases if c.kind == {kind!r} and not c.dropout and not c.sums)
+ttir = triton.compile(compile_report.source(case), target=GPUTarget("cuda", 90, 32)).asm["ttir"]
 # Every offset that reaches a pointer must have been computed in 64 bits.
 offsets = re.findall(r"tt.addptr [^:]*: [^,]*, (\\S+)", ttir)
 assert offsets, ttir
