@@ -5,7 +5,10 @@ Both take x and g of any number of dimensions; autocast has done its work before
 
 from __future__ import annotations
 
+import functools
+import importlib
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -17,8 +20,16 @@ from .kernels.dropout import Dropout
 _NOTHING = nullcontext()
 
 
+@functools.cache
+def _kernels() -> ModuleType:
+    """The kernel path, imported where it is first used: there is a PyTorch without Triton."""
+    return importlib.import_module(".triton_backend", __package__)
+
+
 def _as_matrix(t: Tensor) -> Tensor:
     """[..., C] -> [M, C], a view wherever the strides allow one; sizes of 0 too."""
+    if t.ndim == 2:
+        return t
     return t.flatten(0, -2) if t.ndim > 1 else t.unsqueeze(0)
 
 
@@ -50,14 +61,14 @@ def forward(
     h: Tensor | None
     with _no_autocast(x.device):
         if plan.backend == "triton":
-            from . import triton_backend
-
-            y, h = triton_backend.forward(*arguments, plan, need_h=need_h)
+            y, h = _kernels().forward(*arguments, plan, need_h=need_h)
         else:
             y, h = torch_backend.forward(*arguments)
-    # Not view(): autograd refuses changes in place of a view that a Function returns, and a
-    # ReLU(inplace=True) may follow.
-    return y.resize_(*x.shape[:-1], y.shape[-1]), h if need_h else None
+    if x.ndim != 2:
+        # Not view(): autograd refuses changes in place of a view that a Function returns, and a
+        # ReLU(inplace=True) may follow.
+        y.resize_(*x.shape[:-1], y.shape[-1])
+    return y, h if need_h else None
 
 
 def backward(
@@ -78,11 +89,9 @@ def backward(
     arguments = (_as_matrix(g), x2, weight, lora_A, lora_B, h, scaling, dropout)
     with _no_autocast(g.device):
         if plan.backend == "triton":
-            from . import triton_backend
-
             if type(g) is not Tensor:  # an unfinished collective: only an operator waits for it
                 arguments = (_as_matrix(g.clone()), *arguments[1:])
-            dx, dA, dB = triton_backend.backward(*arguments, plan, need_dx=need_dx)
+            dx, dA, dB = _kernels().backward(*arguments, plan, need_dx=need_dx)
         else:
             dx, dA, dB = torch_backend.backward(*arguments, need_dx=need_dx)
     return None if dx is None else dx.view(*g.shape[:-1], dx.shape[-1]), dA, dB

@@ -214,12 +214,12 @@ def skinny(
     if dropout and drop_x:
         scale *= dropout.keep_scale
     seed, threshold = (dropout.seed, dropout.threshold) if dropout else (None, 0)
-    tiles = triton.cdiv(N, config.BLOCK_N) + triton.cdiv(R, config.BLOCK_N)
+    tiles = -(-N // config.BLOCK_N) - (-R // config.BLOCK_N)
     # Two programs a multiprocessor; a range of K is a few steps, so that its pipeline fills.
-    wanted = triton.cdiv(2 * device_info(x.device).num_sms, tiles)
+    wanted = -(-2 * device_info(x.device).num_sms // tiles)
     splits = max(1, min(wanted, MAX_SPLIT_K, K // (2 * config.BLOCK_K)))
-    k_per_split = triton.cdiv(triton.cdiv(K, splits), config.BLOCK_K) * config.BLOCK_K
-    SPLIT_K = max(1, triton.cdiv(K, k_per_split)) if K else 1
+    k_per_split = -(K // -(splits * config.BLOCK_K)) * config.BLOCK_K  # whole tiles
+    SPLIT_K = -(-K // k_per_split) if K else 1
     partial = torch.empty((SPLIT_K, M, N + R), dtype=torch.float32, device=x.device)
     precision = dot_precision(x.dtype)
     with device_guard(x.device):
@@ -242,7 +242,7 @@ def skinny(
             PRECISION=precision,
             **config.meta(),
         )
-        skinny_sum_kernel[(triton.cdiv(N, SUM_BLOCK_N),)](
+        skinny_sum_kernel[(-(-N // SUM_BLOCK_N),)](
             partial,
             bias,
             h,
