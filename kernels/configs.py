@@ -83,7 +83,7 @@ _PLAIN_16BIT = (
 _SKINNY_16BIT = (
     TileConfig(16, 64, 64, num_warps=4, num_stages=4),
     TileConfig(32, 64, 64, num_warps=4, num_stages=4),
-    TileConfig(64, 64, 64, num_warps=4, num_stages=3),
+    TileConfig(64, 64, 64, num_warps=8, num_stages=3),
 )
 _SKINNY_32BIT = tuple(TileConfig(m, 32, 32, num_warps=4, num_stages=3) for m in (16, 32, 64))
 
@@ -190,6 +190,8 @@ def _is_valid_tma(
         return False
     M, N, K = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
     block_r = padded(r)
+    if kind == "tma_produced" and M * min(block_r, 128) > 64 * 32 * config.num_warps:
+        return False  # h's accumulator, and a fp32 A on its way to memory in x's dtype
     shared = config.num_stages * itemsize * K * (M + N)
     staged_y = itemsize * M * N // (config.SUBTILES or 1)
     held = block_r if r <= MAX_CHUNK_R and not dropout else 0  # ranks of b and h held for the end
