@@ -23,7 +23,8 @@ from .kernels.configs import (
     tma_obstacle,
 )
 from .kernels.device import DeviceInfo, device_info
-from .tables import Direction, Strategy
+from .tables import Direction
+from .tables import Strategy as Strategy  # for those who make a Plan
 
 Backend = Literal["auto", "triton", "torch"]
 
