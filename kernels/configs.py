@@ -97,7 +97,6 @@ def _tma(
     *,
     GROUP_M: int = 8,
     FLATTEN: bool = False,
-    WARP_SPECIALIZE: bool = False,
     programs_per_sm: int = 1,
 ) -> TileConfig:
     return TileConfig(
@@ -109,7 +108,7 @@ def _tma(
         GROUP_M=GROUP_M,
         SUBTILES=SUBTILES,
         FLATTEN=FLATTEN,
-        WARP_SPECIALIZE=WARP_SPECIALIZE,
+        WARP_SPECIALIZE=False,
         programs_per_sm=programs_per_sm,
     )
 
@@ -120,7 +119,6 @@ _TMA_16BIT = (
     _tma(128, 256, num_warps=8, num_stages=4, SUBTILES=4),
     _tma(128, 256, num_warps=8, num_stages=4, SUBTILES=4, GROUP_M=16),
     _tma(128, 256, num_warps=8, num_stages=3, SUBTILES=2),
-    _tma(128, 256, num_warps=8, num_stages=3, SUBTILES=4, WARP_SPECIALIZE=True),
     _tma(256, 128, num_warps=8, num_stages=3, SUBTILES=2),
     _tma(128, 128, num_warps=8, num_stages=4, SUBTILES=2),
     _tma(128, 128, num_warps=8, num_stages=4, SUBTILES=2, FLATTEN=True),
@@ -179,9 +177,13 @@ def _is_valid_tma(
 ) -> bool:
     if device.capability < 90:
         return False
-    # Seen with triton 3.6 and 3.9. WARP_SPECIALIZE: changes nothing on Hopper with 8 warps and
-    # crashes the compiler with 4; on Blackwell it crashes on every form but this.
-    if config.WARP_SPECIALIZE and (device.capability < 100 or kind != "tma_one_pass"):
+    # Seen with triton 3.6 and 3.9. WARP_SPECIALIZE changes nothing on Hopper with 8 warps and
+    # crashes the compiler with 4; on Blackwell it crashes on all forms but one pass, and that one
+    # Triton 3.6 compiles to an empty kernel, with or without it.
+    if config.WARP_SPECIALIZE or (kind == "tma_one_pass" and device.capability >= 100):
+        return False
+    # On Blackwell the accumulator leaves tensor memory whole for the mask.
+    if dropout and device.capability >= 100 and config.BLOCK_M * config.BLOCK_N > 128 * 128:
         return False
     # FLATTEN: what a tile begins and ends with stays alive over the K loop, and spills where that
     # is much. A work list drawn by tickets is no loop that could be flattened.
