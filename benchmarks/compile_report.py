@@ -2,9 +2,11 @@
 
     python -m benchmarks.compile_report --arch sm_80,sm_90,sm_100 [--json FILE]
 
-For each kernel form x configuration that `choose_config` can return: registers, stack (spills),
-shared memory and tensor-core instructions, read from the compiled cubin. Exits with 1 if one
-spills, does not fit, or lost its tensor-core instructions.
+For each kernel form x configuration that the model or a tuned table can choose: registers, stack
+(spills), shared memory, occupancy and tensor-core and copy-engine instructions, read from the
+compiled cubin; and for a layer of M, N, K = 8192, 4096, 4096 (a skinny kernel: M as it takes) the
+operations, the fewest bytes, and the time that they take on the measured ceilings of an H100 and an
+H200. Exits with 1 if one spills, does not fit, or lost its tensor-core instructions.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_lora.kernels.configs import MAX_GROUP, Kind, TileConfig, padded, ship
+from fused_lora.dispatch import CEILINGS
+from fused_lora.kernels import gemm, grads, group, persistent, skinny
+from fused_lora.kernels.configs import MAX_GROUP, Kind, TileConfig, is_tma, padded, ship
 from fused_lora.kernels.device import SHARED_MEMORY, DeviceInfo
-from fused_lora.kernels.gemm import GROUP_M, lora_gemm_kernel
-from fused_lora.kernels.grads import lora_grad_kernel
-from fused_lora.kernels.group import lora_group_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # One rank for each width of tile that a rank is padded to within its kind.
@@ -40,9 +41,20 @@ RANKS: dict[Kind, tuple[int, ...]] = {
     "plain": (16, 64),
     "grad": (16, 32, 64),
     "group": (16, 64),
+    "skinny": (16,),
+    "tma_one_pass": (16, 64),
+    "tma_second": (16, 64, 128),
+    "tma_produced": (16, 64, 128),
 }
-# Warp-group products on Hopper, tcgen05 on Blackwell, warp products elsewhere and in small tiles.
-TENSOR_CORE = re.compile(r"\b(HGMMA|UTCHMMA|HMMA)\b")
+# Warp-group products on Hopper, tcgen05 on Blackwell, warp products elsewhere and in small tiles;
+# loads and stores by the copy engine.
+INSTRUCTION = re.compile(r"\b(HGMMA|UTCHMMA|HMMA|UTMALDG|UTMASTG)\b")
+TENSOR_CORE = {"HGMMA", "UTCHMMA", "HMMA"}
+LAYER = (8192, 4096, 4096)  # M, N, K
+REGISTERS_PER_SM, THREADS_PER_SM = 65_536, 2_048
+# Blocks by shared memory: what a multiprocessor has beyond one block's limit is 1 KB, which each
+# block takes for itself.
+RESERVED_SHARED = 1_024
 
 
 @dataclass(frozen=True)
@@ -55,14 +67,18 @@ class Case:
     adapter_dtype: str
     r: int
     dropout: bool
-    transposed: bool  # W0 as dx reads it: the other dimension is contiguous
+    transposed: bool  # W0 as the second direction reads it: the other dimension is contiguous
     dora: bool  # with the column scale in the epilogue
     config: TileConfig
+    sums: bool = False  # the kernel that adds the parts of a split one
 
     def __str__(self) -> str:
         c = self.config
-        flags = "+dropout" * self.dropout + "+transposed" * self.transposed + "+dora" * self.dora
+        flags = "+sum" * self.sums + "+dropout" * self.dropout + "+transposed" * self.transposed
+        flags += "+dora" * self.dora
         tile = f"{c.BLOCK_M}x{c.BLOCK_N}x{c.BLOCK_K}w{c.num_warps}s{c.num_stages}"
+        if c.SUBTILES:
+            tile += f"/{c.SUBTILES}" + "+flat" * bool(c.FLATTEN) + "+ws" * bool(c.WARP_SPECIALIZE)
         dtypes = f"{self.dtype}/{self.adapter_dtype}"
         return f"sm_{self.arch} {self.kind}{flags} {dtypes} r{self.r} {tile}"
 
@@ -74,43 +90,68 @@ class Resources:
     registers: int
     stack: int  # bytes a thread: anything but 0 is a spill
     shared: int  # bytes a block
-    tensor_core: dict[str, int]
+    occupancy: int  # blocks that a multiprocessor holds at a time
+    instructions: dict[str, int]
     problem: str  # empty if there is none
 
 
 def cases(archs: list[int], dtypes: list[str]) -> Iterator[Case]:
     """Every kernel form x configuration that ships, for each architecture."""
-    for arch in archs:
+    for arch, dtype in product(archs, dtypes):
         device = DeviceInfo(capability=arch, num_sms=132, shared_memory=SHARED_MEMORY[arch])
-        for dtype in dtypes:
-            itemsize = 4 if dtype == "fp32" else 2
-            for kind, ranks in RANKS.items():
-                for r, dropout in product(ranks, (False, True)):
-                    for adapter, transposed, dora in _operands(kind, dtype, r, dropout):
-                        for config in ship(kind, r, itemsize, dropout, device, dora):
-                            yield Case(
-                                arch, kind, dtype, adapter, r, dropout, transposed, dora, config
-                            )
+        itemsize = 4 if dtype == "fp32" else 2
+        for kind, ranks in RANKS.items():
+            for r, dropout in product(ranks, (False, True)):
+                for adapter_dtype, transposed, dora in _operands(kind, dtype, r, dropout):
+                    # The persistent launches that make y mask it in the input gradient alone; the
+                    # forward masks x, in the produced form.
+                    if is_tma(kind) and dropout and not transposed and kind != "tma_produced":
+                        continue
+                    # Beyond one rank, the least and the most that such a kernel takes will do.
+                    if kind in ("tma_second", "tma_produced") and r > 16 and dropout != transposed:
+                        continue
+                    masks = dropout and (transposed or not is_tma(kind))
+                    tiles = ship(kind, r, itemsize, masks, device, dora)
+                    if is_tma(kind):  # GROUP_M changes the order of the tiles, not the code
+                        tiles = tuple(dict.fromkeys(replace(c, GROUP_M=8) for c in tiles))
+                    summed = tiles if kind == "skinny" else ()
+                    if kind == "grad" and not dropout and r == 16:
+                        summed = tiles[:1]
+                    for config, sums in [(c, False) for c in tiles] + [(c, True) for c in summed]:
+                        yield Case(
+                            arch,
+                            kind,
+                            dtype,
+                            adapter_dtype,
+                            r,
+                            dropout,
+                            transposed,
+                            dora,
+                            config,
+                            sums,
+                        )
 
 
 def _operands(kind: Kind, dtype: str, r: int, dropout: bool) -> list[tuple[str, bool, bool]]:
     """Adapter dtype, layout of W0, DoRA. fp32 adapters take the most; x's own dtype is sampled."""
     if kind == "grad":
         return [(dtype, False, False)]  # reads neither
+    sampled = r == 16 and dtype != "fp32" and not is_tma(kind) and kind != "skinny"
     if kind == "group":
-        return [("fp32", True, False)] + [(dtype, True, False)] * (r == 16 and dtype != "fp32")
+        return [("fp32", True, False)] + [(dtype, True, False)] * sampled
     operands = [("fp32", False, False)]
     if kind != "plain":
         operands += [("fp32", True, False)]  # dx, which never has DoRA
-        operands += [("fp32", False, True)] * (not dropout)
-    return operands + [(dtype, False, False)] * (r == 16 and dtype != "fp32")
+    if kind in ("one_pass", "second") and not dropout:
+        operands += [("fp32", False, True)]
+    return operands + [(dtype, False, False)] * sampled
 
 
 def _group_source(case: Case) -> ASTSource:
     """dx of as many members as a launch takes; their operands are tuples."""
     x, adapter = f"*{case.dtype}", f"*{case.adapter_dtype}"
     constants: dict[str, object] = {k: v for k, v in case.config.meta().items() if k.isupper()}
-    constants |= {"GROUP_M": GROUP_M, "EVEN_K": True, "PRECISION": "ieee"}
+    constants |= {"GROUP_M": gemm.GROUP_M, "EVEN_K": True, "PRECISION": "ieee"}
     constants["BLOCK_R"] = min(padded(case.r), case.config.BLOCK_K)
     contiguous = ("i32", 1)  # the strides of a row-major matrix
     types = {
@@ -141,73 +182,149 @@ def _group_source(case: Case) -> ASTSource:
             attrs[path] = [["tt.divisibility", 16]]
         return value
 
-    for index, name in enumerate(lora_group_kernel.arg_names):
+    for index, name in enumerate(group.lora_group_kernel.arg_names):
         signature[name] = describe(name, (index,), values[name])
-    return ASTSource(lora_group_kernel, signature, constexprs, attrs)
+    return ASTSource(group.lora_group_kernel, signature, constexprs, attrs)
 
 
-def _source(case: Case) -> ASTSource:
+def _gemm_source(case: Case) -> tuple[Any, dict[str, str], dict[str, object]]:
+    """The kernel, its pointers and its constants, beside the tile's."""
+    x, adapter = f"*{case.dtype}", f"*{case.adapter_dtype}"
+    pointers = {"x_ptr": x, "w_ptr": adapter if case.kind == "plain" else x, "y_ptr": x}
+    constants: dict[str, object] = {"stride_xk": 1, "GROUP_M": gemm.GROUP_M, "EVEN_K": True}
+    constants["stride_wn" if case.transposed else "stride_wk"] = 1
+    constants["BLOCK_R"] = padded(case.r)
+    if case.kind != "plain":
+        pointers |= {"h_ptr": x, "b_ptr": adapter, "bias_ptr": x}
+        constants["stride_bias"] = 1
+        constants["stride_bn" if case.transposed else "stride_br"] = 1
+    if case.kind == "one_pass":
+        pointers["a_ptr"] = adapter
+        constants["stride_ar" if case.transposed else "stride_ak"] = 1
+    elif case.kind == "second":
+        constants["BLOCK_R"] = min(padded(case.r), case.config.BLOCK_K)
+    if case.dropout:
+        pointers["seed_ptr"] = "*i64"
+    if case.dora:
+        pointers |= {"col_scale_ptr": "*fp32", "z_ptr": x}
+    return gemm.lora_gemm_kernel, pointers, constants
+
+
+def _grad_source(case: Case) -> tuple[Any, dict[str, str], dict[str, object]]:
+    x = f"*{case.dtype}"
+    if case.sums:
+        names = ("partial_ptr", "partial2_ptr", "out_ptr", "out2_ptr")
+        constants: dict[str, object] = {"BLOCK": grads.REDUCE_BLOCK}
+        return grads.sum_partials_kernel, dict.fromkeys(names, "*fp32"), constants
+    pointers = dict.fromkeys(("q_ptr", "l_ptr", "q2_ptr", "l2_ptr"), x)
+    pointers |= {"out_ptr": "*fp32", "out2_ptr": "*fp32"}
+    if case.dropout:
+        pointers["seed_ptr"] = "*i64"
+    constants = {"stride_qc": 1, "stride_or": 1, "stride_q2c": 1, "stride_o2r": 1, "EVEN_K": True}
+    return grads.lora_grad_kernel, pointers, constants
+
+
+def _skinny_source(case: Case) -> tuple[Any, dict[str, str], dict[str, object]]:
+    x, adapter = f"*{case.dtype}", f"*{case.adapter_dtype}"
+    pointers = {"partial_ptr": "*fp32"}
+    if case.dropout and case.transposed == case.sums:  # on x in the parts, or on y in the sum
+        pointers["seed_ptr"] = "*i64"
+    if case.sums:
+        pointers |= {"bias_ptr": x, "h_ptr": x, "b_ptr": adapter, "y_ptr": x}
+        constants: dict[str, object] = {"stride_bias": 1, "CHUNK_R": padded(case.r)}
+        constants["SPLIT_K"] = skinny.MAX_SPLIT_K
+        constants |= {"BLOCK_M": case.config.BLOCK_M, "BLOCK_N": skinny.SUM_BLOCK_N}
+        constants["stride_bn" if case.transposed else "stride_br"] = 1
+        return skinny.skinny_sum_kernel, pointers, constants
+    pointers |= {"x_ptr": x, "w_ptr": x, "a_ptr": adapter}
+    constants = {"stride_xk": 1, "EVEN_K": True}
+    constants["stride_wn" if case.transposed else "stride_wk"] = 1
+    constants["stride_ar" if case.transposed else "stride_ak"] = 1
+    return skinny.skinny_partial_kernel, pointers, constants
+
+
+def _tma_source(case: Case) -> tuple[Any, dict[str, str], dict[str, object]]:
+    config, forward = case.config, not case.transposed
+    BLOCK_R, CHUNK_R = persistent.rank_blocks(case.r, case.dropout and case.transposed)
+
+    def descriptor(dtype: str, rows: int, columns: int, transposed: bool = False) -> str:
+        block = [columns, rows] if transposed else [rows, columns]
+        return f"tensordesc<{dtype}{block}>"
+
+    pointers = {
+        "x_desc": descriptor(case.dtype, config.BLOCK_M, config.BLOCK_K),
+        "w_desc": descriptor(case.dtype, config.BLOCK_K, config.BLOCK_N, forward),
+        "y_desc": descriptor(case.dtype, config.BLOCK_M, config.BLOCK_N // (config.SUBTILES or 1)),
+        "bias_ptr": f"*{case.dtype}",
+        "h_ptr": f"*{case.dtype}",
+        "b_ptr": f"*{case.adapter_dtype}",
+    }
+    if case.kind != "tma_second":
+        pointers["a_desc"] = descriptor(case.adapter_dtype, config.BLOCK_K, BLOCK_R, forward)
+    if case.kind == "tma_produced":
+        pointers["sync_ptr"] = "*i32"
+    if case.dropout:
+        pointers["seed_ptr"] = "*i64"
+    constants: dict[str, object] = {
+        "stride_bias": 1,
+        "stride_br" if forward else "stride_bn": 1,
+        "BLOCK_R": BLOCK_R,
+        "CHUNK_R": CHUNK_R,
+        "ONE_CHUNK": case.r <= CHUNK_R,
+        "W_TRANSPOSED": forward,
+        "A_TRANSPOSED": forward,
+        "DROP_X": forward,
+    }
+    return persistent.lora_persistent_kernel, pointers, constants
+
+
+_UNSPECIALISED = ("scale", "keep_scale", "threshold")
+
+
+def source(case: Case) -> ASTSource:
+    """The case's kernel with contiguous rows, as the launcher specialises it."""
     if case.kind == "group":
         return _group_source(case)
-    x, adapter = f"*{case.dtype}", f"*{case.adapter_dtype}"
-    constexprs: dict[str, object] = {k: v for k, v in case.config.meta().items() if k.isupper()}
-    # None (no such operand) and 1 (contiguous) are specialised by the launcher: constants here.
-    if case.kind == "grad":
-        kernel = lora_grad_kernel
-        pointers = {"q_ptr": x, "l_ptr": x, "out_ptr": "*fp32"}
-        if case.dropout:
-            pointers["seed_ptr"] = "*i64"
-        constexprs |= {"stride_qc": 1, "stride_or": 1, "EVEN_K": True, "PRECISION": "ieee"}
-        floats = {"scale"}
+    if is_tma(case.kind):
+        build = _tma_source
     else:
-        kernel = lora_gemm_kernel
-        pointers = {"x_ptr": x, "w_ptr": adapter if case.kind == "plain" else x, "y_ptr": x}
-        constexprs |= {"stride_xk": 1, "GROUP_M": GROUP_M, "EVEN_K": True, "PRECISION": "ieee"}
-        constexprs["stride_wn" if case.transposed else "stride_wk"] = 1
-        constexprs["BLOCK_R"] = padded(case.r)
-        if case.kind != "plain":
-            pointers |= {"h_ptr": x, "b_ptr": adapter, "bias_ptr": x}
-            constexprs |= {"stride_bias": 1}
-            constexprs["stride_bn" if case.transposed else "stride_br"] = 1
-        if case.kind == "one_pass":
-            pointers["a_ptr"] = adapter
-            constexprs["stride_ar" if case.transposed else "stride_ak"] = 1
-        elif case.kind == "second":
-            constexprs["BLOCK_R"] = min(padded(case.r), case.config.BLOCK_K)
-        if case.dropout:
-            pointers["seed_ptr"] = "*i64"
-        if case.dora:
-            pointers |= {"col_scale_ptr": "*fp32", "z_ptr": x}
-        floats = {"scale"}
-    return specialised(kernel, pointers, constexprs, floats)
-
-
-def specialised(
-    kernel: Any, pointers: dict[str, str], constexprs: dict[str, object], floats: set[str]
-) -> ASTSource:
-    """A kernel as its launcher specialises it: everything aligned, absent pointers constants."""
+        build = {"grad": _grad_source, "skinny": _skinny_source}.get(case.kind, _gemm_source)
+    kernel, pointers, constants = build(case)
     names = kernel.arg_names
+    tile: dict[str, object] = {k: v for k, v in case.config.meta().items() if k in names}
+    if "PRECISION" in names:
+        tile["PRECISION"] = "ieee"
+    return specialised(kernel, pointers, {**tile, **constants})
+
+
+def specialised(kernel: Any, pointers: dict[str, str], constants: dict[str, object]) -> ASTSource:
+    """A kernel as the launcher specialises it: everything aligned, absent pointers constants."""
+    names = kernel.arg_names
+    constants = dict(constants)
     signature, attrs = {}, {}
     for index, name in enumerate(names):
-        if name.endswith("_ptr") and name not in pointers:
-            constexprs[name] = None
-        if name in constexprs:
+        # None (no such operand) and 1 (contiguous) are specialised by the launcher: constants here.
+        if name.endswith(("_ptr", "_desc")) and name not in pointers:
+            constants[name] = None
+        if name in constants:
             signature[name] = "constexpr"
-        else:
-            signature[name] = pointers.get(name, "fp32" if name in floats else "i32")
-            if name not in floats | {"threshold"}:
-                attrs[(index,)] = [["tt.divisibility", 16]]
-    constants = {(names.index(name),): value for name, value in constexprs.items()}
-    return ASTSource(kernel, signature, constants, attrs)
+            continue
+        signature[name] = pointers.get(name, "fp32" if name.endswith("scale") else "i32")
+        if name not in _UNSPECIALISED and not name.endswith("_desc"):
+            attrs[(index,)] = [["tt.divisibility", 16]]
+    indexed = {(names.index(name),): value for name, value in constants.items()}
+    return ASTSource(kernel, signature, indexed, attrs)
 
 
 def resources(case: Case) -> Resources:
     """Compiles one case for its architecture and reads the cubin."""
     config = case.config
+    num_warps = 4 if case.sums else config.num_warps
+    options = {k: v for k, v in config.meta().items() if not k.isupper()}
     compiled = triton.compile(
-        _source(case),
+        source(case),
         target=GPUTarget("cuda", case.arch, 32),
-        options={k: v for k, v in config.meta().items() if not k.isupper()},
+        options={**options, "num_warps": num_warps},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -215,12 +332,17 @@ def resources(case: Case) -> Resources:
         usage = _cuobjdump("--dump-resource-usage", cubin.name)
         sass = _cuobjdump("--dump-sass", cubin.name)
     registers, stack = (int(re.findall(rf"{key}:(\d+)", usage)[0]) for key in ("REG", "STACK"))
-    found = TENSOR_CORE.findall(sass)
-    tensor_core = {name: found.count(name) for name in sorted(set(found))}
+    found = INSTRUCTION.findall(sass)
+    instructions = {name: found.count(name) for name in sorted(set(found))}
     shared = compiled.metadata.shared
-    return Resources(
-        registers, stack, shared, tensor_core, _problem(case, stack, shared, tensor_core)
+    occupancy = min(
+        # A warp's registers are handed out by 256.
+        REGISTERS_PER_SM // (num_warps * -(-registers * 32 // 256) * 256),
+        (SHARED_MEMORY[case.arch] + RESERVED_SHARED) // (shared + RESERVED_SHARED),
+        THREADS_PER_SM // (32 * num_warps),
     )
+    problem = _problem(case, stack, shared, occupancy, instructions)
+    return Resources(registers, stack, shared, occupancy, instructions, problem)
 
 
 def _cuobjdump(option: str, path: str) -> str:
@@ -229,16 +351,57 @@ def _cuobjdump(option: str, path: str) -> str:
     ).stdout
 
 
-def _problem(case: Case, stack: int, shared: int, tensor_core: dict[str, int]) -> str:
+def _problem(
+    case: Case, stack: int, shared: int, occupancy: int, instructions: dict[str, int]
+) -> str:
     if stack:
         return f"spills: {stack} bytes of stack a thread"
     if shared > SHARED_MEMORY[case.arch]:
         return f"needs {shared} bytes of shared memory, {SHARED_MEMORY[case.arch]} are there"
+    if occupancy < case.config.programs_per_sm:
+        return f"{occupancy} blocks a multiprocessor, {case.config.programs_per_sm} are launched"
+    if is_tma(case.kind) and not {"UTMALDG", "UTMASTG"} <= set(instructions):
+        return "no UTMALDG or no UTMASTG"
+    if case.dtype == "fp32" or (case.sums and case.kind == "grad"):
+        return ""  # fp32 without tf32 has no tensor-core product, nor has a sum
+    if case.arch == 90 and case.config.BLOCK_M >= 64 and case.kind != "skinny":
+        return "" if "HGMMA" in instructions else "no HGMMA"
+    return "" if TENSOR_CORE & set(instructions) else "no tensor-core instruction"
+
+
+def work(case: Case) -> tuple[int, int]:
+    """Operations of a launch on LAYER, and its fewest bytes: each operand read or written once."""
+    (M, N, K), r = LAYER, case.r
+    size = 4 if case.dtype == "fp32" else 2
+    adapter_size = 4 if case.adapter_dtype == "fp32" else 2
+    if case.kind == "skinny":
+        M = case.config.BLOCK_M
+    x, w, y, h = size * M * K, size * N * K, size * M * N, size * M * r
+    a, b = adapter_size * K * r, adapter_size * N * r
+    part = 4 * M * (N + r)  # of one range of K
+    if case.kind == "grad":
+        grad = 4 * r * (K + N)
+        return (0, 2 * grad) if case.sums else (2 * M * r * (K + N), x + y + 2 * h + grad)
+    if case.kind == "skinny":
+        if case.sums:
+            return 2 * M * r * N, part + b + h + y
+        return 2 * M * K * (N + r), x + w + a + part
+    if case.kind == "plain":
+        return 2 * M * K * r, x + a + h
+    if case.kind in ("second", "tma_second"):
+        return 2 * M * N * (K + r), x + w + h + b + y
+    return 2 * M * (N * K + r * K + r * N), x + w + a + b + h + y
+
+
+def predicted(case: Case) -> dict[str, float]:
+    """Microseconds of a launch on LAYER on each GPU's measured ceilings; fp32 has none."""
     if case.dtype == "fp32":
-        return ""  # fp32 without tf32 has no tensor-core product
-    if case.arch == 90 and case.config.BLOCK_M >= 64 and "HGMMA" not in tensor_core:
-        return "no HGMMA"
-    return "" if tensor_core else "no tensor-core instruction"
+        return {}
+    operations, moved = work(case)
+    return {
+        gpu: round(1e6 * max(operations / flops, moved / bandwidth), 2)
+        for gpu, (flops, bandwidth) in CEILINGS.items()
+    }
 
 
 def main() -> None:
@@ -246,21 +409,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", default="sm_80,sm_90,sm_100", help="e.g. sm_80,sm_90")
     parser.add_argument("--dtype", default="bf16,fp32", help="of bf16, fp16, fp32")
+    parser.add_argument("--kind", default=",".join(RANKS), help=f"of {', '.join(RANKS)}")
     parser.add_argument("--json", metavar="FILE", help="also write the rows there")
     args = parser.parse_args()
     archs = [int(arch.removeprefix("sm_")) for arch in args.arch.split(",")]
     unknown = sorted(set(archs) - set(SHARED_MEMORY))
     if unknown:
         parser.error(f"--arch: got {unknown}, wanted some of {sorted(SHARED_MEMORY)}")
-    todo = list(cases(archs, args.dtype.split(",")))
+    kinds = args.kind.split(",")
+    todo = [case for case in cases(archs, args.dtype.split(",")) if case.kind in kinds]
     rows = []
     with ProcessPoolExecutor() as pool:
         for case, found in zip(todo, pool.map(resources, todo, chunksize=4), strict=True):
-            rows.append({"case": str(case), **asdict(case), **asdict(found)})
-            cores = " ".join(f"{n} {name}" for name, n in found.tensor_core.items())
+            times = predicted(case)
+            operations, moved = work(case)
+            rows.append(
+                {
+                    "case": str(case),
+                    **asdict(case),
+                    **asdict(found),
+                    "flops": operations,
+                    "bytes": moved,
+                    "predicted_us": times,
+                }
+            )
+            counted = " ".join(f"{n} {name}" for name, n in found.instructions.items())
+            on_gpus = " ".join(f"{gpu} {time:.1f} us" for gpu, time in times.items())
             print(
-                f"{case!s:72} {found.registers:4} regs {found.stack:4} stack "
-                f"{found.shared:7} shared  {cores}  {found.problem}",
+                f"{case!s:76} {found.registers:3} regs {found.stack:3} stack {found.shared:6} "
+                f"shared x{found.occupancy}  {counted}  {on_gpus}  {found.problem}",
                 flush=True,
             )
     bad = [row for row in rows if row["problem"]]

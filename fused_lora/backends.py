@@ -5,8 +5,11 @@ Both take x and g of any number of dimensions; autocast has done its work before
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -18,8 +21,16 @@ from .kernels.dropout import Dropout
 _NOTHING = nullcontext()
 
 
+@functools.cache
+def _kernels() -> ModuleType:
+    """The kernel path, imported where it is first used: there is a PyTorch without Triton."""
+    return importlib.import_module(".triton_backend", __package__)
+
+
 def _as_matrix(t: Tensor) -> Tensor:
     """[..., C] -> [M, C], a view wherever the strides allow one; sizes of 0 too."""
+    if t.ndim == 2:
+        return t
     return t.flatten(0, -2) if t.ndim > 1 else t.unsqueeze(0)
 
 
@@ -30,7 +41,7 @@ def autocast_enabled(device: torch.device) -> bool:
 
 def _shaped_as(x: Tensor, y: Tensor) -> Tensor:
     """y [M, N] as [..., N], itself: of a view, autograd would refuse changes in place."""
-    return y.resize_(*x.shape[:-1], y.shape[-1])
+    return y if x.ndim == 2 else y.resize_(*x.shape[:-1], y.shape[-1])
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -56,9 +67,7 @@ def forward(
     h: Tensor | None
     with _no_autocast(x.device):
         if plan.backend == "triton":
-            from . import triton_backend
-
-            y, h = triton_backend.forward(*arguments, plan.strategy, need_h=need_h)
+            y, h = _kernels().forward(*arguments, plan, need_h=need_h)
         else:
             y, h = torch_backend.forward(*arguments)
     return _shaped_as(x, y), h if need_h else None
@@ -82,11 +91,9 @@ def backward(
     arguments = (_as_matrix(g), x2, weight, lora_A, lora_B, h, scaling, dropout)
     with _no_autocast(g.device):
         if plan.backend == "triton":
-            from . import triton_backend
-
             if type(g) is not Tensor:  # an unfinished collective: only an operator waits for it
                 arguments = (_as_matrix(g.clone()), *arguments[1:])
-            dx, dA, dB = triton_backend.backward(*arguments, plan.strategy_dx, need_dx=need_dx)
+            dx, dA, dB = _kernels().backward(*arguments, plan, need_dx=need_dx)
         else:
             dx, dA, dB = torch_backend.backward(*arguments, need_dx=need_dx)
     return None if dx is None else dx.view(*g.shape[:-1], dx.shape[-1]), dA, dB
@@ -114,13 +121,12 @@ def dora_forward(
     z: Tensor | None
     with _no_autocast(x.device):
         if plan.backend == "triton":
-            from . import triton_backend
             from .kernels.gemm import ColumnScale
 
             z = x.new_empty((x2.shape[0], weight.shape[0])) if need_z else None
             dora = ColumnScale(column_scale, z)
-            arguments = (x2, weight, lora_A, lora_B, bias, scaling, None, plan.strategy)
-            y, h = triton_backend.forward(*arguments, need_h=need_h, dora=dora)
+            arguments = (x2, weight, lora_A, lora_B, bias, scaling, None, plan)
+            y, h = _kernels().forward(*arguments, need_h=need_h, dora=dora)
         else:
             z, h = torch_backend.forward(x2, weight, lora_A, lora_B, None, scaling, None)
             y = torch_backend.scale_columns(z, column_scale, bias)
@@ -153,9 +159,7 @@ def forward_group(
     arguments = (_as_matrix(x), weights, lora_As, lora_Bs, biases, scalings, dropouts)
     with _no_autocast(x.device):
         if plan.backend == "triton":
-            from . import triton_backend
-
-            ys, h = triton_backend.forward_group(*arguments)
+            ys, h = _kernels().forward_group(*arguments)
         else:
             ys, h = torch_backend.forward_group(*arguments)
     return [_shaped_as(x, y) for y in ys], h
@@ -180,9 +184,7 @@ def backward_group(
     arguments = (gs2, x2, weights, lora_As, lora_Bs, hs, scalings, dropouts)
     with _no_autocast(gs[0].device):
         if plan.backend == "triton":
-            from . import triton_backend
-
-            dx, dAs, dBs = triton_backend.backward_group(*arguments, need_dx=need_dx)
+            dx, dAs, dBs = _kernels().backward_group(*arguments, need_dx=need_dx)
         else:
             dx, dAs, dBs = torch_backend.backward_group(*arguments, need_dx=need_dx)
     return None if dx is None else dx.view(*gs[0].shape[:-1], dx.shape[-1]), dAs, dBs

@@ -6,25 +6,45 @@ import functools
 import importlib.util
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from . import checks
-from .kernels.configs import MAX_RANK, choose_config, padded, ship
+from . import checks, tables
+from .kernels.configs import (
+    MAX_RANK,
+    MAX_SKINNY_M,
+    Kind,
+    TileConfig,
+    choose_config,
+    padded,
+    ship,
+    tma_obstacle,
+)
 from .kernels.device import DeviceInfo, device_info
+from .tables import Direction
+from .tables import Strategy as Strategy  # for those who make a Plan
 
 Backend = Literal["auto", "triton", "torch"]
-Strategy = Literal["one_pass", "split", "library"]
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
-# The model's constants, for an H100: bf16 rate of a good GEMM and memory bandwidth. Their ratio
-# makes one more read of x cost 194 / N of a GEMM's time (design estimate, not yet measured here).
-_FLOPS = 650e12
-_BYTES = 3.35e12
-_LAUNCH = 4e-6  # seconds that a second, dependent launch adds
+# Measured ceilings of the model: bf16 operations and bytes a second. Other GPUs get the H100's.
+CEILINGS = {"H100": (798e12, 3.0e12), "H200": (788e12, 4.3e12)}
+_LAUNCH = 4e-6  # seconds that a second, dependent launch adds: an estimate
+
+# The launch that makes y, and what the kernels choose between while no table says more. No GPU has
+# measured the other strategies yet: a table has to, or a plan has to name them.
+KINDS: dict[Strategy, Kind] = {
+    "one_pass": "one_pass",
+    "split": "second",
+    "tma_one_pass": "tma_one_pass",
+    "tma_split": "tma_second",
+    "one_launch": "tma_produced",
+    "skinny": "skinny",
+}
+_BY_MODEL: tuple[Strategy, ...] = ("one_pass", "split")
 
 
 @dataclass(frozen=True)
@@ -48,6 +68,8 @@ class Plan:
     backend: Literal["triton", "torch"]
     strategy: Strategy  # of the forward; always "library" on the torch backend
     strategy_dx: Strategy  # of the input gradient, whose N is the forward's K
+    config: TileConfig | None = None  # of the launch that makes y; None: `choose_config`'s
+    config_dx: TileConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -96,38 +118,76 @@ def kernel_obstacle(call: Call) -> Exception | None:
     return None
 
 
-def predicted_extra(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
-    """Cost of the adapter as a fraction of the base GEMM's time, by the design's model.
+def ceilings(device: DeviceInfo) -> tuple[float, float]:
+    """Operations and bytes a second that the model counts with."""
+    known = (found for gpu, found in CEILINGS.items() if gpu in device.name)
+    return next(known, CEILINGS["H100"])
 
-    one_pass  the tensor cores also multiply by A: r_pad / BLOCK_N
-    split     one more read of x and one more launch
-    library   the same, and one more read and write of y and a third launch
 
-    A strategy that cannot take the call is left out. Every constant is an H100's.
+def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
+    """Time of each strategy that can take the call, by the design's model on measured ceilings.
+
+    one_pass    the base product; the tensor cores also multiply by A: r_pad / BLOCK_N
+    split       one more read of x and one more launch
+    one_launch  one more read of x
+    skinny      one read of W; parts of y written and read; one more launch
+    library     as split, and one more read and write of y and a third launch
+
+    tma_ strategies differ from their namesakes in how well they reach the ceilings, which the
+    model does not know.
     """
+    M, N, K, r = call.M, call.N, call.K, call.r
     itemsize = call.dtype.itemsize
-    gemm = 2 * call.M * call.N * call.K / _FLOPS
-    if gemm == 0:
-        return {"split": 0.0, "library": 0.0}
-    read_x = itemsize * call.M * call.K / _BYTES
-    touch_y = 2 * itemsize * call.M * call.N / _BYTES
-    extra: dict[Strategy, float] = {
-        "split": (read_x + _LAUNCH) / gemm,
-        "library": (read_x + touch_y + 2 * _LAUNCH) / gemm,
+    flops, bandwidth = ceilings(device)
+    gemm = 2 * M * N * K / flops
+    traffic = itemsize * (M * K + K * N + M * N) / bandwidth
+    read_x = itemsize * M * K / bandwidth
+    touch_y = 2 * itemsize * M * N / bandwidth
+    base = max(gemm, traffic)
+    seconds: dict[Strategy, float] = {
+        "split": base + read_x + _LAUNCH,
+        "library": base + read_x + touch_y + 2 * _LAUNCH,
     }
-    if ship("one_pass", call.r, itemsize, call.dropout, device):
-        tile = choose_config("one_pass", call.M, call.N, call.r, itemsize, False, device)
-        extra["one_pass"] = padded(call.r) / tile.BLOCK_N
-    return extra
+    if M * N * K == 0:
+        return seconds
+    for strategy, kind in KINDS.items():
+        if strategy == "split" or not ship(kind, r, itemsize, call.dropout, device):
+            continue
+        if strategy in ("one_pass", "tma_one_pass"):
+            tile = choose_config(kind, M, N, r, itemsize, False, device)
+            seconds[strategy] = max(gemm * (1 + padded(r) / tile.BLOCK_N), traffic)
+        elif strategy == "tma_split":
+            seconds[strategy] = seconds["split"]
+        elif strategy == "one_launch":
+            seconds[strategy] = base + read_x
+        elif strategy == "skinny" and M <= MAX_SKINNY_M:
+            parts = 2 * 4 * M * (N + r) * max(1, 2 * device.num_sms * 64 // N) / bandwidth
+            seconds[strategy] = traffic + parts + _LAUNCH
+    return seconds
 
 
-def _kernel_strategy(call: Call) -> Strategy:
-    extra = predicted_extra(call, device_info(call.device))
-    # "library" is the torch backend's: it is the bound to beat, not a choice of the kernels.
-    return min((s for s in extra if s != "library"), key=extra.__getitem__)
+def _by_model(call: Call) -> Strategy:
+    seconds = predicted_seconds(call, device_info(call.device))
+    return min((s for s in _BY_MODEL if s in seconds), key=seconds.__getitem__)
 
 
-def _transposed(call: Call) -> Call:
+def table_key(call: Call, direction: Direction) -> str:
+    """The call's name in tuned tables; for dx, ``call`` has N and K swapped already."""
+    dtype = str(call.dtype).removeprefix("torch.")
+    return tables.key(direction, call.M, call.N, call.K, call.r, dtype, call.dropout)
+
+
+def _choose(call: Call, direction: Direction) -> tuple[Strategy, TileConfig | None]:
+    """The table's choice, else the model's."""
+    device = device_info(call.device)
+    found = tables.table(device.name).get(table_key(call, direction))
+    if found is not None and found.strategy in predicted_seconds(call, device):
+        return found.strategy, found.config
+    return _by_model(call), None
+
+
+def transposed(call: Call) -> Call:
+    """The call as its input gradient sees it."""
     return Call(**{**vars(call), "N": call.K, "K": call.N})
 
 
@@ -148,7 +208,9 @@ def plan(call: Call, backend: Backend) -> Plan:
         raise type(obstacle)(f'backend="triton" cannot take this call: {obstacle}')
     if backend == "torch" or obstacle or (backend == "auto" and _auto_avoids_kernels(call)):
         return Plan("torch", "library", "library")
-    return Plan("triton", _kernel_strategy(call), _kernel_strategy(_transposed(call)))
+    strategy, config = _choose(call, "forward")
+    strategy_dx, config_dx = _choose(transposed(call), "dx")
+    return Plan("triton", strategy, strategy_dx, config, config_dx)
 
 
 def _describe(
@@ -199,8 +261,11 @@ def checked_call(
     return call
 
 
-def explain_call(call: Call, backend: Backend) -> Explanation:
-    """The plan with the reason for and against every backend and strategy."""
+def explain_call(call: Call, backend: Backend, operands: tuple[Tensor, ...]) -> Explanation:
+    """The plan with the reason for and against every backend and strategy.
+
+    ``operands``: x, W0 and A, whose layouts decide whether tensor descriptors can be made of them.
+    """
     chosen = plan(call, backend)
     reasons: dict[str, str] = {}
     if chosen.backend == "torch":
@@ -209,17 +274,50 @@ def explain_call(call: Call, backend: Backend) -> Explanation:
         reasons["triton"] = f"not taken: {why}"
         reasons["library"] = "taken: F.linear, then addmm_ in place on its own output"
         return Explanation(chosen.backend, chosen.strategy, chosen.strategy_dx, reasons)
-    extra = predicted_extra(call, device_info(call.device))
+    device = device_info(call.device)
+    seconds = predicted_seconds(call, device)
+    found = tables.table(device.name).get(table_key(call, "forward"))
     reasons["torch"] = "not taken: the kernels take this call"
-    for strategy in ("one_pass", "split", "library"):
+    for strategy in get_args(Strategy):
+        obstacle = _strategy_obstacle(call, strategy, seconds, operands)
+        if obstacle:
+            reasons[strategy] = f"not taken: {obstacle}"
+            continue
         verdict = "taken" if strategy == chosen.strategy else "not taken"
-        if strategy in extra:
-            reasons[strategy] = (
-                f"{verdict}: predicted extra cost over the base GEMM {extra[strategy]:.1%} "
-                "(H100 model, not a measurement)"
-            )
-        elif call.dropout:
-            reasons[strategy] = f"{verdict}: it would draw each dropout decision once per tile"
-        else:
-            reasons[strategy] = f"{verdict}: h's accumulator for r = {call.r} does not fit a tile"
+        why = f"predicted {seconds[strategy] * 1e6:.1f} us"
+        if found is not None and strategy == found.strategy:
+            why += f", measured {found.seconds * 1e6:.1f} us on this GPU"
+        elif strategy not in _BY_MODEL and strategy != "library":
+            why += "; taken only where a tuned table says so"
+        reasons[strategy] = f"{verdict}: {why}"
+    flops, bandwidth = ceilings(device)
+    reasons["model"] = f"ceilings of {flops / 1e12:.0f} TFLOP/s and {bandwidth / 1e12:.1f} TB/s"
     return Explanation(chosen.backend, chosen.strategy, chosen.strategy_dx, reasons)
+
+
+def _strategy_obstacle(
+    call: Call,
+    strategy: Strategy,
+    seconds: dict[Strategy, float],
+    operands: tuple[Tensor, ...],
+) -> str | None:
+    """Why a strategy cannot take the call; None if it can."""
+    if strategy in ("tma_one_pass", "tma_split", "one_launch"):
+        x, weight, lora_A = operands
+        a = None if strategy == "tma_split" else lora_A.t()
+        obstacle = tma_obstacle(x.flatten(0, -2) if x.ndim > 1 else x[None], weight.t(), a)
+        if obstacle:
+            return f"no tensor descriptors: {obstacle}"
+    if strategy in seconds:
+        return None
+    if strategy == "skinny":
+        return f"M = {call.M} is over {MAX_SKINNY_M}" if call.M else "there is nothing to compute"
+    if call.dropout and strategy.endswith("one_pass"):
+        return "it would draw each dropout decision once per tile"
+    if strategy in ("tma_one_pass", "tma_split", "one_launch") and call.dtype.itemsize != 2:
+        return f"its kernel takes 16-bit products, not {call.dtype}"
+    if strategy in ("tma_one_pass", "tma_split", "one_launch") and (
+        device_info(call.device).capability < 90
+    ):
+        return "the GPU is older than compute capability 9.0"
+    return f"h's accumulator for r = {call.r} does not fit a tile"

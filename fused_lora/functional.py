@@ -7,14 +7,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from . import checks, ops, torch_backend
+from . import backends, checks, ops, torch_backend
 from .autograd import LoRALinearFunction
 from .backends import autocast_enabled
 from .dispatch import Backend, Explanation, checked_call, explain_call, plan
 from .dora import DoRALinearFunction, over_norm, weight_norm
-from .kernels.dropout import dropout_threshold
+from .kernels.dropout import Dropout, dropout_threshold
 
 
 def _is_constant(scaling: float) -> bool:
@@ -131,8 +132,17 @@ def _on_device(
     if not (compiling or transformed or _get_current_dispatch_mode() is not None):
         chosen = plan(checked_call(x, weight, lora_A, lora_B, bias, threshold > 0), backend)
         seed = _draw_seed(x.device, shard) if threshold else None
-        y: Tensor = LoRALinearFunction.apply(
-            x, weight, lora_A, lora_B, bias, float(scaling), seed, threshold, chosen
+        scaling = float(scaling)
+        y: Tensor
+        if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+            # Nothing to record: a Function would cost 4 us of a call's 18.
+            dropout = None if seed is None else Dropout(seed, threshold)
+            y, _ = backends.forward(
+                x, weight, lora_A, lora_B, bias, scaling, dropout, chosen, need_h=False
+            )
+            return y
+        y = LoRALinearFunction.apply(
+            x, weight, lora_A, lora_B, bias, scaling, seed, threshold, chosen
         )
         return y
     checks.check_tensors(x, weight, lora_A, lora_B, bias)
@@ -256,7 +266,8 @@ def explain(
         tensors = (x, weight, lora_A, lora_B, bias)
         if parallel.has_dtensor(*tensors):
             x, weight, lora_A, lora_B, bias = parallel.Layout.of(*tensors).to_local(*tensors)
-    found = explain_call(checked_call(x, weight, lora_A, lora_B, bias, dropout), backend)
+    call = checked_call(x, weight, lora_A, lora_B, bias, dropout)
+    found = explain_call(call, backend, (x, weight, lora_A))
     if magnitude is not None:
         _check_magnitude(weight, magnitude)
         found.reasons["dora"] = (

@@ -10,15 +10,26 @@ import functools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Strategy
-from .kernels.configs import Kind, TileConfig, choose_config
+from .dispatch import Plan
+from .kernels.configs import Kind, TileConfig, choose_config, tma_obstacle
 from .kernels.device import device_info
 from .kernels.dropout import Dropout
 from .kernels.gemm import ColumnScale, gemm_add_lora, gemm_one_pass, gemm_scaled
-from .kernels.grads import grad_lora_a, grad_lora_b
+from .kernels.grads import grad_lora_a, grad_lora_b, lora_grads
 from .kernels.group import gemm_group
+from .kernels.persistent import persistent_add_lora, persistent_one_pass, persistent_produced
+from .kernels.skinny import skinny
+from .tables import Strategy
+
+# What a strategy that reads through tensor descriptors becomes where a tensor cannot have one.
+WITHOUT_TMA: dict[Strategy, Strategy] = {
+    "tma_one_pass": "one_pass",
+    "tma_split": "split",
+    "one_launch": "split",
+}
 
 
 def _config(
@@ -29,6 +40,59 @@ def _config(
     return choose_config(kind, M, N, r, itemsize, dropout is not None, device, dora)
 
 
+def lora_gemm(
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout: Dropout | None,
+    strategy: Strategy,
+    config: TileConfig | None,
+    *,
+    drop_x: bool,
+    need_h: bool,
+    dora: ColumnScale | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """y [M, N] = x w + h b + bias and, if needed, h [M, r] = scaling * x a, both in x's dtype.
+
+    Dropout is on x in h (``drop_x``: the forward) or on h b (the input gradient). ``config``: of
+    the launch that makes y; None is `choose_config`'s. "library" is cuBLAS's product with our h; it
+    cannot drop h b, which falls to "split". DoRA is in the epilogue of one_pass and split alone.
+    """
+    r, N = b.shape
+    if dora is not None:
+        strategy, config = "one_pass" if strategy == "one_pass" else "split", None
+    if strategy in WITHOUT_TMA and tma_obstacle(x, w, None if strategy == "tma_split" else a):
+        strategy, config = WITHOUT_TMA[strategy], None
+    on_x, on_y = (dropout, None) if drop_x else (None, dropout)
+    if strategy == "one_pass":
+        config = config or _config("one_pass", x, N, r, dropout, dora is not None)
+        return gemm_one_pass(
+            config, x, w, a, b, bias=bias, scale=scaling, store_h=need_h, dora=dora
+        )
+    if strategy == "tma_one_pass":
+        config = config or _config("tma_one_pass", x, N, r, dropout)
+        return persistent_one_pass(config, x, w, a, b, bias=bias, scale=scaling, store_h=need_h)
+    if strategy == "one_launch":
+        config = config or _config("tma_produced", x, N, r, on_y)
+        return persistent_produced(
+            config, x, w, a, b, bias=bias, scale=scaling, dropout=dropout, drop_x=drop_x
+        )
+    if strategy == "skinny":
+        config = config or _config("skinny", x, N, r, None)
+        return skinny(config, x, w, a, b, bias=bias, scale=scaling, dropout=dropout, drop_x=drop_x)
+    h = gemm_scaled(_config("plain", x, r, r, on_x), x, a, scale=scaling, dropout=on_x)
+    if strategy == "library" and on_y is None:
+        return F.linear(x, w.t(), bias).addmm_(h, b.to(x.dtype)), h
+    if strategy == "tma_split":
+        config = config or _config("tma_second", x, N, r, on_y)
+        return persistent_add_lora(config, x, w, h, b, bias=bias, dropout=on_y), h
+    config = config or _config("second", x, N, r, on_y, dora is not None)
+    return gemm_add_lora(config, x, w, h, b, bias=bias, dropout=on_y, dora=dora), h
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -37,23 +101,26 @@ def forward(
     bias: Tensor | None,
     scaling: float,
     dropout: Dropout | None,
-    strategy: Strategy,
+    plan: Plan,
     *,
     need_h: bool,
     dora: ColumnScale | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """y [M, N] and, if needed, h = scaling * (D o x) A^T [M, r], both in x's dtype."""
-    N, r = lora_B.shape
-    w, a, b = weight.t(), lora_A.t(), lora_B.t()
-    if strategy == "one_pass":
-        config = _config("one_pass", x, N, r, dropout, dora is not None)
-        return gemm_one_pass(
-            config, x, w, a, b, bias=bias, scale=scaling, store_h=need_h, dora=dora
-        )
-    config = _config("plain", x, r, r, dropout)
-    h = gemm_scaled(config, x, a, scale=scaling, dropout=dropout)
-    config = _config("second", x, N, r, None, dora is not None)
-    return gemm_add_lora(config, x, w, h, b, bias=bias, dora=dora), h
+    return lora_gemm(
+        x,
+        weight.t(),
+        lora_A.t(),
+        lora_B.t(),
+        bias,
+        scaling,
+        dropout,
+        plan.strategy,
+        plan.config,
+        drop_x=True,
+        need_h=need_h,
+        dora=dora,
+    )
 
 
 def backward(
@@ -65,7 +132,7 @@ def backward(
     h: Tensor | None,
     scaling: float,
     dropout: Dropout | None,
-    strategy: Strategy,
+    plan: Plan,
     *,
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -73,21 +140,31 @@ def backward(
     r, K = lora_A.shape
     N = g.shape[1]
     dx = dh = dA = dB = None
-    if need_dx and strategy == "one_pass":
-        config = _config("one_pass", g, K, r, dropout)
-        dx, dh = gemm_one_pass(
-            config, g, weight, lora_B, lora_A, bias=None, scale=scaling, store_h=x is not None
+    if need_dx:
+        dx, dh = lora_gemm(
+            g,
+            weight,
+            lora_B,
+            lora_A,
+            None,
+            scaling,
+            dropout,
+            plan.strategy_dx,
+            plan.config_dx,
+            drop_x=False,
+            need_h=x is not None,
         )
-    elif need_dx or x is not None:
+    elif x is not None:
         dh = gemm_scaled(_config("plain", g, r, r, None), g, lora_B, scale=scaling)
-        if need_dx:
-            config = _config("second", g, K, r, dropout)
-            dx = gemm_add_lora(config, g, weight, dh, lora_A, dropout=dropout)
-    if x is not None and dh is not None:
-        config = _config("grad", x, K, r, dropout)
+    config = _config("grad", g, max(K, N), r, dropout)
+    if x is not None and dh is not None and h is not None:
+        dA, dB = lora_grads(
+            config, x, dh, g, h, dtype_a=lora_A.dtype, dtype_b=lora_B.dtype, dropout=dropout
+        )
+    elif x is not None and dh is not None:
         dA = grad_lora_a(config, x, dh, dtype=lora_A.dtype, dropout=dropout)
-    if h is not None:
-        dB = grad_lora_b(_config("grad", g, N, r, None), g, h, dtype=lora_B.dtype)
+    elif h is not None:
+        dB = grad_lora_b(config, g, h, dtype=lora_B.dtype)
     return dx, dA, dB
 
 

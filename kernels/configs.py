@@ -9,18 +9,25 @@ from __future__ import annotations
 
 import functools
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Literal, TypeGuard, get_args
+
+import torch
 
 from .device import DeviceInfo
 
-# Which product a configuration is for: the three forms of gemm.py, then grads.py and group.py.
-Kind = Literal["one_pass", "second", "plain", "grad", "group"]
+# Which product a configuration is for: the forms of gemm.py, grads.py, group.py, skinny.py and
+# persistent.py.
+TmaKind = Literal["tma_one_pass", "tma_second", "tma_produced"]
+Kind = Literal["one_pass", "second", "plain", "grad", "group", "skinny", TmaKind]
 
 MAX_RANK = 512
 # Beyond it h's accumulator takes as much as y's, and the model prefers to make h first anyway.
 MAX_ONE_PASS_RANK = 64
 MAX_GROUP = 3  # members of one launch: its code is as long as they are many
 MIN_DOT = 16  # tl.dot takes no smaller side
+MAX_SKINNY_M = 64
+_TMA_ALIGNMENT = 16  # bytes
+MAX_CHUNK_R = 64  # ranks of h B whose operands a persistent program holds while it multiplies x W
 
 
 @dataclass(frozen=True)
@@ -32,11 +39,22 @@ class TileConfig:
     BLOCK_K: int
     num_warps: int
     num_stages: int
+    # Of the persistent kernel only; None elsewhere.
+    GROUP_M: int | None = None  # rows of tiles that run side by side and share W's tiles in L2
+    SUBTILES: int | None = None  # parts that y's tile is stored in: 1, 2 or 4
+    FLATTEN: bool | None = None  # the next tile's first loads overlap this tile's end
+    WARP_SPECIALIZE: bool | None = None
+    programs_per_sm: int = 1
 
     def meta(self) -> dict[str, int | bool]:
         """The keyword arguments of a launch: the tile and the compiler's options."""
+        return self._meta
+
+    @functools.cached_property
+    def _meta(self) -> dict[str, int | bool]:  # `asdict` at every launch would cost 10 us
+        given = {k: v for k, v in asdict(self).items() if v is not None and k != "programs_per_sm"}
         # FMA contraction is Triton's default up to 3.9 and no longer from 3.10 on.
-        return {**asdict(self), "enable_fp_fusion": True}
+        return {**given, "enable_fp_fusion": True}
 
 
 def padded(size: int) -> int:
@@ -63,13 +81,67 @@ _PLAIN_16BIT = (
     TileConfig(64, 64, 64, num_warps=4, num_stages=4),
     TileConfig(16, 64, 128, num_warps=4, num_stages=4),
 )
+# y [M <= 64, N] in ranges of K: as many bytes in flight as fit, few rows to multiply.
+_SKINNY_16BIT = (
+    TileConfig(16, 64, 64, num_warps=4, num_stages=4),
+    TileConfig(32, 64, 64, num_warps=4, num_stages=4),
+    TileConfig(64, 64, 64, num_warps=8, num_stages=3),
+)
+_SKINNY_32BIT = tuple(TileConfig(m, 32, 32, num_warps=4, num_stages=3) for m in (16, 32, 64))
+
+
+def _tma(
+    M: int,
+    N: int,
+    num_warps: int,
+    num_stages: int,
+    SUBTILES: int,
+    *,
+    GROUP_M: int = 8,
+    FLATTEN: bool = False,
+    programs_per_sm: int = 1,
+) -> TileConfig:
+    return TileConfig(
+        M,
+        N,
+        64,
+        num_warps,
+        num_stages,
+        GROUP_M=GROUP_M,
+        SUBTILES=SUBTILES,
+        FLATTEN=FLATTEN,
+        WARP_SPECIALIZE=False,
+        programs_per_sm=programs_per_sm,
+    )
+
+
+# One program a multiprocessor, unless it says two. A smaller part of y's tile in its way to the
+# copy engine leaves memory for another stage; larger groups share more of W in L2.
+_TMA_16BIT = (
+    _tma(128, 256, num_warps=8, num_stages=4, SUBTILES=4),
+    _tma(128, 256, num_warps=8, num_stages=4, SUBTILES=4, GROUP_M=16),
+    _tma(128, 256, num_warps=8, num_stages=3, SUBTILES=2),
+    _tma(256, 128, num_warps=8, num_stages=3, SUBTILES=2),
+    _tma(128, 128, num_warps=8, num_stages=4, SUBTILES=2),
+    _tma(128, 128, num_warps=8, num_stages=4, SUBTILES=2, FLATTEN=True),
+    _tma(128, 128, num_warps=4, num_stages=3, SUBTILES=4, programs_per_sm=2),
+)
 _GRAD_16BIT = (TileConfig(128, 64, 64, num_warps=4, num_stages=3),)
 _GRAD_32BIT = (TileConfig(64, 32, 32, num_warps=4, num_stages=3),)
+
+
+def is_tma(kind: Kind) -> TypeGuard[TmaKind]:
+    """Whether a kind is a form of the persistent kernel, which only Hopper and later have."""
+    return kind in get_args(TmaKind)
 
 
 def _candidates(kind: Kind, itemsize: int) -> tuple[TileConfig, ...]:
     if kind == "grad":
         return _GRAD_16BIT if itemsize == 2 else _GRAD_32BIT
+    if kind == "skinny":
+        return _SKINNY_16BIT if itemsize == 2 else _SKINNY_32BIT
+    if is_tma(kind):
+        return _TMA_16BIT if itemsize == 2 else ()
     if itemsize == 4:
         return _GEMM_32BIT
     return _PLAIN_16BIT if kind == "plain" else _GEMM_16BIT
@@ -88,12 +160,15 @@ def is_valid(
 
     ``itemsize`` is the bytes per element of x (2 or 4); adapters count as fp32, their widest.
     """
-    if kind == "one_pass" and (dropout or r > MAX_ONE_PASS_RANK):
+    if kind in ("one_pass", "tma_one_pass") and (dropout or r > MAX_ONE_PASS_RANK):
         return False
+    if is_tma(kind):
+        return _is_valid_tma(config, kind, r, itemsize, dropout, device)
     block_r = padded(r) if kind == "one_pass" else 0
     operands = itemsize * config.BLOCK_K * (config.BLOCK_M + config.BLOCK_N)
     adapter = 4 * config.BLOCK_K * block_r
-    if config.num_stages * (operands + adapter) > device.shared_memory:
+    loops = 2 if kind == "skinny" else 1  # over W and over A, each with memory of its own
+    if loops * config.num_stages * (operands + adapter) > device.shared_memory:
         return False
     threads = 32 * config.num_warps
     accumulators = config.BLOCK_M * (config.BLOCK_N + block_r) / threads
@@ -105,6 +180,42 @@ def is_valid(
         return accumulators <= 144
     # Before Hopper the operands of a product are in registers too, BLOCK_K of them at a time.
     return accumulators <= (128 if config.BLOCK_K <= 32 else 96)
+
+
+def _is_valid_tma(
+    config: TileConfig, kind: TmaKind, r: int, itemsize: int, dropout: bool, device: DeviceInfo
+) -> bool:
+    if device.capability < 90:
+        return False
+    # Seen with triton 3.6 and 3.9. WARP_SPECIALIZE changes nothing on Hopper with 8 warps and
+    # crashes the compiler with 4; on Blackwell it crashes on all forms but one pass, and that one
+    # Triton 3.6 compiles to an empty kernel, with or without it.
+    if config.WARP_SPECIALIZE or (kind == "tma_one_pass" and device.capability >= 100):
+        return False
+    # On Blackwell the accumulator leaves tensor memory whole for the mask.
+    if dropout and device.capability >= 100 and config.BLOCK_M * config.BLOCK_N > 128 * 128:
+        return False
+    # FLATTEN: what a tile begins and ends with stays alive over the K loop, and spills where that
+    # is much. A work list drawn by tickets is no loop that could be flattened.
+    much = r > 32 or dropout or config.BLOCK_M * config.BLOCK_N > 128 * 128
+    if config.FLATTEN and (kind != "tma_second" or much or device.capability >= 100):
+        return False
+    M, N, K = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
+    block_r = padded(r)
+    if kind == "tma_produced" and M * min(block_r, 128) > 64 * 32 * config.num_warps:
+        return False  # h's accumulator, and a fp32 A on its way to memory in x's dtype
+    shared = config.num_stages * itemsize * K * (M + N)
+    staged_y = itemsize * M * N // (config.SUBTILES or 1)
+    held = block_r if r <= MAX_CHUNK_R and not dropout else 0  # ranks of b and h held for the end
+    if kind == "tma_produced":  # the ticket loop gives y's part the operands' memory
+        shared += itemsize * N * held
+    elif kind == "tma_second":
+        shared += staged_y + itemsize * (M + N) * held
+    else:
+        shared += staged_y + itemsize * N * held
+        shared += (4 * config.num_stages + itemsize) * K * block_r  # and a, in x's dtype as well
+    shared += 1024  # barriers, and the reserve of each block
+    return shared * config.programs_per_sm <= device.shared_memory + 1024
 
 
 @functools.lru_cache(maxsize=1024)
@@ -139,9 +250,38 @@ def choose_config(
         raise ValueError(f"no {kind} tile configuration takes rank {r} on {device}")
     if kind == "grad":  # split over the reduction, so that one tile size fills any GPU
         return valid[0]
+    if kind == "skinny":  # likewise
+        return next((c for c in valid if c.BLOCK_M >= M), valid[-1])
     valid = tuple(c for c in valid if c.BLOCK_M <= 2 * padded(M)) or valid[-1:]
 
     def tiles(config: TileConfig) -> int:
         return -(-M // config.BLOCK_M) * -(-N // config.BLOCK_N)
 
     return next((c for c in valid if tiles(c) >= device.num_sms), max(valid, key=tiles))
+
+
+def tma_obstacle(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor | None = None) -> str | None:
+    """Why x [M, K], w [K, N] and a [K, R] cannot all be read by TMA, or y written; None if so.
+
+    The copy engine takes base pointers and row strides of a multiple of 16 bytes, and a row's
+    elements side by side; of w and a either dimension may be the row.
+    """
+    if 0 in x.shape or 0 in w.shape:
+        return "a size is 0"
+    if w.shape[1] * x.element_size() % _TMA_ALIGNMENT:
+        return f"y: a row of {w.shape[1]} is not a multiple of {_TMA_ALIGNMENT} bytes"
+    for name, tensor in (("x", x), ("W", w), ("A", a)):
+        if tensor is None:
+            continue
+        outer, inner = tensor.stride()
+        if name != "x" and inner != 1:
+            outer, inner = inner, outer
+        step = outer * tensor.element_size()
+        if inner != 1 or step == 0 or step % _TMA_ALIGNMENT:
+            return (
+                f"{name}: got strides {tensor.stride()} of {tensor.element_size()} bytes, "
+                f"TMA wants rows of neighbours, {_TMA_ALIGNMENT} bytes or a multiple apart"
+            )
+        if tensor.data_ptr() % _TMA_ALIGNMENT:
+            return f"{name}: its first element is not at a multiple of {_TMA_ALIGNMENT} bytes"
+    return None

@@ -21,11 +21,14 @@ class DeviceInfo:
     capability: int  # 90 for sm_90
     num_sms: int
     shared_memory: int  # bytes per block
+    name: str = ""  # as the driver gives it: what tuned tables and measured ceilings go by
 
 
 # The interpreter has no GPU. It runs the Hopper configurations; two "SMs" keep the number of
 # programs small and still make the split-M reductions split.
-INTERPRETED = DeviceInfo(capability=90, num_sms=2, shared_memory=SHARED_MEMORY[90])
+INTERPRETED = DeviceInfo(
+    capability=90, num_sms=2, shared_memory=SHARED_MEMORY[90], name="interpreter"
+)
 
 
 @functools.cache
@@ -36,6 +39,7 @@ def _cuda_info(index: int) -> DeviceInfo:
         capability=capability,
         num_sms=properties.multi_processor_count,
         shared_memory=SHARED_MEMORY.get(capability, _SMALLEST_SHARED_MEMORY),
+        name=properties.name,
     )
 
 

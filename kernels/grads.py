@@ -4,10 +4,13 @@
 
 dB [N, R] = g^T h and dA^T [K, R] = (D o x)^T dh are both of this form. The M rows are cut into
 SPLIT_M ranges; each program writes its fp32 partial, and a second kernel adds the partials in a
-fixed order, so that the result is the same bit for bit in every run.
+fixed order, so that the result is the same bit for bit in every run. Both gradients of a layer
+share a launch: their tiles fill the GPU together, with half the parts and half the launches.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,15 +22,18 @@ from .dropout import Dropout
 from .gemm import dot_precision
 from .tiles import keep_mask
 
-_REDUCE_BLOCK = 1024
+REDUCE_BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["scale", "threshold"])
-def lora_grad_kernel(
+@triton.jit
+def grad_tile(
     q_ptr,
     l_ptr,
     out_ptr,
     seed_ptr,
+    pid_c,
+    pid_r,
+    pid_s,
     M,
     C,
     R,
@@ -35,21 +41,16 @@ def lora_grad_kernel(
     stride_qm,
     stride_qc,
     stride_lm,
-    stride_os,
     stride_oc,
     stride_or,
     scale,
     threshold,
-    BLOCK_M: tl.constexpr,  # columns of q: rows of the output tile
-    BLOCK_N: tl.constexpr,  # ranks: columns of the output tile
-    BLOCK_K: tl.constexpr,  # rows of q and l: the reduction
-    EVEN_K: tl.constexpr,  # every split is a whole number of BLOCK_K
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    pid_c = tl.program_id(0)
-    pid_r = tl.program_id(1)
-    pid_s = tl.program_id(2)
-    scale = tl.cast(scale, tl.float32)
     offs_c = pid_c * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = pid_r * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_K)
@@ -73,20 +74,92 @@ def lora_grad_kernel(
         l_ptrs = l_ptr + rows[:, None] * stride_lm + ranks[None, :]
         l = tl.load(l_ptrs, mask=in_m[:, None] & in_r[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(tl.trans(q), l, acc, input_precision=PRECISION)
-    out_ptrs = out_ptr + pid_s.to(tl.int64) * stride_os
-    out_ptrs += cols[:, None] * stride_oc + ranks[None, :] * stride_or
+    out_ptrs = out_ptr + cols[:, None] * stride_oc + ranks[None, :] * stride_or
     out = (acc * scale).to(out_ptr.dtype.element_ty)
     tl.store(out_ptrs, out, mask=in_c[:, None] & in_r[None, :])
 
 
+@triton.jit(do_not_specialize=["scale", "threshold"])
+def lora_grad_kernel(
+    q_ptr,
+    l_ptr,
+    out_ptr,
+    seed_ptr,
+    q2_ptr,  # the second product of a launch; None if there is one
+    l2_ptr,
+    out2_ptr,
+    M,
+    C,
+    C2,
+    R,
+    rows_per_split,
+    stride_qm,
+    stride_qc,
+    stride_lm,
+    stride_os,
+    stride_oc,
+    stride_or,
+    stride_q2m,
+    stride_q2c,
+    stride_l2m,
+    stride_o2s,
+    stride_o2c,
+    stride_o2r,
+    scale,
+    threshold,
+    BLOCK_M: tl.constexpr,  # columns of q: rows of the output tile
+    BLOCK_N: tl.constexpr,  # ranks: columns of the output tile
+    BLOCK_K: tl.constexpr,  # rows of q and l: the reduction
+    EVEN_K: tl.constexpr,  # every split is a whole number of BLOCK_K
+    PRECISION: tl.constexpr,
+):
+    pid_c = tl.program_id(0)
+    pid_r = tl.program_id(1)
+    pid_s = tl.program_id(2)
+    scale = tl.cast(scale, tl.float32)
+    split = pid_s.to(tl.int64)
+    if q2_ptr is None or pid_c < tl.cdiv(C, BLOCK_M):
+        grad_tile(
+            q_ptr, l_ptr, out_ptr + split * stride_os, seed_ptr, pid_c, pid_r, pid_s,
+            M, C, R, rows_per_split, stride_qm, stride_qc, stride_lm, stride_oc, stride_or, scale,
+            threshold, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
+        )  # fmt: skip
+    else:
+        pid_c -= tl.cdiv(C, BLOCK_M)
+        grad_tile(
+            q2_ptr, l2_ptr, out2_ptr + split * stride_o2s, None, pid_c, pid_r, pid_s,
+            M, C2, R, rows_per_split, stride_q2m, stride_q2c, stride_l2m, stride_o2c, stride_o2r,
+            1.0, threshold, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
+        )  # fmt: skip
+
+
 @triton.jit
-def sum_partials_kernel(partial_ptr, out_ptr, numel, SPLIT_M, BLOCK: tl.constexpr):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def add_partials(partial_ptr, out_ptr, numel, SPLIT_M, block, BLOCK: tl.constexpr):
+    offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     stride_s = tl.cast(numel, tl.int64)
     acc = tl.zeros([BLOCK], tl.float32)
     for s in range(SPLIT_M):
         acc += tl.load(partial_ptr + s * stride_s + offs, mask=offs < numel, other=0.0)
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < numel)
+
+
+@triton.jit
+def sum_partials_kernel(
+    partial_ptr,
+    out_ptr,
+    partial2_ptr,
+    out2_ptr,
+    numel,
+    numel2,
+    SPLIT_M,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0)
+    if partial2_ptr is None or block < tl.cdiv(numel, BLOCK):
+        add_partials(partial_ptr, out_ptr, numel, SPLIT_M, block, BLOCK)
+    else:
+        block -= tl.cdiv(numel, BLOCK)
+        add_partials(partial2_ptr, out2_ptr, numel2, SPLIT_M, block, BLOCK)
 
 
 def rows_in_split(M: int, tiles: int, block: int, num_sms: int) -> int:
@@ -95,56 +168,114 @@ def rows_in_split(M: int, tiles: int, block: int, num_sms: int) -> int:
     return triton.cdiv(triton.cdiv(M, splits), block) * block
 
 
-def sum_partials(partial: torch.Tensor, out: torch.Tensor, SPLIT_M: int) -> None:
-    """out = the sum of SPLIT_M fp32 tensors that lie one after another from ``partial`` on."""
-    grid = (triton.cdiv(out.numel(), _REDUCE_BLOCK),)
-    sum_partials_kernel[grid](partial, out, out.numel(), SPLIT_M, BLOCK=_REDUCE_BLOCK)
+def sum_partials(
+    partial: torch.Tensor,
+    out: torch.Tensor,
+    SPLIT_M: int,
+    partial2: torch.Tensor | None = None,
+    out2: torch.Tensor | None = None,
+) -> None:
+    """out = the sum of SPLIT_M fp32 tensors that lie one after another from ``partial`` on.
+
+    The same of the second pair, where there is one, in the same launch.
+    """
+    numel, numel2 = out.numel(), 0 if out2 is None else out2.numel()
+    grid = (triton.cdiv(numel, REDUCE_BLOCK) + triton.cdiv(numel2, REDUCE_BLOCK),)
+    sum_partials_kernel[grid](
+        partial, out, partial2, out2, numel, numel2, SPLIT_M, BLOCK=REDUCE_BLOCK
+    )
+
+
+class _Product(NamedTuple):
+    """out [C, R] = q^T l for q [M, C] and l [M, R]; out's strides carry a transpose."""
+
+    q: torch.Tensor
+    l: torch.Tensor
+    out: torch.Tensor
+
+    def partial(self, SPLIT_M: int) -> torch.Tensor:
+        """Room for the parts in the output's own order, so that adding them is one flat pass."""
+        if SPLIT_M == 1:
+            return self.out
+        shape = (SPLIT_M, self.out.numel())
+        flat = torch.empty(shape, dtype=torch.float32, device=self.out.device)
+        return flat[0].as_strided(self.out.shape, self.out.stride())
 
 
 def _launch(
-    config: TileConfig,
-    q: torch.Tensor,
-    l: torch.Tensor,
-    out: torch.Tensor,  # [C, R] view of the gradient: its strides carry the transpose
-    dropout: Dropout | None,
+    config: TileConfig, first: _Product, second: _Product | None, dropout: Dropout | None
 ) -> None:
-    (M, C), R = q.shape, l.shape[1]
+    """One launch for both products, and one to add their parts. Dropout is on the first's q."""
+    (M, C), R = first.q.shape, first.l.shape[1]
+    products = [p for p in (first, second) if p is not None and p.out.numel()]
     if M == 0:
-        out.zero_()
+        for p in products:
+            p.out.zero_()
         return
-    if C == 0:
-        return
-    tiles_c, tiles_r = triton.cdiv(C, config.BLOCK_M), triton.cdiv(R, config.BLOCK_N)
-    num_sms = device_info(q.device).num_sms
+    if len(products) < 2:
+        if not products:
+            return
+        dropout = dropout if products[0] is first else None
+        first, second = products[0], None
+        C = first.q.shape[1]
+    tiles_c = triton.cdiv(C, config.BLOCK_M)
+    if second is not None:
+        tiles_c += triton.cdiv(second.q.shape[1], config.BLOCK_M)
+    tiles_r = triton.cdiv(R, config.BLOCK_N)
+    num_sms = device_info(first.q.device).num_sms
     rows_per_split = rows_in_split(M, tiles_c * tiles_r, config.BLOCK_K, num_sms)
     SPLIT_M = triton.cdiv(M, rows_per_split)
-    # Partials in the gradient's own order, so that adding them is one flat pass over memory.
-    partial = out
-    if SPLIT_M > 1:
-        flat = torch.empty((SPLIT_M, out.numel()), dtype=torch.float32, device=out.device)
-        partial = flat[0].as_strided(out.shape, out.stride())
-    with device_guard(q.device):
+    partial = first.partial(SPLIT_M)
+    partial2 = second.partial(SPLIT_M) if second is not None else None
+    with device_guard(first.q.device):
         lora_grad_kernel[(tiles_c, tiles_r, SPLIT_M)](
-            q,
-            l,
+            first.q,
+            first.l,
             partial,
             dropout.seed if dropout else None,
+            second.q if second is not None else None,
+            second.l if second is not None else None,
+            partial2,
             M,
             C,
+            second.q.shape[1] if second is not None else 0,
             R,
             rows_per_split,
-            *q.stride(),
-            l.stride(0),
-            out.numel(),
-            *out.stride(),
+            *first.q.stride(),
+            first.l.stride(0),
+            first.out.numel(),
+            *first.out.stride(),
+            *(second.q.stride() if second is not None else (0, 0)),
+            second.l.stride(0) if second is not None else 0,
+            second.out.numel() if second is not None else 0,
+            *(second.out.stride() if second is not None else (0, 0)),
             dropout.keep_scale if dropout else 1.0,
             dropout.threshold if dropout else 0,
             EVEN_K=M % config.BLOCK_K == 0,
-            PRECISION=dot_precision(q.dtype),
+            PRECISION=dot_precision(first.q.dtype),
             **config.meta(),
         )
         if SPLIT_M > 1:
-            sum_partials(partial, out, SPLIT_M)
+            out2 = second.out if second is not None else None
+            sum_partials(partial, first.out, SPLIT_M, partial2, out2)
+
+
+def lora_grads(
+    config: TileConfig,
+    x: torch.Tensor,
+    dh: torch.Tensor,
+    g: torch.Tensor,
+    h: torch.Tensor,
+    *,
+    dtype_a: torch.dtype,
+    dtype_b: torch.dtype,
+    dropout: Dropout | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dA and dB of `grad_lora_a` and `grad_lora_b` in one launch, and one more to add the parts."""
+    dA = torch.empty((dh.shape[1], x.shape[1]), dtype=dtype_a, device=x.device)
+    dB = torch.empty((g.shape[1], h.shape[1]), dtype=dtype_b, device=g.device)
+    _launch(config, _Product(x, dh, dA.t()), _Product(g, h, dB), dropout)
+    return dA, dB
 
 
 def grad_lora_a(
@@ -157,7 +288,7 @@ def grad_lora_a(
 ) -> torch.Tensor:
     """dA [R, K] = dh^T (D o x) in ``dtype``; x [M, K] any strides, dh's rows contiguous."""
     grad = torch.empty((dh.shape[1], x.shape[1]), dtype=dtype, device=x.device)
-    _launch(config, x, dh, grad.t(), dropout)
+    _launch(config, _Product(x, dh, grad.t()), None, dropout)
     return grad
 
 
@@ -166,5 +297,5 @@ def grad_lora_b(
 ) -> torch.Tensor:
     """dB [N, R] = g^T h in ``dtype``; g [M, N] any strides, h's rows contiguous."""
     grad = torch.empty((g.shape[1], h.shape[1]), dtype=dtype, device=g.device)
-    _launch(config, g, h, grad, None)
+    _launch(config, _Product(g, h, grad), None, None)
     return grad

@@ -72,6 +72,11 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "gemm_add_lora",
         "gemm_scaled",
         "gemm_group",
+        "persistent_one_pass",
+        "persistent_add_lora",
+        "persistent_produced",
+        "skinny",
+        "lora_grads",
         "grad_lora_a",
         "grad_lora_b",
     ):

@@ -1,15 +1,17 @@
 """Which backend and strategy a call takes, and what `explain` says of it."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 
 from fused_lora import dispatch, explain
-from fused_lora.dispatch import Call, plan, predicted_extra
+from fused_lora.dispatch import Call, plan, predicted_seconds
 from fused_lora.kernels.device import SHARED_MEMORY, DeviceInfo
+from fused_lora.tables import Strategy
 
-H100 = DeviceInfo(capability=90, num_sms=132, shared_memory=SHARED_MEMORY[90])
+H100 = DeviceInfo(90, 132, SHARED_MEMORY[90], name="NVIDIA H100 80GB HBM3")
 CALL = Call(
     M=8192,
     N=4096,
@@ -34,7 +36,8 @@ def h100(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "backend", "strategy"),
     [
-        ({}, "triton", "split"),
+        ({}, "triton", "one_pass"),
+        ({"N": 8192}, "triton", "split"),
         ({"N": 1024}, "triton", "one_pass"),
         ({"N": 16384, "r": 64}, "triton", "split"),
         ({"r": 65, "N": 1024}, "triton", "split"),
@@ -59,11 +62,37 @@ def test_the_input_gradient_is_decided_by_its_own_shape(h100):
 
 
 def test_model_is_the_designs():
-    """DESIGN.md, section 2: one pass costs r_pad / BLOCK_N, split about 194 / N and a launch."""
-    extra = predicted_extra(replace(CALL, M=1 << 20), H100)
-    assert extra["one_pass"] == pytest.approx(16 / 256)
-    assert extra["split"] == pytest.approx(194 / 4096, rel=0.05)
-    assert extra["library"] > extra["split"]
+    """DESIGN.md, section 2: one pass costs r_pad / BLOCK_N, split one more read of x and a launch.
+
+    On the H100's measured ceilings that read is 798e12 / 3.0e12 = 266 / N of the product's time.
+    """
+    call = replace(CALL, M=1 << 20)
+    seconds = predicted_seconds(call, H100)
+    gemm = 2 * call.M * call.N * call.K / 798e12
+    assert seconds["one_pass"] / gemm - 1 == pytest.approx(16 / 256)
+    assert seconds["split"] / gemm - 1 == pytest.approx(266 / 4096, rel=0.01)
+    assert seconds["library"] > seconds["split"] > seconds["one_launch"]
+
+
+def test_model_of_few_rows():
+    """Every strategy reads W once, at the memory's speed."""
+    seconds = predicted_seconds(replace(CALL, M=1), H100)
+    read_w = 2 * 4096 * 4096 / 3.0e12
+    assert seconds["one_pass"] == pytest.approx(read_w, rel=0.01)
+    assert read_w < seconds["skinny"] < 2 * read_w
+    assert "skinny" not in predicted_seconds(replace(CALL, M=65), H100)
+
+
+def test_an_h200_has_its_own_ceilings():
+    h200 = replace(H100, name="NVIDIA H200")
+    few = replace(CALL, M=1)
+    ratio = predicted_seconds(few, H100)["one_pass"] / predicted_seconds(few, h200)["one_pass"]
+    assert ratio == pytest.approx(4.3 / 3.0)
+
+
+def test_only_hopper_and_later_have_tensor_descriptors():
+    a100 = DeviceInfo(80, 108, SHARED_MEMORY[80], name="NVIDIA A100")
+    assert not {"tma_one_pass", "tma_split", "one_launch"} & set(predicted_seconds(CALL, a100))
 
 
 def test_too_old_a_gpu(monkeypatch):
@@ -95,10 +124,30 @@ def test_explain_prices_every_strategy(device):
     tensors = [t.to(device) for t in _tensors(torch.float16)]
     explanation = explain(*tensors, backend="triton")
     assert explanation.backend == "triton"
-    assert set(explanation.reasons) == {"torch", "one_pass", "split", "library"}
+    assert set(explanation.reasons) == {"torch", *get_args(Strategy), "model"}
     assert sum(why.startswith("taken") for why in explanation.reasons.values()) == 1
     dropped = explain(*tensors, backend="triton", dropout_p=0.1)
     assert "once per tile" in dropped.reasons["one_pass"]
+    for strategy in ("tma_one_pass", "tma_split", "one_launch"):  # rows of 6 and 5 elements
+        assert (
+            "no tensor descriptors: y: a row of 5 is not a multiple"
+            in (explanation.reasons[strategy])
+        )
+    assert explanation.reasons["model"] == "ceilings of 798 TFLOP/s and 3.0 TB/s"
+    single = explain(*[t.float() for t in tensors], backend="triton", bias=None)
+    assert "no tensor descriptors" in single.reasons["one_launch"]
+
+
+def test_explain_prices_what_only_a_table_would_take(device):
+    tensors = [torch.randn(s).to(device, torch.float16) for s in ((4, 8), (16, 8), (8, 8), (16, 8))]
+    reasons = explain(*tensors, backend="triton").reasons
+    for strategy in ("tma_one_pass", "tma_split", "one_launch", "skinny"):
+        assert reasons[strategy].startswith("not taken: predicted ")
+        assert reasons[strategy].endswith("; taken only where a tuned table says so")
+    single = explain(*[t.float() for t in tensors], backend="triton").reasons
+    assert "takes 16-bit products" in single["tma_split"]
+    many = explain(tensors[0].repeat(20, 1), *tensors[1:], backend="triton").reasons
+    assert many["skinny"] == "not taken: M = 80 is over 64"
 
 
 def test_explain_draws_no_random_number_and_computes_nothing(launches):

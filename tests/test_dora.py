@@ -314,9 +314,9 @@ from triton.backends.compiler import GPUTarget
 from benchmarks.compile_report import _cuobjdump, specialised
 from fused_lora.kernels import dora
 
-def compile(kernel, tile, pointers, constants, floats=()):
+def compile(kernel, tile, pointers, constants):
     meta = {{k: v for k, v in tile.items() if k.isupper()}}
-    source = specialised(kernel, pointers, meta | constants, set(floats))
+    source = specialised(kernel, pointers, meta | constants)
     options = {{k: v for k, v in tile.items() if not k.isupper()}}
     compiled = triton.compile(source, target=GPUTarget("cuda", {arch}, 32), options=options)
     offsets = re.findall(r"tt.addptr [^:]*: [^,]*, (\\S+)", compiled.asm["ttir"])
@@ -332,7 +332,7 @@ for r in (16, 32):
     for weight in ("*bf16", "*fp32"):
         pointers = {{"w_ptr": weight, "a_ptr": "*fp32", "b_ptr": "*fp32", "norm_ptr": "*fp32"}}
         constants = rows | {{"BLOCK_R": r}}
-        compile(dora.weight_norm_kernel, dora._NORM, pointers, constants, ["scale"])
+        compile(dora.weight_norm_kernel, dora._NORM, pointers, constants)
 for dtype in ("*bf16", "*fp32"):
     pointers = {{"g_ptr": dtype, "col_scale_ptr": "*fp32", "gs_ptr": dtype}}
     compile(dora.scale_columns_kernel, dora._COLUMNS, pointers, {{"stride_gn": 1}})

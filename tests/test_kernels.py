@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from fused_lora.kernels import configs
 from fused_lora.kernels.device import INTERPRETED, SHARED_MEMORY, DeviceInfo
 from fused_lora.kernels.dropout import Dropout
 from fused_lora.kernels.gemm import gemm_add_lora, gemm_one_pass, gemm_scaled
-from fused_lora.kernels.grads import grad_lora_a, grad_lora_b
+from fused_lora.kernels.grads import grad_lora_a, grad_lora_b, lora_grads
 
 M, N, K, R = 133, 261, 70, 20
 DTYPES = [(torch.float32, 1e-6), (torch.float16, 2e-3)]  # of the result's norm: a few roundings
@@ -81,6 +82,25 @@ def test_gradients_in_every_configuration(device, dtype, tolerance, p):
         _assert_close(dA, dA64, tolerance)
         dB = grad_lora_b(config, g, h, dtype=dtype)
         _assert_close(dB, g.double().t() @ h.double(), tolerance)
+        both = lora_grads(config, x, h, g, h, dtype_a=torch.float32, dtype_b=dtype, dropout=dropout)
+        _assert_close(both[0], dA64, tolerance)
+        _assert_close(both[1], g.double().t() @ h.double(), tolerance)
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(0, 5, 6), (7, 0, 6), (7, 5, 0), (7, 0, 0)])
+def test_gradients_of_empty_problems(device, m, k, n):
+    (config,) = _configs("grad", 4)
+    x, g, h = (torch.randn(m, size, device=device) for size in (k, n, R))
+    dA, dB = lora_grads(
+        config, x, h, g, h, dtype_a=torch.float32, dtype_b=torch.float32, dropout=None
+    )
+    _assert_shape_and_value(dA, h.t() @ x)
+    _assert_shape_and_value(dB, g.t() @ h)
+
+
+def _assert_shape_and_value(got, exact):
+    assert got.shape == exact.shape
+    torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -119,14 +139,23 @@ def test_what_ships_fits_and_keeps_its_tensor_cores(arch, tmp_path):
     rows = json.loads(rows_file.read_text())
     assert len(rows) > 50
     assert all(row["stack"] == 0 for row in rows)
-    assert {row["kind"] for row in rows} == {"one_pass", "second", "plain", "grad", "group"}
+    kinds = {kind for kind in get_args(configs.Kind) if not configs.is_tma(kind)}
+    tma = set(get_args(configs.TmaKind))
+    on_arch = {"sm_80": set(), "sm_90": tma, "sm_100": tma - {"tma_one_pass"}}[arch]
+    assert {row["kind"] for row in rows} == kinds | on_arch
+    assert all(
+        row["predicted_us"].keys() == {"H100", "H200"} for row in rows if row["dtype"] == "bf16"
+    )
     if arch == "sm_90":
         large = [r for r in rows if r["dtype"] == "bf16" and r["config"]["BLOCK_M"] >= 64]
+        large = [r for r in large if not r["sums"]]
         assert large
-        assert all("HGMMA" in row["tensor_core"] for row in large)
+        assert all("HGMMA" in row["instructions"] for row in large)
+        tma_rows = [row for row in rows if row["kind"] in tma]
+        assert all({"UTMALDG", "UTMASTG"} <= row["instructions"].keys() for row in tma_rows)
 
 
-@pytest.mark.parametrize("kind", ["one_pass", "second", "grad", "group"])
+@pytest.mark.parametrize("kind", ["one_pass", "second", "grad", "group", "skinny", "tma_second"])
 def test_offsets_are_64_bit(kind):
     """No 32-bit product of an index and a stride: it would wrap beyond 2^31 elements."""
     program = f"""
@@ -135,8 +164,8 @@ from benchmarks import compile_report
 import triton
 from triton.backends.compiler import GPUTarget
 cases = compile_report.cases([90], ["bf16"])
-case = next(c for c in cases if c.kind == {kind!r} and not c.dropout)
-ttir = triton.compile(compile_report._source(case), target=GPUTarget("cuda", 90, 32)).asm["ttir"]
+case = next(c for c in cases if c.kind == {kind!r} and not c.dropout and not c.sums)
+ttir = triton.compile(compile_report.source(case), target=GPUTarget("cuda", 90, 32)).asm["ttir"]
 # Every offset that reaches a pointer must have been computed in 64 bits.
 offsets = re.findall(r"tt.addptr [^:]*: [^,]*, (\\S+)", ttir)
 assert offsets, ttir

@@ -141,8 +141,11 @@ def test_kernels_read_a_transposed_weight_in_place(device, monkeypatch):
 def test_only_the_wanted_gradients(device, backend, needs, launches):
     p = problem(20, 24, 28, 4, device=device)
     check(run(fused(backend), p, needs), p)
-    assert ("grad_lora_a" in launches) == (backend == "triton" and "lora_A" in needs)
-    assert ("grad_lora_b" in launches) == (backend == "triton" and "lora_B" in needs)
+    wanted = {("lora_A", "lora_B"): "lora_grads", ("lora_A",): "grad_lora_a"}
+    adapters = tuple(name for name in needs if name.startswith("lora"))
+    grads = [name for name in launches if "grad" in name]
+    expected = [wanted.get(adapters, "grad_lora_b")] if adapters and backend == "triton" else []
+    assert grads == expected
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
@@ -265,12 +268,51 @@ def test_backend_really_ran(device, launches):
     [
         ("one_pass", ["gemm_one_pass"]),
         ("split", ["gemm_scaled", "gemm_add_lora"]),
+        ("library", ["gemm_scaled"]),
+        ("tma_one_pass", ["persistent_one_pass"]),
+        ("tma_split", ["gemm_scaled", "persistent_add_lora"]),
+        ("one_launch", ["persistent_produced"]),
+        ("skinny", ["skinny"]),
     ],
 )
 def test_launches_of_a_strategy(device, launches, strategy, kernels):
-    p = problem(8, 8, 8, 2, device=device)
-    run(fused(Plan("triton", strategy, strategy)), p)
-    assert launches == [*kernels, *kernels, "grad_lora_a", "grad_lora_b"]
+    p = problem(37, 72, 136, 8, dtype=torch.float16, device=device)
+    check(run(fused(Plan("triton", strategy, strategy)), p), p)
+    assert launches == [*kernels, *kernels, "lora_grads"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "forward", "dx"),
+    [
+        ("split", "gemm_add_lora", "gemm_add_lora"),
+        ("library", "gemm_scaled", "gemm_add_lora"),
+        ("tma_split", "persistent_add_lora", "persistent_add_lora"),
+        ("one_launch", "persistent_produced", "persistent_produced"),
+        ("skinny", "skinny", "skinny"),
+    ],
+)
+@pytest.mark.parametrize("r", [24, 136])
+def test_dropout_in_a_strategy(device, launches, strategy, forward, dx, r):
+    p = problem(37, 72, 136, r, dtype=torch.float16, device=device, dropout_p=0.3)
+    check(run(fused(Plan("triton", strategy, strategy)), p), p)
+    makers_of_y = [name for name in launches if name != "gemm_scaled" or strategy == "library"]
+    assert (makers_of_y[0], *launches[-2:]) == (forward, dx, "lora_grads")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kernels"),
+    [
+        ("tma_one_pass", ["gemm_one_pass"]),
+        ("tma_split", ["gemm_scaled", "gemm_add_lora"]),
+        ("one_launch", ["gemm_scaled", "gemm_add_lora"]),
+    ],
+)
+def test_tensors_without_a_descriptor_go_to_the_kernels_that_need_none(
+    device, launches, strategy, kernels
+):
+    p = problem(9, 13, 11, 3, dtype=torch.float16, device=device)
+    check(run(fused(Plan("triton", strategy, strategy)), p), p)
+    assert launches == [*kernels, *kernels, "lora_grads"]
 
 
 @pytest.mark.gpu

@@ -1,0 +1,137 @@
+"""Tuned tables: which strategy and tile measured best, by GPU and problem.
+
+A table is a JSON file named after its GPU. `fused_lora/tables/` holds those that ship; the user's
+own, in the user's cache folder, go before them. A table counts only for the GPU, the Triton
+version and the kernel sources that it was measured with; one that is stale or cannot be read is
+ignored, with one warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from .kernels.configs import TileConfig
+
+Strategy = Literal[
+    "one_pass", "split", "library", "tma_one_pass", "tma_split", "one_launch", "skinny"
+]
+Direction = Literal["forward", "dx"]
+
+SHIPPED = Path(__file__).parent / "tables"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What measured best for one problem."""
+
+    strategy: Strategy
+    config: TileConfig | None  # of the main product; None where a library has it
+    seconds: float
+
+
+def bucket(M: int) -> int:
+    """The power of two that stands for M rows: a new sequence length is no new problem."""
+    return 1 << max(M - 1, 0).bit_length()
+
+
+def key(direction: Direction, M: int, N: int, K: int, r: int, dtype: str, dropout: bool) -> str:
+    """The name of a problem in a table; N and K are the product's own: dx has them swapped."""
+    return f"{direction} M{bucket(M)} N{N} K{K} r{r} {dtype}{' dropout' * dropout}"
+
+
+@functools.cache
+def _stamp() -> dict[str, str]:
+    """What a table must agree with to count."""
+    source = hashlib.sha256()
+    for path in sorted((Path(__file__).parent / "kernels").glob("*.py")):
+        source.update(path.read_bytes())
+    return {
+        "triton": importlib.metadata.version("triton"),
+        "kernels": source.hexdigest()[:16],
+    }
+
+
+def _slug(gpu: str) -> str:
+    return re.sub(r"\W+", "_", gpu).strip("_")
+
+
+def user_path(gpu: str) -> Path:
+    """The user's own table for a GPU."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "fused_lora" / "tables" / f"{_slug(gpu)}.json"
+
+
+def _choice(entry: Mapping[str, Any]) -> Choice:
+    config = entry["config"]
+    return Choice(
+        cast(Strategy, str(entry["strategy"])),
+        None if config is None else TileConfig(**config),
+        float(entry["seconds"]),
+    )
+
+
+def _read(path: Path, gpu: str) -> dict[str, Choice]:
+    """The table's entries; none, and a warning, if it does not count."""
+    try:
+        table = json.loads(path.read_text())
+        stamp = {"gpu": gpu, **_stamp()}
+        found = {name: table.get(name) for name in stamp}
+        entries = {name: _choice(entry) for name, entry in table["entries"].items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"cannot be read ({type(error).__name__}: {error})"
+    else:
+        if found == stamp:
+            return entries
+        why = f"was measured with {found}, and this is {stamp}"
+    warnings.warn(f"tuned table {path} is ignored: it {why}", RuntimeWarning, stacklevel=2)
+    return {}
+
+
+@functools.cache
+def table(gpu: str) -> dict[str, Choice]:
+    """All entries for a GPU, the user's own before the shipped; read once a process."""
+    return {**_read(SHIPPED / f"{_slug(gpu)}.json", gpu), **_read(user_path(gpu), gpu)}
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    import fcntl  # not on Windows, where there is no triton either
+
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def save(gpu: str, entries: Mapping[str, Choice]) -> Path:
+    """Adds entries to the user's table. Readers and other writers see all of it or nothing."""
+    path = user_path(gpu)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path):
+        merged = {**_read(path, gpu), **entries}
+        content = {
+            "gpu": gpu,
+            **_stamp(),
+            "entries": {name: asdict(choice) for name, choice in sorted(merged.items())},
+        }
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False
+        ) as file:
+            json.dump(content, file, indent=1)
+            file.write("\n")
+        os.replace(file.name, path)
+    table.cache_clear()
+    return path

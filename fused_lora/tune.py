@@ -1,0 +1,173 @@
+"""Measures every strategy and tile for given shapes and keeps the best in the user's table.
+
+Runs only when it is asked to: training reads tables and never tunes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import dispatch, tables
+from .kernels.configs import TileConfig, ship
+from .kernels.device import device_info
+from .kernels.dropout import Dropout, dropout_threshold
+from .tables import Choice, Direction, Strategy
+
+# How far two correct results may be apart, as a fraction of their norm, in 16-bit products.
+_TOLERANCE = 2e-2
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One candidate for one problem; ``seconds`` is None where ``problem`` says why."""
+
+    key: str
+    strategy: Strategy
+    config: TileConfig | None
+    seconds: float | None
+    problem: str = ""
+
+
+def median_seconds(run: Callable[[], object]) -> float:
+    """Median device time of a call, by CUDA events, the L2 cache flushed before each."""
+    from triton.testing import do_bench
+
+    return float(do_bench(run, warmup=10, rep=50, return_mode="median")) / 1e3
+
+
+def candidates(
+    call: dispatch.Call, direction: Direction
+) -> Iterator[tuple[Strategy, TileConfig | None]]:
+    """Every strategy and tile that can take the call; for dx, its N and K are swapped already."""
+    device = device_info(call.device)
+    for strategy in dispatch.predicted_seconds(call, device):
+        if strategy == "library":
+            if direction == "forward" or not call.dropout:
+                yield strategy, None
+            continue
+        kind = dispatch.KINDS[strategy]
+        # In the forward, dropout is on x where h is made, and the launch that makes y has none.
+        dropout = call.dropout and (direction == "dx" or strategy.endswith("one_pass"))
+        for config in ship(kind, call.r, call.dtype.itemsize, dropout, device):
+            if strategy != "skinny" or config.BLOCK_M >= call.M:
+                yield strategy, config
+
+
+class _Problem:
+    """Random operands of one product, in the layout that its direction reads."""
+
+    def __init__(self, call: dispatch.Call, direction: Direction) -> None:
+        def normal(rows: int, columns: int) -> Tensor:
+            # Forward reads weights [N, K] transposed, the input gradient as they are.
+            shape = (rows, columns) if direction == "dx" else (columns, rows)
+            t: Tensor = torch.randn(shape, dtype=call.dtype, device=call.device) * rows**-0.5
+            return t if direction == "dx" else t.mT
+
+        self.x = torch.randn(call.M, call.K, dtype=call.dtype, device=call.device)
+        self.w, self.a, self.b = (
+            normal(call.K, call.N),
+            normal(call.K, call.r),
+            normal(call.r, call.N),
+        )
+        self.dropout = None
+        if call.dropout:
+            seed = torch.zeros(1, dtype=torch.int64, device=call.device)
+            self.dropout = Dropout(seed, dropout_threshold(0.1))
+        self.drop_x = direction == "forward"
+
+    def run(self, strategy: Strategy, config: TileConfig | None) -> Tensor:
+        from .triton_backend import lora_gemm
+
+        y: Tensor
+        y, _ = lora_gemm(
+            self.x,
+            self.w,
+            self.a,
+            self.b,
+            None,
+            1.0,
+            self.dropout,
+            strategy,
+            config,
+            drop_x=self.drop_x,
+            need_h=True,
+        )
+        return y
+
+
+def _measure(
+    call: dispatch.Call, direction: Direction, timer: Callable[[Callable[[], object]], float]
+) -> Iterator[Measurement]:
+    name = dispatch.table_key(call, direction)
+    problem = _Problem(call, direction)
+    expected = problem.run("split", None).float()
+    for strategy, config in candidates(call, direction):
+        try:
+            got = problem.run(strategy, config).float()
+            error = ((got - expected).norm() / expected.norm()).item()
+            if not error < _TOLERANCE:  # nor is NaN
+                problem_text = f"is wrong: its result is {error:.1e} of the norm away from split's"
+                yield Measurement(name, strategy, config, None, problem_text)
+                continue
+            seconds = timer(lambda s=strategy, c=config: problem.run(s, c))  # type: ignore[misc]
+        except Exception as error:  # a compiler may fail in any way; the others can still be had
+            yield Measurement(name, strategy, config, None, f"{type(error).__name__}: {error}")
+        else:
+            yield Measurement(name, strategy, config, seconds)
+
+
+def tune(
+    shapes: Iterable[tuple[int, int, int]],
+    *,
+    ranks: Iterable[int] = (16,),
+    dtypes: Iterable[torch.dtype] = (torch.bfloat16,),
+    dropouts: Iterable[bool] = (False,),
+    directions: Iterable[Direction] = ("forward", "dx"),
+    device: torch.device | str = "cuda",
+    timer: Callable[[Callable[[], object]], float] = median_seconds,
+    progress: Callable[[int, int, Measurement], None] | None = None,
+) -> dict[str, Choice]:
+    """Measures layers and adds the best choices to the user's table for this GPU.
+
+    Args:
+        shapes: (M, N, K) of layers: M rows into a weight [N, K]. M counts for its power of two.
+        ranks, dtypes, dropouts, directions: measured for every shape.
+        timer: seconds of a call.
+        progress: called after each candidate with (problems done, problems, measurement).
+
+    Returns:
+        The best choice by table key. A candidate that fails or is wrong is left out; ``progress``
+        is told why.
+
+    Raises:
+        RuntimeError, TypeError or ValueError: the kernels cannot take one of the problems.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    problems: list[tuple[dispatch.Call, Direction]] = []
+    for (M, N, K), r, dtype, dropout, direction in itertools.product(
+        list(shapes), list(ranks), list(dtypes), list(dropouts), list(directions)
+    ):
+        call = dispatch.Call(M, N, K, r, dtype, device, dropout, plain_tensors=True)
+        obstacle = dispatch.kernel_obstacle(call)
+        if obstacle is not None:
+            raise type(obstacle)(f"cannot tune for M, N, K = {M}, {N}, {K}: {obstacle}")
+        problems.append((call if direction == "forward" else dispatch.transposed(call), direction))
+    best: dict[str, Choice] = {}
+    gpu = device_info(device).name
+    for done, (call, direction) in enumerate(problems):
+        for m in _measure(call, direction, timer):
+            faster = m.key not in best or (m.seconds or 0) < best[m.key].seconds
+            if m.seconds is not None and faster:
+                best[m.key] = Choice(m.strategy, m.config, m.seconds)
+            if progress is not None:
+                progress(done, len(problems), m)
+        tables.save(gpu, best)  # after each, so that a run that is cut off has kept the rest
+    dispatch.plan.cache_clear()
+    return best

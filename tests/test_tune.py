@@ -1,0 +1,238 @@
+"""Tuning with a fake timer, and the tables that it writes."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from oracle import check, fused, problem, run
+
+from fused_lora import dispatch, tables
+from fused_lora.dispatch import Call, plan
+from fused_lora.kernels.configs import TileConfig, ship
+from fused_lora.kernels.device import INTERPRETED
+from fused_lora.tables import Choice, key, save, table, user_path
+from fused_lora.tune import candidates, tune
+
+GPU = INTERPRETED.name
+TILE = TileConfig(128, 128, 64, 8, 4, GROUP_M=8, SUBTILES=2, FLATTEN=False)
+CALL = Call(5, 16, 24, 8, torch.float16, torch.device("cpu"), False, plain_tensors=True)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    """A user cache folder of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for forget in (table.cache_clear, plan.cache_clear):
+        forget()
+    yield
+    for forget in (table.cache_clear, plan.cache_clear):
+        forget()
+
+
+@pytest.fixture
+def one_tile_each(monkeypatch):
+    """The interpreter is slow; one tile of every strategy is enough here."""
+    from fused_lora import tune
+
+    monkeypatch.setattr(tune, "ship", lambda *arguments: ship(*arguments)[:1])
+
+
+def _fake_timer(fastest):
+    """Pretends that one strategy is faster than the others; which is seen from what it launches."""
+
+    def timer(call):
+        call()
+        strategy = call.__defaults__[0]
+        return 1e-6 if strategy == fastest else 2e-6
+
+    return timer
+
+
+@pytest.mark.usefixtures("one_tile_each")
+@pytest.mark.parametrize("strategy", ["tma_split", "one_launch", "skinny", "library"])
+def test_what_measured_best_is_taken_from_then_on(launches, strategy):
+    """In both directions; a new number of rows in the same power of two is the same problem."""
+    best = tune(
+        [(5, 16, 24)],
+        ranks=[8],
+        dtypes=[torch.float16],
+        device="cpu",
+        timer=_fake_timer(strategy),
+    )
+    assert {choice.strategy for choice in best.values()} == {strategy}
+    launches.clear()
+    p = problem(7, 16, 24, 8, dtype=torch.float16)
+    check(run(fused("triton"), p), p)
+    wanted = {
+        "tma_split": "persistent_add_lora",
+        "one_launch": "persistent_produced",
+        "skinny": "skinny",
+        "library": "gemm_scaled",
+    }[strategy]
+    assert launches.count(wanted) == 2
+    other = plan(replace(CALL, M=9), "triton")
+    assert other.strategy != strategy
+
+
+def test_progress_hears_of_every_candidate_and_of_failures():
+    heard = []
+
+    def timer(call):
+        if call.__defaults__[0] == "one_launch":
+            raise RuntimeError("out of resources")
+        return 1.0
+
+    tune(
+        [(5, 16, 24)],
+        ranks=[8],
+        dtypes=[torch.float16],
+        directions=["forward"],
+        device="cpu",
+        timer=timer,
+        progress=lambda done, total, m: heard.append((done, total, m)),
+    )
+    assert [(done, total) for done, total, _ in heard] == [(0, 1)] * len(heard)
+    assert len(heard) == len(list(candidates(CALL, "forward")))
+    failed = [m for _, _, m in heard if m.seconds is None]
+    assert {m.strategy for m in failed} == {"one_launch"}
+    assert all("out of resources" in m.problem for m in failed)
+
+
+@pytest.mark.usefixtures("one_tile_each")
+def test_a_wrong_candidate_is_never_chosen(monkeypatch):
+    from fused_lora import triton_backend
+
+    monkeypatch.setattr(
+        triton_backend, "skinny", lambda *a, **k: (torch.full((5, 16), float("nan")), None)
+    )
+    best = tune(
+        [(5, 16, 24)],
+        ranks=[8],
+        dtypes=[torch.float16],
+        directions=["forward"],
+        device="cpu",
+        timer=_fake_timer("skinny"),
+    )
+    assert [choice.strategy for choice in best.values()] != ["skinny"]
+
+
+def test_dropout_candidates_are_those_that_can_take_it():
+    dropped = replace(CALL, dropout=True)
+    forward = {strategy for strategy, _ in candidates(dropped, "forward")}
+    dx = {strategy for strategy, _ in candidates(dropped, "dx")}
+    assert forward == {"split", "library", "tma_split", "one_launch", "skinny"}
+    assert dx == forward - {"library"}
+
+
+def test_tuning_where_no_kernel_runs():
+    with pytest.raises(RuntimeError, match="cannot tune for M, N, K = 5, 16, 24: x: got dtype"):
+        tune([(5, 16, 24)], dtypes=[torch.bfloat16], device="cpu")
+
+
+NAME = key("forward", 5, 16, 24, 8, "float16", False)
+
+
+def test_saving_adds_to_what_is_there():
+    save(GPU, {NAME: Choice("tma_split", TILE, 1e-6), "other": Choice("skinny", None, 1e-6)})
+    save(GPU, {"other": Choice("split", None, 5e-7)})
+    assert table(GPU) == {
+        NAME: Choice("tma_split", TILE, 1e-6),
+        "other": Choice("split", None, 5e-7),
+    }
+    assert [p.suffix for p in sorted(user_path(GPU).parent.iterdir())] == [".json", ".lock"]
+
+
+def test_saving_from_many_processes_loses_nothing():
+    program = """
+import sys
+from fused_lora.tables import Choice, save
+for i in range(5):
+    save("a GPU", {f"{sys.argv[1]} {i}": Choice("split", None, 1.0)})
+"""
+    processes = [
+        subprocess.Popen([sys.executable, "-c", program, str(n)], env=os.environ) for n in range(4)
+    ]
+    assert [p.wait(120) for p in processes] == [0] * 4
+    assert len(table("a GPU")) == 20
+
+
+def _break(path, how):
+    content = json.loads(path.read_text())
+    entry = content["entries"][NAME]
+    if how == "not JSON":
+        return path.write_text("{")
+    if how == "another triton":
+        content["triton"] = "1.0"
+    elif how == "other kernels":
+        content["kernels"] = "0" * 16
+    elif how == "another GPU":
+        content["gpu"] = "another"
+    elif how == "unknown field":
+        entry["config"] = {"BLOCK_Q": 1}
+    elif how == "no strategy":
+        del entry["strategy"]
+    elif how == "a list":
+        content = [content]
+    return path.write_text(json.dumps(content))
+
+
+BROKEN = [
+    "not JSON",
+    "another triton",
+    "other kernels",
+    "another GPU",
+    "unknown field",
+    "no strategy",
+    "a list",
+]
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_stale_or_broken_table_is_ignored_with_one_warning(how):
+    save(GPU, {NAME: Choice("skinny", None, 1e-6)})
+    _break(user_path(GPU), how)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        chosen = plan(CALL, "triton")
+        plan(replace(CALL, M=6), "triton")
+    assert chosen.strategy in ("one_pass", "split")
+    (warning,) = caught
+    assert "is ignored: it" in str(warning.message)
+
+
+@pytest.mark.filterwarnings("ignore:tuned table")
+def test_a_broken_table_can_be_written_anew():
+    save(GPU, {NAME: Choice("skinny", None, 1e-6)})
+    user_path(GPU).write_text("{")
+    save(GPU, {"new": Choice("split", None, 1e-6)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert set(table(GPU)) == {"new"}
+
+
+def test_the_users_table_goes_before_the_shipped(monkeypatch, tmp_path):
+    shipped = tmp_path / "shipped"
+    monkeypatch.setattr(tables, "SHIPPED", shipped)
+    save(GPU, {NAME: Choice("split", None, 1.0), "other": Choice("split", None, 1.0)})
+    shipped.mkdir()
+    user_path(GPU).rename(shipped / user_path(GPU).name)
+    save(GPU, {NAME: Choice("skinny", None, 1.0)})
+    assert table(GPU)[NAME].strategy == "skinny"
+    assert table(GPU)["other"].strategy == "split"
+
+
+def test_a_choice_that_cannot_take_the_call_is_passed_over():
+    """Written by hand, or measured before a kernel lost a form."""
+    dropped = replace(CALL, dropout=True)
+    save(GPU, {dispatch.table_key(dropped, "forward"): Choice("one_pass", None, 1e-6)})
+    assert plan(dropped, "triton").strategy == "split"
+
+
+@pytest.mark.parametrize(("M", "expected"), [(0, 1), (1, 1), (2, 2), (3, 4), (1024, 1024)])
+def test_rows_count_for_their_power_of_two(M, expected):
+    assert tables.bucket(M) == expected
