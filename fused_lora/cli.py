@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -125,6 +126,74 @@ def info(
     _say(f"\n{model}: {report}")
     for (N, K), explanation in calls.items():
         _say(f"\nx [{tokens}, {K}], weight [{N}, {K}], r {r}, {dtype}: {explanation}")
+
+
+@app.command()
+def tune(
+    shapes: Annotated[
+        list[str] | None, typer.Option(help="M,N,K: M rows into a weight [N, K]. Repeatable.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="All layer shapes of this model, with --tokens rows.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Rows of x, for --model.")] = 8192,
+    r: Annotated[list[int], typer.Option(help="Rank. Repeatable.")] = [_DEFAULT.r],  # noqa: B006
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+    dropout: Annotated[bool, typer.Option("--dropout", help="With dropout, too.")] = False,
+    device: Annotated[str, typer.Option(help="cuda, cuda:1.")] = "cuda",
+) -> None:
+    """Measure every strategy and tile on this GPU and keep the best in your own table.
+
+    The table lies in the user's cache folder; calls of these shapes take its choices from then on.
+    Training never tunes.
+    """
+    from . import info, tables
+    from .kernels.device import device_info
+    from .tune import Measurement, tune
+
+    try:
+        problems = [_shape(text) for text in shapes or []]
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: got {dtype!r}, wanted one of {list(DTYPES)}")
+        if model is not None:
+            _, calls = info.layers(model, r[0], tokens, DTYPES[dtype])
+            problems += [(tokens, N, K) for N, K in calls]
+        if not problems:
+            raise ValueError("shapes: got none; give --shapes M,N,K, or --model")
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"device: got {device}, but PyTorch sees no CUDA GPU here")
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task("")
+
+            def progress(done: int, total: int, m: Measurement) -> None:
+                bar.update(task, completed=done, total=total, description=m.key)
+                if m.problem:
+                    _say(f"{m.key} {m.strategy} {m.config}: left out: {m.problem}")
+
+            best = tune(
+                problems,
+                ranks=r,
+                dtypes=[DTYPES[dtype]],
+                dropouts=[False, True] if dropout else [False],
+                device=device,
+                progress=progress,
+            )
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        raise _failed(error) from None
+    for key, choice in best.items():
+        _say(f"{key:56} {choice.strategy:12} {choice.seconds * 1e6:9.1f} us")
+    _say(f"saved: {tables.user_path(device_info(torch.device(device)).name)}")
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    try:
+        M, N, K = map(int, text.split(","))
+    except ValueError:
+        raise ValueError(f"shapes: got {text!r}, wanted M,N,K such as 8192,4096,4096") from None
+    if min(M, N, K) < 1:
+        raise ValueError(f"shapes: got {text!r}, wanted sizes of at least 1")
+    return M, N, K
 
 
 def _failed(error: Exception) -> typer.Exit:

@@ -8,7 +8,7 @@ import platform
 import torch
 from torch import nn
 
-from . import __version__
+from . import __version__, tables
 from .dispatch import Explanation
 from .functional import explain
 from .inject import InjectReport, inject
@@ -35,6 +35,9 @@ def machine() -> dict[str, str]:
         lines["GPU"] = (
             f"{p.name}, sm_{p.major}{p.minor}, {p.multi_processor_count} multiprocessors, "
             f"{p.total_memory / 2**30:.0f} GiB"
+        )
+        lines["tuned table"] = (
+            f"{len(tables.table(p.name))} choices; own: {tables.user_path(p.name)}"
         )
     else:
         lines["GPU"] = "none: calls take the PyTorch path"

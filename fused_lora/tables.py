@@ -15,13 +15,13 @@ import importlib.metadata
 import json
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from .files import write_atomically
 from .kernels.configs import TileConfig
 
 Strategy = Literal[
@@ -127,11 +127,7 @@ def save(gpu: str, entries: Mapping[str, Choice]) -> Path:
             **_stamp(),
             "entries": {name: asdict(choice) for name, choice in sorted(merged.items())},
         }
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False
-        ) as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
-        os.replace(file.name, path)
+        text = json.dumps(content, indent=1) + "\n"
+        write_atomically(path, lambda to: Path(to).write_text(text))
     table.cache_clear()
     return path

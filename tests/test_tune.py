@@ -1,5 +1,6 @@
 """Tuning with a fake timer, and the tables that it writes."""
 
+import functools
 import json
 import os
 import subprocess
@@ -236,3 +237,47 @@ def test_a_choice_that_cannot_take_the_call_is_passed_over():
 @pytest.mark.parametrize(("M", "expected"), [(0, 1), (1, 1), (2, 2), (3, 4), (1024, 1024)])
 def test_rows_count_for_their_power_of_two(M, expected):
     assert tables.bucket(M) == expected
+
+
+def _command(*arguments):
+    pytest.importorskip("typer")
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("safetensors")
+    from typer.testing import CliRunner
+
+    from fused_lora.cli import app
+
+    return CliRunner().invoke(app, ["tune", *arguments])
+
+
+@pytest.mark.usefixtures("one_tile_each")
+def test_command(monkeypatch):
+    from fused_lora import tune as module
+
+    timed = functools.partial(tune, timer=_fake_timer("skinny"))
+    monkeypatch.setattr(module, "tune", timed)
+    result = _command("--shapes", "5,16,24", "--r", "8", "--dtype", "float16", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "skinny" in result.output
+    assert str(user_path(GPU)) in result.output.replace("\n", "")
+    assert set(table(GPU)) == {
+        key("forward", 5, 16, 24, 8, "float16", False),
+        key("dx", 5, 24, 16, 8, "float16", False),
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "shapes: got none"),
+        (["--shapes", "1,2"], "shapes: got '1,2', wanted M,N,K"),
+        (["--shapes", "0,2,3"], "wanted sizes of at least 1"),
+        (["--shapes", "1,2,3", "--dtype", "int8"], "dtype: got 'int8'"),
+        (["--shapes", "1,2,3", "--device", "cpu", "--r", "513"], "lora_A: got r = 513"),
+    ],
+)
+def test_command_with_bad_input(arguments, message):
+    result = _command(*arguments)
+    assert result.exit_code == 2
+    assert message in result.output.replace("\n", " ")
