@@ -274,7 +274,7 @@ def test_command(monkeypatch):
         (["--shapes", "1,2"], "shapes: got '1,2', wanted M,N,K"),
         (["--shapes", "0,2,3"], "wanted sizes of at least 1"),
         (["--shapes", "1,2,3", "--dtype", "int8"], "dtype: got 'int8'"),
-        (["--shapes", "1,2,3", "--device", "cpu", "--r", "513"], "lora_A: got r = 513"),
+        (["--shapes", "1,2,3", "--device", "cpu", "--dtype", "bfloat16"], "bfloat16 under"),
     ],
 )
 def test_command_with_bad_input(arguments, message):
