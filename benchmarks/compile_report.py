@@ -1,6 +1,6 @@
 """What every shipped kernel configuration compiles to, without a GPU.
 
-    python -m benchmarks.compile_report --arch sm_80,sm_90,sm_100 [--json FILE]
+    python -m benchmarks.compile_report --arch sm_80,sm_90,sm_100 [--heaviest] [--json FILE]
 
 For each kernel form x configuration that the model or a tuned table can choose: registers, stack
 (spills), shared memory, occupancy and tensor-core and copy-engine instructions, read from the
@@ -130,6 +130,16 @@ def cases(archs: list[int], dtypes: list[str]) -> Iterator[Case]:
                             config,
                             sums,
                         )
+
+
+def heaviest(todo: list[Case]) -> list[Case]:
+    """One case of each tile, and one with DoRA: fp32 adapters, the largest rank, W0 as dx reads it.
+
+    A third of all: what the tests have the time for.
+    """
+    ordered = sorted(todo, key=lambda c: (c.adapter_dtype == "fp32", c.r, c.transposed))
+    tiles = {(c.arch, c.kind, c.dtype, c.config, c.dropout, c.dora, c.sums): c for c in ordered}
+    return list(tiles.values())
 
 
 def _operands(kind: Kind, dtype: str, r: int, dropout: bool) -> list[tuple[str, bool, bool]]:
@@ -410,6 +420,9 @@ def main() -> None:
     parser.add_argument("--arch", default="sm_80,sm_90,sm_100", help="e.g. sm_80,sm_90")
     parser.add_argument("--dtype", default="bf16,fp32", help="of bf16, fp16, fp32")
     parser.add_argument("--kind", default=",".join(RANKS), help=f"of {', '.join(RANKS)}")
+    parser.add_argument(
+        "--heaviest", action="store_true", help="of each tile the operands that take the most only"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the rows there")
     args = parser.parse_args()
     archs = [int(arch.removeprefix("sm_")) for arch in args.arch.split(",")]
@@ -418,6 +431,7 @@ def main() -> None:
         parser.error(f"--arch: got {unknown}, wanted some of {sorted(SHARED_MEMORY)}")
     kinds = args.kind.split(",")
     todo = [case for case in cases(archs, args.dtype.split(",")) if case.kind in kinds]
+    todo = heaviest(todo) if args.heaviest else todo
     rows = []
     with ProcessPoolExecutor() as pool:
         for case, found in zip(todo, pool.map(resources, todo, chunksize=4), strict=True):
