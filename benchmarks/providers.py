@@ -18,7 +18,8 @@ from oracle import Problem
 from torch import Tensor, nn
 
 from fused_lora import LoRALinearFunction, lora_linear
-from fused_lora.dispatch import Plan, Strategy, checked_call, kernel_obstacle
+from fused_lora.dispatch import Backend, Plan, Strategy, checked_call, kernel_obstacle
+from fused_lora.functional import draw_seeds
 from fused_lora.kernels.configs import ship
 from fused_lora.kernels.device import device_info
 from fused_lora.kernels.dropout import dropout_threshold
@@ -33,6 +34,7 @@ class Provider:
     name: str
     build: Callable[[Problem], Layer]
     ours: bool = False  # draws the mask that the oracle knows
+    backend: Backend = "auto"
     adapter: bool = True
     # Why it cannot take a problem; None if it can.
     obstacle: Callable[[Problem], str | None] = lambda p: None
@@ -52,7 +54,7 @@ def _with_plan(strategy: Strategy) -> Callable[[Problem], Layer]:
         threshold = dropout_threshold(p.dropout_p)
 
         def layer(x: Tensor) -> Tensor:
-            seed = torch.randint(2**63 - 1, (1,), device=x.device) if threshold else None
+            seed = draw_seeds(1, x.device, "triton") if threshold else None
             y: Tensor = LoRALinearFunction.apply(
                 x, p.weight, p.lora_A, p.lora_B, p.bias, p.scaling, seed, threshold, plan
             )
@@ -190,8 +192,10 @@ PROVIDERS = {
     provider.name: provider
     for provider in (
         Provider("fused", _fused, ours=True),
-        Provider("one_pass", _with_plan("one_pass"), ours=True, obstacle=_one_pass_cannot),
-        Provider("split", _with_plan("split"), ours=True, obstacle=_kernels_cannot),
+        Provider("one_pass", _with_plan("one_pass"), True, "triton", obstacle=_one_pass_cannot),
+        Provider(
+            "split", _with_plan("split"), ours=True, backend="triton", obstacle=_kernels_cannot
+        ),
         Provider("linear", _linear, adapter=False),
         # The real one where it is installed. Rows of the two are never mixed.
         Provider("peft", _peft)

@@ -77,7 +77,7 @@ def lora_linear(
         bias: [N] in x's dtype, or None; trainable if it requires a gradient.
         dropout_p: probability in [0, 1) of dropping an element of the adapter's input, rounded to
             a multiple of 2^-16. Applied whenever it is not 0; the seed comes from torch's generator
-            for x's device, and the mask is the same on every backend.
+            for x's device (`reference.keep_mask` says what mask it makes).
         backend: "triton" (raises if the kernels cannot take the call), "torch", or "auto".
 
     Returns:
@@ -131,7 +131,7 @@ def _on_device(
         torch._dynamo.graph_break(msg="lora_linear inside of a torch.func transform")
     if not (compiling or transformed or _get_current_dispatch_mode() is not None):
         chosen = plan(checked_call(x, weight, lora_A, lora_B, bias, threshold > 0), backend)
-        seed = _draw_seed(x.device, shard) if threshold else None
+        seed = _draw_seed(x.device, backend, shard) if threshold else None
         scaling = float(scaling)
         y: Tensor
         if not torch.is_grad_enabled() and forward_ad._current_level < 0:
@@ -146,7 +146,7 @@ def _on_device(
         )
         return y
     checks.check_tensors(x, weight, lora_A, lora_B, bias)
-    seed = _draw_seed(x.device, shard) if threshold else None
+    seed = _draw_seed(x.device, backend, shard) if threshold else None
     if compiling and not _is_constant(scaling):
         # An operator's float is a constant of the graph: each alpha would recompile.
         lora_B = lora_B.to(torch.promote_types(lora_B.dtype, torch.float32)) * scaling
@@ -158,9 +158,17 @@ def _on_device(
     return y
 
 
-def _draw_seed(device: torch.device, shard: int = 0) -> Tensor:
-    """From torch's generator for the device, and left there: no synchronisation."""
-    seed = torch.randint(2**63 - 1, (1,), device=device)
+def draw_seeds(n: int, device: torch.device, backend: Backend) -> Tensor:
+    """Seeds of n dropout masks, from torch's generator for the device, and left there.
+
+    Negative where PyTorch's path on a CPU will take the call: see `reference.keep_mask`.
+    """
+    seeds = torch.randint(2**63 - 1, (n,), device=device)
+    return ~seeds if device.type == "cpu" and backend != "triton" else seeds
+
+
+def _draw_seed(device: torch.device, backend: Backend, shard: int = 0) -> Tensor:
+    seed = draw_seeds(1, device, backend)
     return seed + shard if shard else seed  # Philox: neighbouring keys are independent streams
 
 

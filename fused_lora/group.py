@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import backends, checks
 from .dispatch import Backend, Plan, checked_call, plan
-from .functional import _autocast, _check_options, _is_constant, lora_linear
+from .functional import _autocast, _check_options, _is_constant, draw_seeds, lora_linear
 from .group_ops import dropouts_of, lora_linear_group_op, plan_of_all
 from .kernels.configs import MAX_GROUP
 from .kernels.dropout import dropout_threshold
@@ -189,7 +189,7 @@ def lora_linear_group(
         ys += LoRALinearGroupFunction.apply(
             x_cast,
             [float(s) for s in scalings[part]],
-            _draw_seeds(len(thresholds), x.device) if any(thresholds) else None,
+            draw_seeds(len(thresholds), x.device, backend) if any(thresholds) else None,
             thresholds,
             chosen,
             *(tensor for kind in zip(*cast[part], strict=True) for tensor in kind),
@@ -221,16 +221,12 @@ def _traced(x: Tensor, members: Sequence[tuple[Any, ...]], backend: Backend) -> 
         weights, As, Bs, biases, scalings, thresholds = (
             list(kind) for kind in zip(*cast[first : first + MAX_GROUP], strict=True)
         )
-        seeds = _draw_seeds(len(thresholds), x.device) if any(thresholds) else None
+        seeds = draw_seeds(len(thresholds), x.device, backend) if any(thresholds) else None
         need_h = torch.is_grad_enabled() and any([B.requires_grad for B in Bs])
         ys += lora_linear_group_op(
             x, weights, As, Bs, biases, scalings, seeds, thresholds, backend, need_h
         )[:-1]
     return tuple(ys)
-
-
-def _draw_seeds(n: int, device: torch.device) -> Tensor:
-    return torch.randint(2**63 - 1, (n,), device=device)
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -48,8 +48,12 @@ def keep_mask(seed: Tensor, threshold: int, M: int, K: int) -> Tensor:
 
     Element (m, k) is kept iff lane k % 8 (16 bits) of Philox(seed, counter = (k // 8, m, 0, 0)) is
     at least ``threshold``: a function of (seed, m, k) alone, the same on every device and backend.
+    But for a negative seed on a CPU, which is what `lora_linear` draws there, PyTorch's path takes
+    16-bit lanes of PyTorch's own generator: in int64 operators Philox takes 2 to 15 times as long.
     ``seed``: int64 tensor of one element, which also says the device.
     """
+    if seed.device.type == "cpu" and seed.item() < 0:
+        return _generated_mask(int(seed), threshold, M, K)
     draws = -(-K // 8)
     keep = torch.empty((M, draws, 8), dtype=torch.bool, device=seed.device)
     columns = torch.arange(draws, device=seed.device)
@@ -66,6 +70,17 @@ def keep_mask(seed: Tensor, threshold: int, M: int, K: int) -> Tensor:
         lanes = packed.view(torch.int16).bitwise_xor_(-_LANE_VALUES // 2)
         torch.ge(lanes, threshold - _LANE_VALUES // 2, out=keep[first : first + len(rows)])
     return keep.view(M, draws * 8)[:, :K]
+
+
+def _generated_mask(seed: int, threshold: int, M: int, K: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    words = -(-M * K // 4)  # of four lanes
+    keep = torch.empty(4 * words, dtype=torch.bool)
+    for piece in torch.split(keep, 4 * _CHUNK):
+        drawn = torch.empty(len(piece) // 4, dtype=torch.int64)
+        drawn.random_(-(2**63), None, generator=generator)
+        torch.ge(drawn.view(torch.int16), threshold - _LANE_VALUES // 2, out=piece)
+    return keep[: M * K].view(M, K)
 
 
 def lora_linear(

@@ -28,25 +28,30 @@ def test_philox_known_answers(rounds, counter, key, expected):
 
 
 def test_mask_of_a_long_matrix_is_made_in_pieces_that_fit_together(monkeypatch):
-    seed = torch.tensor([7])
-    whole = reference.keep_mask(seed, 20_000, 50, 30)
+    seeds = torch.tensor([7]), torch.tensor([-7])
+    whole = [reference.keep_mask(seed, 20_000, 50, 30) for seed in seeds]
     monkeypatch.setattr(reference, "_CHUNK", 8)
-    assert torch.equal(whole, reference.keep_mask(seed, 20_000, 50, 30))
-    assert torch.equal(whole[:20, :11], reference.keep_mask(seed, 20_000, 20, 11))
+    assert all(
+        torch.equal(keep, reference.keep_mask(seed, 20_000, 50, 30))
+        for keep, seed in zip(whole, seeds, strict=True)
+    )
+    assert torch.equal(whole[0][:20, :11], reference.keep_mask(seeds[0], 20_000, 20, 11))
 
 
+@pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("p", [0.0, 2**-16, 0.1, 0.5, 0.999])
-def test_share_of_kept_elements(p):
-    seed = torch.empty(1, dtype=torch.int64).random_()
+def test_share_of_kept_elements(p, sign):
+    seed = sign * torch.empty(1, dtype=torch.int64).random_()
     n = 1000 * 1000
     kept = reference.keep_mask(seed, reference.dropout_threshold(p), 1000, 1000).sum().item()
     sigma = (n * p * (1 - p)) ** 0.5
     assert abs(kept - n * (1 - p)) <= 6 * sigma + n * 2**-17
 
 
-def test_rows_columns_and_seeds_are_uncorrelated():
-    keep = reference.keep_mask(torch.tensor([3]), 1 << 15, 512, 512).float() - 0.5
-    other = reference.keep_mask(torch.tensor([4]), 1 << 15, 512, 512).float() - 0.5
+@pytest.mark.parametrize("seed", [3, -3])
+def test_rows_columns_and_seeds_are_uncorrelated(seed):
+    keep = reference.keep_mask(torch.tensor([seed]), 1 << 15, 512, 512).float() - 0.5
+    other = reference.keep_mask(torch.tensor([seed - 1]), 1 << 15, 512, 512).float() - 0.5
     for a, b in [
         (keep[:, :-1], keep[:, 1:]),
         (keep[:-1], keep[1:]),
