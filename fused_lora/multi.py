@@ -188,9 +188,9 @@ def explain_multi(
         x, weight, lora_As, lora_Bs, scalings, adapter_indices, segments, bias, dropout_p, backend
     )
     if chosen.backend == "torch":
-        reasons = dict(explain_call(call, backend, ()).reasons)
-        if backend != "torch" and (mixed := _mixed_dtypes(layer)):
-            reasons["triton"] = f"not taken: {mixed}"
+        mixed = _mixed_dtypes(layer) if backend != "torch" else None
+        why = f"not taken: {mixed}"
+        reasons = {"triton": why} if mixed else dict(explain_call(call, backend, ()).reasons)
         reasons["library"] = "taken: F.linear, then a product for each adapter added in place"
         return Explanation(chosen.backend, chosen.strategy, chosen.strategy_dx, reasons)
     reasons = {"torch": "not taken: the kernels take this call"}

@@ -6,9 +6,9 @@ that straddles adapters has several, and no row is padded or copied. There are a
 cdiv(M, BLOCK) + groups pieces, so that their table has a size the host knows even where the
 indices are on the GPU, and nothing waits for them.
 
-Adapters are read where they lie, through a table of their addresses: stacking A adapters would
-read and write all A r (K + N) elements in each call, hundreds of times what a decoding step's rows
-need of them. The table depends on addresses, ranks and scalings alone and is kept between calls.
+Adapters are read where they lie, through a table of their addresses: stacking them would read and
+write all of them in each call, of which a decoding step is little more than reading those that its
+rows have. The table depends on addresses, ranks and scalings alone and is kept between calls.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _cut(
 
 
 def stream_of(device: torch.device) -> int:
-    """The current stream's handle. What is kept is kept for one stream, where its copy is in order."""
+    """The current stream's handle: a table is kept for the stream that its copy is in order on."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
