@@ -240,9 +240,10 @@ def plan_multi(call: Call, groups: int, backend: Backend) -> MultiPlan:
 
 def _mixed_dtypes(layer: Adapted) -> str | None:
     for name, tensors in (("lora_As", layer.lora_As), ("lora_Bs", layer.lora_Bs)):
-        dtypes = sorted({str(t.dtype) for t in tensors})
+        dtypes = {t.dtype for t in tensors}
         if len(dtypes) > 1:
-            return f"{name}: got {' and '.join(dtypes)}, wanted one dtype for all"
+            got = " and ".join(sorted(map(str, dtypes)))
+            return f"{name}: got {got}, wanted one dtype for all"
     return None
 
 

@@ -235,7 +235,8 @@ def route(
 ) -> Iterator[None]:
     """Inside, every `FusedMultiLoRALinear` of ``model`` is called as with this argument.
 
-    For models whose forward passes x alone. The backward pass may be outside.
+    For models whose forward passes x alone. The backward pass may be outside, unless activation
+    checkpointing runs the forward again in it.
 
         with route(model, segments=[("german", 700), ("french", 324)]):
             loss = model(packed).loss
