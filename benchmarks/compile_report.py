@@ -151,7 +151,8 @@ def cases(archs: list[int], dtypes: list[str]) -> Iterator[Case]:
 def heaviest(todo: list[Case]) -> list[Case]:
     """One case of each tile, and with DoRA, and with many adapters: those that take the most.
 
-    They have fp32 adapters, the largest rank, and W0 as dx reads it. A third of all: what the tests have the time for.
+    They have fp32 adapters, the largest rank, and W0 as dx reads it. A third of all: what
+    the tests have the time for.
     """
     ordered = sorted(todo, key=lambda c: (c.adapter_dtype == "fp32", c.r, c.transposed))
     tiles = {
