@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fused_lora.dispatch import CEILINGS
-from fused_lora.kernels import gemm, grads, group, persistent, skinny
+from fused_lora.kernels import gemm, grads, group, multi, persistent, pieces, skinny
 from fused_lora.kernels.configs import MAX_GROUP, Kind, TileConfig, is_tma, padded, ship
 from fused_lora.kernels.device import SHARED_MEMORY, DeviceInfo
 
@@ -42,9 +42,18 @@ RANKS: dict[Kind, tuple[int, ...]] = {
     "grad": (16, 32, 64),
     "group": (16, 64),
     "skinny": (16,),
+    "expand": (16, 64),
+    "multi_grad": (16, 32, 64),
     "tma_one_pass": (16, 64),
     "tma_second": (16, 64, 128),
     "tma_produced": (16, 64, 128),
+}
+# The kinds whose kernels come in a form for many adapters, and those that have no other.
+MULTI: dict[Kind, tuple[bool, ...]] = {
+    "second": (False, True),
+    "plain": (False, True),
+    "expand": (True,),
+    "multi_grad": (True,),
 }
 # Warp-group products on Hopper, tcgen05 on Blackwell, warp products elsewhere and in small tiles;
 # loads and stores by the copy engine.
@@ -71,11 +80,12 @@ class Case:
     dora: bool  # with the column scale in the epilogue
     config: TileConfig
     sums: bool = False  # the kernel that adds the parts of a split one
+    multi: bool = False  # many adapters: rows through `order`, adapters through a table
 
     def __str__(self) -> str:
         c = self.config
         flags = "+sum" * self.sums + "+dropout" * self.dropout + "+transposed" * self.transposed
-        flags += "+dora" * self.dora
+        flags += "+dora" * self.dora + "+multi" * self.multi
         tile = f"{c.BLOCK_M}x{c.BLOCK_N}x{c.BLOCK_K}w{c.num_warps}s{c.num_stages}"
         if c.SUBTILES:
             tile += f"/{c.SUBTILES}" + "+flat" * bool(c.FLATTEN) + "+ws" * bool(c.WARP_SPECIALIZE)
@@ -117,7 +127,12 @@ def cases(archs: list[int], dtypes: list[str]) -> Iterator[Case]:
                     summed = tiles if kind == "skinny" else ()
                     if kind == "grad" and not dropout and r == 16:
                         summed = tiles[:1]
-                    for config, sums in [(c, False) for c in tiles] + [(c, True) for c in summed]:
+                    forms = MULTI.get(kind, (False,))
+                    if dora:
+                        forms = (False,)
+                    which = [(c, False, many) for c in tiles for many in forms]
+                    which += [(c, True, False) for c in summed]
+                    for config, sums, many in which:
                         yield Case(
                             arch,
                             kind,
@@ -129,22 +144,26 @@ def cases(archs: list[int], dtypes: list[str]) -> Iterator[Case]:
                             dora,
                             config,
                             sums,
+                            many,
                         )
 
 
 def heaviest(todo: list[Case]) -> list[Case]:
-    """One case of each tile, and one with DoRA: fp32 adapters, the largest rank, W0 as dx reads it.
+    """One case of each tile, and with DoRA, and with many adapters: those that take the most.
 
-    A third of all: what the tests have the time for.
+    They have fp32 adapters, the largest rank, and W0 as dx reads it. A third of all: what
+    the tests have the time for.
     """
     ordered = sorted(todo, key=lambda c: (c.adapter_dtype == "fp32", c.r, c.transposed))
-    tiles = {(c.arch, c.kind, c.dtype, c.config, c.dropout, c.dora, c.sums): c for c in ordered}
+    tiles = {
+        (c.arch, c.kind, c.dtype, c.config, c.dropout, c.dora, c.sums, c.multi): c for c in ordered
+    }
     return list(tiles.values())
 
 
 def _operands(kind: Kind, dtype: str, r: int, dropout: bool) -> list[tuple[str, bool, bool]]:
     """Adapter dtype, layout of W0, DoRA. fp32 adapters take the most; x's own dtype is sampled."""
-    if kind == "grad":
+    if kind in ("grad", "multi_grad"):
         return [(dtype, False, False)]  # reads neither
     sampled = r == 16 and dtype != "fp32" and not is_tma(kind) and kind != "skinny"
     if kind == "group":
@@ -215,6 +234,10 @@ def _gemm_source(case: Case) -> tuple[Any, dict[str, str], dict[str, object]]:
         constants["BLOCK_R"] = min(padded(case.r), case.config.BLOCK_K)
     if case.dropout:
         pointers["seed_ptr"] = "*i64"
+    if case.multi:
+        pointers |= MULTI_POINTERS
+        constants |= {"USE_A": case.transposed, "ALIGNED": True, "RANK_DIVISOR": 16}
+        constants["BLOCK_R"] = min(padded(case.r), case.config.BLOCK_K, pieces.MAX_BLOCK_R)
     if case.dora:
         pointers |= {"col_scale_ptr": "*fp32", "z_ptr": x}
     return gemm.lora_gemm_kernel, pointers, constants
@@ -291,12 +314,41 @@ def _tma_source(case: Case) -> tuple[Any, dict[str, str], dict[str, object]]:
 _UNSPECIALISED = ("scale", "keep_scale", "threshold")
 
 
+MULTI_POINTERS = {
+    "order_ptr": "*i32",
+    "pieces_ptr": "*i32",
+    "tile_first_ptr": "*i32",
+    "table_ptr": "*i64",
+    "scalings_ptr": "*fp32",
+}
+
+
+def _multi_source(case: Case) -> tuple[Any, dict[str, str], dict[str, object]]:
+    x = f"*{case.dtype}"
+    pointers = MULTI_POINTERS | {"w_ptr": f"*{case.adapter_dtype}"}
+    if case.dropout:
+        pointers["seed_ptr"] = "*i64"
+    constants: dict[str, object] = {"USE_A": not case.transposed}
+    if case.kind == "multi_grad":
+        pointers |= {"q_ptr": x, "l_ptr": x, "out_ptr": "*fp32"}
+        return multi.multi_grad_kernel, pointers, constants | {"stride_qc": 1}
+    constants |= {"ALIGNED": True, "RANK_DIVISOR": 16}
+    if case.kind == "plain":
+        pointers |= {"x_ptr": x, "h_ptr": "*fp32"}
+        return multi.shrink_kernel, pointers, constants | {"stride_xk": 1, "EVEN_K": True}
+    pointers |= {"h_ptr": "*fp32", "y_ptr": x, "h_sum_ptr": x}
+    constants["BLOCK_K"] = min(padded(case.r), case.config.BLOCK_K)
+    return multi.expand_kernel, pointers, constants
+
+
 def source(case: Case) -> ASTSource:
     """The case's kernel with contiguous rows, as the launcher specialises it."""
     if case.kind == "group":
         return _group_source(case)
     if is_tma(case.kind):
         build = _tma_source
+    elif case.multi and case.kind != "second":
+        build = _multi_source
     else:
         build = {"grad": _grad_source, "skinny": _skinny_source}.get(case.kind, _gemm_source)
     kernel, pointers, constants = build(case)
@@ -398,6 +450,10 @@ def work(case: Case) -> tuple[int, int]:
         return 2 * M * K * (N + r), x + w + a + part
     if case.kind == "plain":
         return 2 * M * K * r, x + a + h
+    if case.kind == "expand":
+        return 2 * M * r * N, 4 * M * r + b + 2 * y
+    if case.kind == "multi_grad":  # one of the two
+        return 2 * M * r * K, x + h + 4 * r * K
     if case.kind in ("second", "tma_second"):
         return 2 * M * N * (K + r), x + w + h + b + y
     return 2 * M * (N * K + r * K + r * N), x + w + a + b + h + y

@@ -12,6 +12,9 @@ from .inject import InjectReport, inject
 from .linear import FusedLoRALinear
 from .loraplus import lora_plus_param_groups
 from .merge import merge_and_unload
+from .multi import explain_multi, lora_linear_multi
+from .multi_linear import FusedMultiLoRALinear, route
+from .schedule import schedule
 
 __version__ = "0.1.0"
 
@@ -20,19 +23,24 @@ __all__ = [
     "FusedLoRAAttention",
     "FusedLoRAGroup",
     "FusedLoRALinear",
+    "FusedMultiLoRALinear",
     "InjectReport",
     "LoRALinearFunction",
     "LoRALinearGroupFunction",
     "dora_linear",
     "explain",
+    "explain_multi",
     "inject",
     "load_adapter",
     "lora_linear",
     "lora_linear_group",
+    "lora_linear_multi",
     "lora_plus_param_groups",
     "merge_and_unload",
     "reference",
+    "route",
     "save_adapter",
+    "schedule",
 ]
 
 

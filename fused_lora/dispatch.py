@@ -77,8 +77,8 @@ class Explanation:
     """What `fused_lora.explain` returns; ``print`` it to read it."""
 
     backend: Literal["triton", "torch"]
-    strategy: Strategy
-    strategy_dx: Strategy
+    strategy: str  # a `Strategy`, or one of many adapters' own
+    strategy_dx: str
     reasons: dict[str, str]  # backend or strategy -> why it is taken or not
 
     def __str__(self) -> str:

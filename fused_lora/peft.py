@@ -10,7 +10,7 @@ call that the fused path does not take goes to PEFT's own forward. Needs the ext
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import MethodType, TracebackType
 from typing import Any
@@ -29,6 +29,8 @@ from .backends import autocast_enabled
 from .dispatch import Backend
 from .functional import dora_linear, lora_linear
 from .group import is_hooked
+from .multi import lora_linear_multi
+from .multi_linear import sample_segments
 from .sharing import Arguments, SharedInput
 
 
@@ -40,6 +42,9 @@ class FusedPeftLinear(peft_lora.Linear):  # type: ignore[misc]  # peft is untype
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., K] -> y [..., N], as PEFT's."""
+        names = kwargs.get("adapter_names")
+        if not args and len(kwargs) == 1 and names is not None and _takes_batch(self, x, names):
+            return _mixed_batch(self, x, names)
         if args or kwargs or obstacle(self) is not None or not _fits(self, x):
             y: Tensor = super().forward(x, *args, **kwargs)
             return y
@@ -95,6 +100,36 @@ def _lasting_arguments(layer: FusedPeftLinear, x: Tensor) -> Arguments | None:
     return _arguments(layer, x) if one and type(layer.base_layer) is nn.Linear else None
 
 
+def _takes_batch(layer: FusedPeftLinear, x: object, names: Sequence[str]) -> bool:
+    """Whether the fused path takes x with ``names`` of adapters for its samples."""
+    if obstacle(layer, names) is not None or not _fits(layer, x):
+        return False
+    assert isinstance(x, Tensor)
+    return x.dim() > 1 and len(x) == len(names)  # else PEFT's forward raises its error
+
+
+def _mixed_batch(layer: FusedPeftLinear, x: Tensor, names: Sequence[str]) -> Tensor:
+    base = layer.base_layer
+    adapters = _named(layer, names)
+    index = {name: i for i, name in enumerate(adapters)}
+    return lora_linear_multi(
+        x,
+        base.weight.t() if isinstance(base, Conv1D) else base.weight,
+        [layer.lora_A[name].weight for name in adapters],
+        [layer.lora_B[name].weight for name in adapters],
+        scalings=[layer.scaling[name] for name in adapters],
+        segments=sample_segments(x, [index.get(name, -1) for name in names]),
+        bias=base.bias,
+        dropout_p=_dropout_p(layer, adapters[0]),
+        backend=layer.fused_lora_backend,
+    )
+
+
+def _named(layer: peft_lora.Linear, names: Sequence[str]) -> list[str]:
+    """Those of ``names`` that the layer has, each once; to PEFT the others are "__base__"."""
+    return [name for name in dict.fromkeys(names) if name in layer.lora_A]
+
+
 def _active(layer: peft_lora.Linear) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
@@ -122,10 +157,11 @@ def _fits(layer: peft_lora.Linear, x: object) -> bool:
     return x.dtype == layer.base_layer.weight.dtype or autocast_enabled(x.device)
 
 
-def obstacle(layer: peft_lora.Linear) -> str | None:
+def obstacle(layer: peft_lora.Linear, adapter_names: Sequence[str] | None = None) -> str | None:
     """Why this `peft.tuners.lora.Linear`, in its present state, goes to PEFT's own forward.
 
-    None if the fused path takes it.
+    None if the fused path takes it. ``adapter_names``: those of a mixed batch's samples, which then
+    count instead of the active ones.
     """
     if layer.disable_adapters:
         return "its adapters are disabled"
@@ -140,9 +176,20 @@ def obstacle(layer: peft_lora.Linear) -> str | None:
         return "its base weight requires a gradient"
     if is_hooked(base):
         return "its base layer has hooks"
-    adapters = _active(layer)
+    adapters = _active(layer) if adapter_names is None else _named(layer, adapter_names)
     if not adapters:
         return "none of its adapters is active"
+    if adapter_names is not None:
+        if torch.compiler.is_compiling():
+            return "torch.compile does not trace the fused call of a mixed batch"
+        if type(base.weight) is not nn.Parameter:
+            return f"its base weight is a {type(base.weight).__name__}"
+        if any(name in layer.lora_variant for name in adapters):
+            return "the batch mixes adapters with a variant of LoRA"
+        if any(layer.lora_B[name].bias is not None for name in adapters):
+            return "the batch mixes adapters with lora_bias"
+        if len({_dropout_p(layer, name) for name in adapters}) > 1:
+            return "the batch mixes adapters of different dropout"
     for name in adapters:
         if name in layer.lora_variant:
             why = _variant_obstacle(layer, name, adapters)
@@ -155,7 +202,7 @@ def obstacle(layer: peft_lora.Linear) -> str | None:
             return f"adapter {name!r} has a {type(dropout).__name__} for its dropout"
         if is_hooked(A) or is_hooked(B) or is_hooked(dropout):
             return f"adapter {name!r} has hooks"
-        if len(adapters) > 1 and _dropout_p(layer, name):
+        if adapter_names is None and len(adapters) > 1 and _dropout_p(layer, name):
             return "several adapters are active, each with a dropout mask of its own"
     return None
 

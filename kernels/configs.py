@@ -15,10 +15,12 @@ import torch
 
 from .device import DeviceInfo
 
-# Which product a configuration is for: the forms of gemm.py, grads.py, group.py, skinny.py and
-# persistent.py.
+# Which product a configuration is for: the forms of gemm.py, grads.py, group.py, skinny.py,
+# multi.py and persistent.py.
 TmaKind = Literal["tma_one_pass", "tma_second", "tma_produced"]
-Kind = Literal["one_pass", "second", "plain", "grad", "group", "skinny", TmaKind]
+Kind = Literal[
+    "one_pass", "second", "plain", "grad", "group", "skinny", "expand", "multi_grad", TmaKind
+]
 
 MAX_RANK = 512
 # Beyond it h's accumulator takes as much as y's, and the model prefers to make h first anyway.
@@ -126,7 +128,14 @@ _TMA_16BIT = (
     _tma(128, 128, num_warps=8, num_stages=4, SUBTILES=2, FLATTEN=True),
     _tma(128, 128, num_warps=4, num_stages=3, SUBTILES=4, programs_per_sm=2),
 )
+# y + h B: bound by memory, with few rows of one adapter side by side.
+_EXPAND_16BIT = (
+    TileConfig(32, 128, 64, num_warps=8, num_stages=2),
+    TileConfig(16, 128, 64, num_warps=8, num_stages=2),
+)
 _GRAD_16BIT = (TileConfig(128, 64, 64, num_warps=4, num_stages=3),)
+# Rows through `order` take registers too.
+_MULTI_GRAD_16BIT = (TileConfig(128, 64, 64, num_warps=8, num_stages=3),)
 _GRAD_32BIT = (TileConfig(64, 32, 32, num_warps=4, num_stages=3),)
 
 
@@ -136,14 +145,18 @@ def is_tma(kind: Kind) -> TypeGuard[TmaKind]:
 
 
 def _candidates(kind: Kind, itemsize: int) -> tuple[TileConfig, ...]:
-    if kind == "grad":
-        return _GRAD_16BIT if itemsize == 2 else _GRAD_32BIT
+    if kind in ("grad", "multi_grad"):
+        if itemsize == 4:
+            return _GRAD_32BIT
+        return _GRAD_16BIT if kind == "grad" else _MULTI_GRAD_16BIT
     if kind == "skinny":
         return _SKINNY_16BIT if itemsize == 2 else _SKINNY_32BIT
     if is_tma(kind):
         return _TMA_16BIT if itemsize == 2 else ()
     if itemsize == 4:
         return _GEMM_32BIT
+    if kind == "expand":
+        return _EXPAND_16BIT
     return _PLAIN_16BIT if kind == "plain" else _GEMM_16BIT
 
 
@@ -224,7 +237,7 @@ def ship(
 ) -> tuple[TileConfig, ...]:
     """The valid configurations for this kind of call, largest first; empty if there is none."""
     configs = _candidates(kind, itemsize)
-    if kind in ("plain", "grad"):  # the output is as wide as the rank
+    if kind in ("plain", "grad", "multi_grad"):  # the output is as wide as the rank
         configs = tuple(replace(c, BLOCK_N=min(c.BLOCK_N, padded(r))) for c in configs)
     return tuple(c for c in configs if is_valid(c, kind, r, itemsize, dropout, device, dora))
 
@@ -248,7 +261,7 @@ def choose_config(
     valid = ship(kind, r, itemsize, dropout, device, dora)
     if not valid:
         raise ValueError(f"no {kind} tile configuration takes rank {r} on {device}")
-    if kind == "grad":  # split over the reduction, so that one tile size fills any GPU
+    if kind in ("grad", "multi_grad"):  # split over the rows, so that one tile fills any GPU
         return valid[0]
     if kind == "skinny":  # likewise
         return next((c for c in valid if c.BLOCK_M >= M), valid[-1])

@@ -15,6 +15,9 @@ z_ptr, if given, gets x W + h B, which the gradient of c needs.
 
 Dropout (seed_ptr given) is on x in the plain form and on h B in the second form, so that each
 element of the mask is drawn once; in the one-pass form it would be drawn N / BLOCK_N times.
+
+Many adapters in one batch (pieces_ptr given, second form): tiles are ranges of positions, `order`
+says which row is at each, and the pieces which adapter's B multiplies which part of the tile's h.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ import triton.language as tl
 from .configs import TileConfig, padded
 from .device import device_guard
 from .dropout import Dropout
+from .pieces import MAX_BLOCK_R, add_pieces
+from .rows import AdapterTable, RowGroups
 from .tiles import add_product, grouped_tile, keep_mask
 
 GROUP_M = 8  # rows of tiles that run side by side and share W's tiles in L2
@@ -38,6 +43,14 @@ class ColumnScale(NamedTuple):
 
     scale: torch.Tensor  # c [N], fp32, contiguous
     z: torch.Tensor | None  # [M, N] in x's dtype, contiguous: where to put y before c and bias
+
+
+class Multi(NamedTuple):
+    """Many adapters' part of a call."""
+
+    rows: RowGroups
+    adapters: AdapterTable
+    use_A: bool  # h is multiplied by A [r, N]; else by B^T of B [N, r]
 
 
 @triton.jit(do_not_specialize=["scale", "threshold"])
@@ -52,6 +65,10 @@ def lora_gemm_kernel(
     col_scale_ptr,
     z_ptr,
     seed_ptr,
+    order_ptr,
+    pieces_ptr,
+    tile_first_ptr,
+    table_ptr,
     M,
     N,
     K,
@@ -76,6 +93,9 @@ def lora_gemm_kernel(
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    USE_A: tl.constexpr = False,
+    ALIGNED: tl.constexpr = False,
+    RANK_DIVISOR: tl.constexpr = 1,
 ):
     ONE_PASS: tl.constexpr = a_ptr is not None
     SECOND: tl.constexpr = a_ptr is None and h_ptr is not None
@@ -83,7 +103,13 @@ def lora_gemm_kernel(
     scale = tl.cast(scale, tl.float32)  # Inductor passes Python floats as fp64
 
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    positions = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_m = (positions < M)[:, None]
+    in_x = in_m
+    offs_m = positions
+    if order_ptr is not None:
+        offs_m = tl.load(order_ptr + positions, mask=positions < M, other=0)
+        in_x = tl.full([BLOCK_M, 1], True, tl.int1)  # beyond M, row 0 again, which is not stored
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     offs_r = tl.arange(0, BLOCK_R)
@@ -92,28 +118,48 @@ def lora_gemm_kernel(
     cols = offs_n.to(tl.int64)[None, :]
     ks = offs_k.to(tl.int64)
     ranks = offs_r.to(tl.int64)
-    in_m = (offs_m < M)[:, None]
     in_n = (offs_n < N)[None, :]
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if SECOND:
-        acc = add_product(
-            acc,
-            h_ptr,
-            b_ptr,
-            rows,
-            cols,
-            in_m,
-            in_n,
-            R,
-            stride_hm,
-            1,
-            stride_br,
-            stride_bn,
-            BLOCK_R,
-            False,
-            PRECISION,
-        )
+        if pieces_ptr is not None:
+            acc = add_pieces(
+                acc,
+                pieces_ptr,
+                tl.load(tile_first_ptr + pid_m),
+                tl.load(tile_first_ptr + pid_m + 1),
+                table_ptr,
+                b_ptr,
+                h_ptr,
+                positions,
+                cols,
+                in_n,
+                N,
+                stride_hm,
+                BLOCK_R,
+                USE_A,
+                ALIGNED,
+                RANK_DIVISOR,
+                PRECISION,
+            )
+        else:
+            acc = add_product(
+                acc,
+                h_ptr,
+                b_ptr,
+                rows,
+                cols,
+                in_m,
+                in_n,
+                R,
+                stride_hm,
+                1,
+                stride_br,
+                stride_bn,
+                BLOCK_R,
+                False,
+                PRECISION,
+            )
         if seed_ptr is not None:
             # Before the K loop: the accumulator starts as D o (h B) and needs no second one.
             keep = keep_mask(
@@ -131,7 +177,7 @@ def lora_gemm_kernel(
         step_a = tl.cast(stride_ak, tl.int64) * BLOCK_K
     for k in range(0, K, BLOCK_K):
         in_k = offs_k < (BLOCK_K if EVEN_K else K - k)
-        x = tl.load(x_ptrs, mask=in_m & in_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        x = tl.load(x_ptrs, mask=in_x & in_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         w = tl.load(w_ptrs, mask=in_k[:, None] & in_n, other=0.0)  # [BLOCK_K, BLOCK_N]
         if not SECOND and seed_ptr is not None:
             keep = keep_mask(tl.load(seed_ptr), threshold, offs_m, k, BLOCK_M, BLOCK_K)
@@ -178,6 +224,7 @@ def _launch(
     dropout: Dropout | None = None,
     dora: ColumnScale | None = None,
     out: torch.Tensor | None = None,  # [M, N], its rows contiguous
+    multi: Multi | None = None,  # then b is there for its dtype
 ) -> torch.Tensor:
     (M, K), N = x.shape, w.shape[1]
     R = b.shape[0] if b is not None else 1
@@ -185,6 +232,10 @@ def _launch(
     if M == 0 or N == 0:
         return y
     BLOCK_R = padded(R) if a is not None else min(padded(R), config.BLOCK_K)
+    pieces = None
+    if multi:
+        pieces = multi.rows.pieces(config.BLOCK_M)
+        BLOCK_R = min(padded(multi.adapters.max_rank), config.BLOCK_K, MAX_BLOCK_R)
     grid = (-(-M // config.BLOCK_M) * -(-N // config.BLOCK_N),)  # triton.cdiv costs 1 us a call
     with device_guard(x.device):
         lora_gemm_kernel[grid](
@@ -198,6 +249,10 @@ def _launch(
             dora.scale if dora else None,
             dora.z if dora else None,
             dropout.seed if dropout else None,
+            multi.rows.order if multi else None,
+            pieces.table if pieces else None,
+            pieces.tile_first if pieces else None,
+            multi.adapters.entries if multi else None,
             M,
             N,
             K,
@@ -215,6 +270,7 @@ def _launch(
             GROUP_M=GROUP_M,
             EVEN_K=K % config.BLOCK_K == 0,
             PRECISION=dot_precision(x.dtype),
+            **(multi.adapters.meta(multi.use_A) if multi else {}),
             **config.meta(),
         )
     return y
@@ -261,6 +317,22 @@ def gemm_add_lora(
     """y = x w + D o (h b) + bias; h [M, R] in x's dtype, its rows contiguous, the rest as above."""
     scale = dropout.keep_scale if dropout else 1.0
     return _launch(config, x, w, bias=bias, h=h, b=b, scale=scale, dropout=dropout, dora=dora)
+
+
+def gemm_add_multi(
+    config: TileConfig,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    h: torch.Tensor,
+    multi: Multi,
+    *,
+    bias: torch.Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> torch.Tensor:
+    """y = x w + D o (h b) + bias with each row's own b; h [M, max r] has positions for rows."""
+    b = (multi.adapters.lora_As if multi.use_A else multi.adapters.lora_Bs)[0]
+    scale = dropout.keep_scale if dropout else 1.0
+    return _launch(config, x, w, bias=bias, h=h, b=b, scale=scale, dropout=dropout, multi=multi)
 
 
 def gemm_scaled(

@@ -109,7 +109,7 @@ def _assert_shape_and_value(got, exact):
 def test_every_rank_has_a_configuration_on_every_gpu(capability, itemsize, dropout):
     device = DeviceInfo(capability, num_sms=100, shared_memory=SHARED_MEMORY[capability])
     for r in (1, 16, 17, 64, 65, configs.MAX_RANK):
-        for kind in ("second", "plain", "grad", "group"):
+        for kind in ("second", "plain", "grad", "group", "expand", "multi_grad"):
             assert configs.ship(kind, r, itemsize, dropout, device)
     assert configs.ship("one_pass", 16, itemsize, False, device)
 

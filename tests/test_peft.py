@@ -229,13 +229,150 @@ def test_state_is_looked_at_on_each_call(calls):
     assert same() == 2
 
 
-def test_adapter_names_go_to_peft(calls):
-    model, x = _model(adapters=2, target_modules=["up", "down"]).eval(), torch.randn(3, 12)
-    names = ["default", "__base__", "other1"]
+@pytest.fixture
+def mixed(monkeypatch):
+    """How many layers took the fused path with a mixed batch since the last look."""
+    seen = []
+    real = fused_peft.lora_linear_multi
+    monkeypatch.setattr(
+        fused_peft, "lora_linear_multi", lambda *a, **k: seen.append(k["segments"]) or real(*a, **k)
+    )
+    return seen
+
+
+MIXED = ["other1", "__base__", "default", "other1", "other2", "default"]
+
+
+@pytest.mark.parametrize("shape", [(6, 12), (6, 5, 12), (6, 2, 3, 12)])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_multi_mixed_batches_are_pefts(mixed, shape, rslora):
+    model = _model(adapters=3, use_rslora=rslora).double().eval()
+    for parameter in model.parameters():  # PEFT trains the active adapter alone
+        parameter.requires_grad_("lora_" in _name_of(model, parameter))
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    def outputs():
+        model.zero_grad()
+        x.grad = None
+        y = model(x, adapter_names=MIXED)
+        y.square().sum().backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        return {"y": y.detach(), "dx": x.grad} | grads
+
+    expected = outputs()
+    fuse(model)
+    _assert_same(outputs(), expected, rtol=1e-9, atol=1e-9)
+    assert len(mixed) == 3
+
+
+def _name_of(model, parameter):
+    return next(name for name, p in model.named_parameters() if p is parameter)
+
+
+def test_multi_mixed_batches_through_the_kernels(device, mixed):
+    model = _model(adapters=3, target_modules=["up", "down"]).eval().to(device)
+    x = torch.randn(6, 3, 12, device=device)
+    expected = model(x, adapter_names=MIXED)
+    fuse(model, backend="triton")
+    torch.testing.assert_close(model(x, adapter_names=MIXED), expected, rtol=1e-4, atol=1e-4)
+    assert len(mixed) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_multi_mixed_batches_with_fp32_adapters_over_a_half_base(mixed, dtype):
+    model = _model(adapters=3, base_dtype=dtype, target_modules=["up", "down"]).eval()
+    x = torch.randn(6, 12, dtype=dtype)
+    expected = model(x, adapter_names=MIXED)
+    fuse(model)
+    y = model(x, adapter_names=MIXED)
+    assert y.dtype == expected.dtype
+    tolerance = 20 * torch.finfo(dtype).eps
+    atol = tolerance * expected.abs().max().item()
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=atol)
+    assert len(mixed) == 2
+
+
+def test_multi_adapters_that_only_some_layers_have(mixed):
+    model = _model(adapters=2, target_modules=["up", "down"]).eval()
+    model.add_adapter("third", peft.LoraConfig(r=2, target_modules=["down"]))
+    names = ["third", "default", "third", "__base__", "other1", "third"]
+    x = torch.randn(6, 12)
     expected = model(x, adapter_names=names)
     fuse(model)
     torch.testing.assert_close(model(x, adapter_names=names), expected)
-    assert calls == []
+    assert len(mixed) == 2
+    every = ["third"] * 6  # then `up` has nothing to add: PEFT's forward does it
+    unfused = model.base_model.model.up
+    assert fused_peft.obstacle(unfused, every) == "none of its adapters is active"
+    model(x, adapter_names=every)
+    assert len(mixed) == 3
+
+
+def _lora_bias(model):
+    B = model.base_model.model.up.lora_B["other1"]
+    B.bias = nn.Parameter(torch.randn(B.out_features))
+
+
+def _other_dropout(model):
+    model.base_model.model.up.lora_dropout["other1"] = nn.Dropout(0.5).train()
+
+
+def _merged(model):
+    model.merge_adapter()
+
+
+def _disabled(model):
+    model.base_model.model.up.enable_adapters(False)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (_lora_bias, "the batch mixes adapters with lora_bias"),
+        (_other_dropout, "the batch mixes adapters of different dropout"),
+        (_disabled, "its adapters are disabled"),
+        (_merged, "its adapters are merged"),
+    ],
+    ids=lambda p: getattr(p, "__name__", ""),
+)
+def test_multi_mixed_batches_that_go_to_peft(mixed, change, why):
+    model = _model(adapters=3, target_modules=["up", "down"]).eval()
+    fuse(model)
+    change(model)
+    layer = model.base_model.model.up
+    assert fused_peft.obstacle(layer, MIXED) == why
+    x = torch.randn(6, 12)
+    if change is _merged:
+        with pytest.raises(ValueError, match="when there are merged adapters"):
+            layer(x, adapter_names=MIXED)
+        return
+    torch.manual_seed(0)
+    y = layer(x, adapter_names=MIXED)
+    assert mixed == []
+    unfuse(model)
+    torch.manual_seed(0)
+    if change is not _other_dropout:  # PEFT goes through a set of names, in any order
+        assert torch.equal(layer(x, adapter_names=MIXED), y)
+
+
+def test_multi_mixed_batches_under_compile_are_pefts(mixed):
+    model = _model(adapters=3, target_modules=["up", "down"]).eval()
+    x = torch.randn(6, 12)
+    expected = model(x, adapter_names=MIXED)
+    fuse(model)
+    layer = torch.compile(model.base_model.model.up, backend="eager")
+    torch.testing.assert_close(
+        layer(x, adapter_names=MIXED), model.base_model.model.up(x, adapter_names=MIXED)
+    )
+    assert len(mixed) == 1
+    torch.testing.assert_close(model(x, adapter_names=MIXED), expected)
+
+
+def test_multi_mixed_batches_of_a_wrong_length_raise_pefts_error():
+    model = _model(adapters=3, target_modules=["up", "down"]).eval()
+    fuse(model)
+    with pytest.raises(ValueError, match="Length of `adapter_names` should be the same"):
+        model(torch.randn(5, 12), adapter_names=MIXED)
 
 
 @pytest.mark.parametrize("use_dora", [False, True])

@@ -1,0 +1,322 @@
+"""`lora_linear_multi`: one frozen weight, many adapters, each row of the batch with its own."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import multi_backends
+from .dispatch import (
+    Backend,
+    Call,
+    Explanation,
+    _facts,
+    ceilings,
+    checked_call,
+    explain_call,
+    plan,
+    transposed,
+)
+from .functional import _autocast, _check_options, _distributed, _draw_seed
+from .kernels.configs import padded
+from .kernels.device import device_info
+from .kernels.dropout import Dropout, dropout_threshold
+from .kernels.rows import RowGroups
+from .multi_backends import Adapted, MultiPlan, Strategy
+from .multi_rows import Segments, row_groups
+
+_LAUNCH = 4e-6  # seconds that another, dependent launch adds: an estimate
+# A piece's product waits for its loads, which the GEMM's K loop does not.
+_UNPIPELINED = 3
+_TILE_M = 128
+EXPAND_ROWS = 256  # up to here y is nothing beside the weight, and the GEMM cannot fill a GPU
+
+
+class LoRALinearMultiFunction(torch.autograd.Function):
+    """`LoRALinearFunction` with each row's own adapter: x [..., K] -> y [..., N].
+
+    Saves x, h [M, max r], the weights and the dropout seed. Gradients for x, the bias and every
+    adapter that needs one, the same bit for bit in every run.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scalings: tuple[float, ...],
+        seed: Tensor | None,
+        threshold: int,
+        rows: RowGroups,
+        plan: MultiPlan,
+        *adapters: Tensor,
+    ) -> Tensor:
+        """``adapters``: every A, then every B."""
+        number = len(scalings)
+        dropout = None if seed is None else Dropout(seed, threshold)
+        layer = Adapted(weight, adapters[:number], adapters[number:], scalings, dropout, rows)
+        needs_A = any(ctx.needs_input_grad[8 : 8 + number])
+        needs_B = any(ctx.needs_input_grad[8 + number :])
+        y, h = multi_backends.forward(x, layer, bias, plan, need_h=needs_B)
+        needs_mask = ctx.needs_input_grad[0] or needs_A
+        ctx.save_for_backward(
+            x if needs_A else None,
+            weight,
+            h,
+            seed if needs_mask else None,
+            *adapters,
+        )
+        ctx.scalings, ctx.threshold, ctx.rows, ctx.plan = scalings, threshold, rows, plan
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients in the order of forward's arguments."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "lora_linear_multi: its gradients cannot be differentiated again "
+                "(create_graph=True)"
+            )
+        x, weight, h, seed, *adapters = ctx.saved_tensors
+        number = len(ctx.scalings)
+        dropout = None if seed is None else Dropout(seed, ctx.threshold)
+        layer = Adapted(
+            weight, adapters[:number], adapters[number:], ctx.scalings, dropout, ctx.rows
+        )
+        need = ctx.needs_input_grad
+        dx, dAs, dBs = multi_backends.backward(g, x, layer, h, ctx.plan, need_dx=need[0])
+        dbias = g.sum_to_size(g.shape[-1:]) if need[2] else None
+        gradients = (
+            grad if needed else None for grad, needed in zip((*dAs, *dBs), need[8:], strict=True)
+        )
+        return dx, None, dbias, *[None] * 5, *gradients
+
+
+def lora_linear_multi(
+    x: Tensor,
+    weight: Tensor,
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    *,
+    scalings: float | Sequence[float],
+    adapter_indices: Tensor | Sequence[int] | None = None,
+    segments: Segments | None = None,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    backend: Backend = "auto",
+) -> Tensor:
+    """y = x W0^T + bias + scaling_i * (D o x) A_i^T B_i^T, with i the adapter of each row of x.
+
+    Equal to calling `lora_linear` once for each adapter with the same dropout mask and taking each
+    row from its own; the base product is made once, no row is padded, and no adapter is copied.
+
+    Args:
+        x, weight, bias, dropout_p, backend: as for `lora_linear`. M is the number of rows of x.
+        lora_As, lora_Bs: adapters [r_i, K] and [N, r_i], of any ranks. The kernels want all A's
+            in one dtype, and all B's.
+        scalings: one for all adapters, or one for each.
+        adapter_indices: the index of each row's adapter, -1 for none: integers [M], or a tensor
+            of x's shape without its last dimension. A tensor on the GPU is waited for once, to
+            check its values (again if it is changed), and not under CUDA graph capture.
+        segments: instead of indices, (index, rows) for each stretch of rows, as in a batch of
+            packed sequences; index -1 for none. Nothing waits for the GPU. Tables of segments and
+            adapters are made at their first call, which CUDA graph capture therefore must not be.
+
+    Returns:
+        y [..., N] in x's dtype, contiguous. The gradient of an adapter without rows is zero.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, shape, dtype, device or range.
+        RuntimeError: ``backend="triton"`` where the kernels cannot run; under torch.compile.
+    """
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "lora_linear_multi: is not traced by torch.compile yet; call it from a function under "
+            "torch.compiler.disable"
+        )
+    x, bias, layer, _, chosen = _checked(
+        x, weight, lora_As, lora_Bs, scalings, adapter_indices, segments, bias, dropout_p, backend
+    )
+    threshold = dropout_threshold(dropout_p)
+    seed = _draw_seed(x.device) if threshold else None
+    tensors = (x, bias, *layer.lora_As, *layer.lora_Bs)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        trained: Tensor = LoRALinearMultiFunction.apply(
+            x,
+            layer.weight,
+            bias,
+            layer.scalings,
+            seed,
+            threshold,
+            layer.rows,
+            chosen,
+            *layer.lora_As,
+            *layer.lora_Bs,
+        )
+        return trained
+    # Hundreds of adapters on their way through autograd would cost more than a decoding step.
+    if seed is not None:
+        layer = layer._replace(dropout=Dropout(seed, threshold))
+    return multi_backends.forward(x, layer, bias, chosen, need_h=False)[0]
+
+
+def explain_multi(
+    x: Tensor,
+    weight: Tensor,
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    *,
+    scalings: float | Sequence[float] = 1.0,
+    adapter_indices: Tensor | Sequence[int] | None = None,
+    segments: Segments | None = None,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    backend: Backend = "auto",
+) -> Explanation:
+    """Which backend and strategy `lora_linear_multi` takes for these arguments, and why.
+
+    Takes and raises what it does; computes nothing.
+    """
+    _, _, layer, call, chosen = _checked(
+        x, weight, lora_As, lora_Bs, scalings, adapter_indices, segments, bias, dropout_p, backend
+    )
+    if chosen.backend == "torch":
+        mixed = _mixed_dtypes(layer) if backend != "torch" else None
+        why = f"not taken: {mixed}"
+        reasons = {"triton": why} if mixed else dict(explain_call(call, backend, ()).reasons)
+        reasons["library"] = "taken: F.linear, then a product for each adapter added in place"
+        return Explanation(chosen.backend, chosen.strategy, chosen.strategy_dx, reasons)
+    reasons = {"torch": "not taken: the kernels take this call"}
+    for strategy, extra in predicted_extra(call, layer.rows.num_groups).items():
+        verdict = "taken" if strategy == chosen.strategy else "not taken"
+        reasons[strategy] = (
+            f"{verdict}: predicted extra cost over the base GEMM {extra:.1%} "
+            "(a model, not a measurement)"
+        )
+    return Explanation(chosen.backend, chosen.strategy, chosen.strategy_dx, reasons)
+
+
+def predicted_extra(call: Call, groups: int) -> dict[Strategy, float]:
+    """Cost of adding h B as a fraction of the base GEMM's time; making h costs both the same.
+
+    split    each piece of a tile is r_pad / K of the GEMM, and its loads are waited for
+    expand   one more read and write of y, and one more launch
+    """
+    flops, bandwidth = ceilings(device_info(call.device))
+    gemm = 2 * call.M * call.N * call.K / flops
+    if gemm == 0:
+        return {"split": 0.0, "expand": 0.0}
+    tiles = -(-call.M // _TILE_M)
+    pieces_per_tile = (tiles + groups) / tiles
+    touch_y = 2 * call.dtype.itemsize * call.M * call.N / bandwidth
+    return {
+        "split": _UNPIPELINED * pieces_per_tile * padded(call.r) / call.K,
+        "expand": (touch_y + _LAUNCH) / gemm,
+    }
+
+
+def _strategy(call: Call, groups: int) -> Strategy:
+    if call.M <= EXPAND_ROWS:
+        return "expand"
+    extra = predicted_extra(call, groups)
+    return min(extra, key=extra.__getitem__)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_multi(call: Call, groups: int, backend: Backend) -> MultiPlan:
+    """The decision for a batch with this many adapters in it, "none" being one."""
+    chosen = plan(call, backend)
+    if chosen.backend == "torch":
+        return MultiPlan("torch", "library", "library")
+    return MultiPlan("triton", _strategy(call, groups), _strategy(transposed(call), groups))
+
+
+def _mixed_dtypes(layer: Adapted) -> str | None:
+    for name, tensors in (("lora_As", layer.lora_As), ("lora_Bs", layer.lora_Bs)):
+        dtypes = {t.dtype for t in tensors}
+        if len(dtypes) > 1:
+            got = " and ".join(sorted(map(str, dtypes)))
+            return f"{name}: got {got}, wanted one dtype for all"
+    return None
+
+
+def _checked(
+    x: Tensor,
+    weight: Tensor,
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: float | Sequence[float],
+    adapter_indices: Tensor | Sequence[int] | None,
+    segments: Segments | None,
+    bias: Tensor | None,
+    dropout_p: float,
+    backend: Backend,
+) -> tuple[Tensor, Tensor | None, Adapted, Call, MultiPlan]:
+    """x and bias as autocast would have them, the layer without its dropout, and the decision."""
+    for name, tensors in (("lora_As", lora_As), ("lora_Bs", lora_Bs)):
+        if not isinstance(tensors, (list, tuple)):
+            raise TypeError(f"{name}: got {type(tensors).__name__}, wanted a list of tensors")
+    number = len(lora_As)
+    if number == 0 or len(lora_Bs) != number:
+        raise ValueError(
+            f"lora_As, lora_Bs: got {number} and {len(lora_Bs)} adapters, wanted as many of both "
+            "and at least 1"
+        )
+    scales: tuple[Any, ...]
+    scales = tuple(scalings) if isinstance(scalings, (list, tuple)) else (scalings,) * number
+    if len(scales) != number:
+        raise ValueError(f"scalings: got {len(scales)}, wanted one for each of {number} adapters")
+    for scaling in {*scales}:
+        _check_options(weight, scaling, dropout_p, backend)
+    x, weight, bias = _autocast(x, weight, bias)
+    if _distributed():
+        from . import parallel
+
+        if parallel.has_dtensor(x, weight, bias, *lora_As, *lora_Bs):
+            raise TypeError("lora_linear_multi: got DTensors, wanted plain tensors")
+    call = _checked_tensors(x, weight, lora_As, lora_Bs, bias, dropout_threshold(dropout_p) > 0)
+    rows = row_groups(x.shape[:-1], x.device, number, adapter_indices, segments)
+    layer = Adapted(weight, lora_As, lora_Bs, tuple(map(float, scales)), None, rows)
+    if backend != "torch" and (mixed := _mixed_dtypes(layer)):
+        if backend == "triton":
+            raise TypeError(f'backend="triton" cannot take this call: {mixed}')
+        backend = "torch"
+    return x, bias, layer, call, plan_multi(call, rows.num_groups, backend)
+
+
+def _checked_tensors(
+    x: Tensor,
+    weight: Tensor,
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    bias: Tensor | None,
+    dropout: bool,
+) -> Call:
+    """The call as its largest adapter alone would be; each kind of adapter is checked once."""
+    kinds: dict[tuple[object, ...], int] = {}
+    for i, (A, B) in enumerate(zip(lora_As, lora_Bs, strict=True)):
+        if isinstance(A, Tensor) and isinstance(B, Tensor):
+            kind: tuple[object, ...] = (*_facts(A), *_facts(B))
+        else:
+            kind = (i,)  # for the checks to refuse
+        kinds.setdefault(kind, i)
+    largest: Call | None = None
+    plain = True
+    for i in kinds.values():
+        try:
+            call = checked_call(x, weight, lora_As[i], lora_Bs[i], bias, dropout)
+        except (TypeError, ValueError) as error:
+            message = re.sub(r"\b(lora_[AB])\b", rf"\1s[{i}]", str(error))
+            raise type(error)(message) from None
+        plain = plain and call.plain_tensors
+        if largest is None or call.r > largest.r:
+            largest = call
+    assert largest is not None
+    return replace(largest, plain_tensors=plain)

@@ -1,0 +1,83 @@
+"""``@triton.jit`` helpers for rows with adapters of their own: the tables of rows.py, read."""
+
+import triton
+import triton.language as tl
+
+from .tiles import add_product
+
+MAX_BLOCK_R = 16  # of a GEMM tile's pieces: at 32, fp32 adapters cost large tiles' last registers
+
+
+@triton.jit
+def load_piece(pieces_ptr, piece):
+    """Adapter, first position and last position + 1 of a piece."""
+    entry = pieces_ptr + piece * 3
+    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+
+
+@triton.jit
+def load_adapter(
+    table_ptr,
+    like_ptr,  # any adapter's tensor: the dtype
+    adapter,
+    width,
+    USE_A: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    RANK_DIVISOR: tl.constexpr,
+):
+    """A [r, width] or B [width, r]: its address, r, and its strides along r and along width."""
+    entry = table_ptr + adapter * 4
+    address = tl.load(entry if USE_A else entry + 1).to(like_ptr.dtype)
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+    rank = tl.multiple_of(tl.load(entry + 2).to(tl.int32), RANK_DIVISOR)
+    return address, rank, width if USE_A else 1, 1 if USE_A else rank
+
+
+@triton.jit
+def add_pieces(
+    acc,
+    pieces_ptr,
+    first_piece,
+    last_piece,
+    table_ptr,
+    like_ptr,
+    h_ptr,
+    positions,
+    cols,
+    in_n,
+    N,
+    stride_hm,
+    BLOCK_R: tl.constexpr,
+    USE_A: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    RANK_DIVISOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc + h B for one tile, each piece of it with its own adapter's B^T (USE_A: A)."""
+    rows = positions.to(tl.int64)[:, None]
+    for piece in range(first_piece, last_piece):
+        adapter, first, last = load_piece(pieces_ptr, piece)
+        if adapter >= 0 and first < last:
+            b_ptr, rank, stride_br, stride_bn = load_adapter(
+                table_ptr, like_ptr, adapter, N, USE_A, ALIGNED, RANK_DIVISOR
+            )
+            acc = add_product(
+                acc,
+                h_ptr,
+                b_ptr,
+                rows,
+                cols,
+                ((positions >= first) & (positions < last))[:, None],
+                in_n,
+                rank,
+                stride_hm,
+                1,
+                stride_br,
+                stride_bn,
+                BLOCK_R,
+                False,
+                PRECISION,
+                NUM_STAGES=1,  # one step at most ranks: nothing to overlap
+            )
+    return acc

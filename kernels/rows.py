@@ -1,0 +1,190 @@
+"""Rows that take different adapters: which tile has which of them, and where each adapter lies.
+
+Rows are visited in an order in which those of one adapter are together; a row's place in it is its
+position. A piece is a range of positions within one tile of BLOCK rows and of one adapter: a tile
+that straddles adapters has several, and no row is padded or copied. There are at most
+cdiv(M, BLOCK) + groups pieces, so that their table has a size the host knows even where the
+indices are on the GPU, and nothing waits for them.
+
+Adapters are read where they lie, through a table of their addresses: stacking them would read and
+write all of them in each call, of which a decoding step is little more than reading those that its
+rows have. The table depends on addresses, ranks and scalings alone and is kept between calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+Run = tuple[int, int]  # an adapter's index, -1 for none, and how many rows in a row take it
+
+
+def _upload(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device that the host does not wait for."""
+    if device.type == "cuda":
+        table = table.pin_memory()
+    return table.to(device, non_blocking=True)
+
+
+class Pieces(NamedTuple):
+    """The pieces of tiles of one size."""
+
+    table: torch.Tensor  # int32 [P, 3]: adapter (-1: none), first position, last position + 1
+    tile_first: torch.Tensor  # int32 [tiles + 1]: tile t has pieces tile_first[t] up to the next
+    group_first: torch.Tensor  # int32 [groups + 1]: likewise for the groups
+
+
+@dataclass(frozen=True, eq=False)
+class RowGroups:
+    """The rows of each adapter. All tensors are int32 and on x's device."""
+
+    M: int
+    order: torch.Tensor | None  # [M]: the row at each position; None: its own
+    adapters: torch.Tensor  # [groups]: an adapter's index or -1, each once
+    offsets: torch.Tensor  # [groups + 1]: the first position of each group, and M
+    on_host: tuple[torch.Tensor, torch.Tensor] | None  # both on the CPU, where they are known
+    _pieces: dict[int, Pieces] = field(default_factory=dict)
+
+    @property
+    def num_groups(self) -> int:
+        """How many adapters there are at most, "none" being one."""
+        return len(self.adapters)
+
+    def spans(self) -> list[tuple[int, int, int]]:
+        """(adapter, first position, last + 1) of every adapter with rows; waits for the GPU."""
+        adapters, offsets = self.on_host or (self.adapters.cpu(), self.offsets.cpu())
+        ends = offsets.tolist()
+        spans = zip(adapters.tolist(), ends[:-1], ends[1:], strict=True)
+        return [span for span in spans if span[0] >= 0 and span[1] < span[2]]
+
+    def rows(self, first: int, last: int) -> slice | torch.Tensor:
+        """The rows at a range of positions, as an index."""
+        return slice(first, last) if self.order is None else self.order[first:last]
+
+    def pieces(self, block: int) -> Pieces:
+        """The pieces of tiles of ``block`` rows; made once."""
+        if block not in self._pieces:
+            if self.on_host is None:
+                made = _cut(self.M, block, self.adapters, self.offsets, keep_empty=True)
+            else:
+                made = _cut(self.M, block, *self.on_host, keep_empty=False)
+                made = Pieces(*(_upload(t, self.offsets.device) for t in made))
+            self._pieces[block] = made
+        return self._pieces[block]
+
+
+def _cut(
+    M: int, block: int, adapters: torch.Tensor, offsets: torch.Tensor, *, keep_empty: bool
+) -> Pieces:
+    device = offsets.device
+    tiles = torch.arange(0, M, block, dtype=torch.int32, device=device)
+    end = torch.full((1,), M, dtype=torch.int32, device=device)
+    starts = torch.cat((tiles, offsets[:-1])).sort().values
+    stops = torch.cat((starts, end))[1:]
+    groups = torch.searchsorted(offsets, starts, right=True) - 1
+    table = torch.stack((adapters[groups.clamp_(max=len(adapters) - 1)], starts, stops), dim=1)
+    if not keep_empty:  # on a GPU they are kept: how many there are isn't known here
+        table = table[(table[:, 0] >= 0) & (starts < stops)]
+        starts = table[:, 1].contiguous()
+    tile_first = torch.searchsorted(starts, torch.cat((tiles, end)), out_int32=True)
+    group_first = torch.searchsorted(starts, offsets, out_int32=True)
+    return Pieces(table.contiguous(), tile_first, group_first)
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream's handle: a table is kept for the stream that its copy is in order on."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def groups_of_runs(runs: tuple[Run, ...], device: torch.device) -> RowGroups:
+    """The groups of rows that the host knows; kept, since every layer of a model asks for them."""
+    return _groups_of_runs(runs, device, stream_of(device))
+
+
+@functools.lru_cache(maxsize=512)
+def _groups_of_runs(runs: tuple[Run, ...], device: torch.device, stream: int) -> RowGroups:
+    totals: dict[int, int] = {}  # in order of appearance, so that sorting moves as little as it can
+    for adapter, rows in runs:
+        totals[adapter] = totals.get(adapter, 0) + rows
+    rank = {adapter: i for i, adapter in enumerate(totals)}
+    keys = [rank[adapter] for adapter, _ in runs]
+    order = None
+    if keys != sorted(keys):
+        lengths = torch.tensor([rows for _, rows in runs])
+        of_rows = torch.tensor(keys).repeat_interleave(lengths)
+        order = _upload(of_rows.argsort(stable=True).int(), device)
+    adapters = torch.tensor(list(totals), dtype=torch.int32)
+    offsets = torch.tensor([0, *totals.values()], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return RowGroups(
+        M=int(offsets[-1]),
+        order=order,
+        adapters=_upload(adapters, device),
+        offsets=_upload(offsets, device),
+        on_host=(adapters, offsets),
+    )
+
+
+def groups_of_indices(indices: torch.Tensor, num_adapters: int) -> RowGroups:
+    """The groups of rows by an integer tensor [M] on the GPU, -1 for none, without a wait."""
+    ordered, order = indices.to(torch.int32).sort(stable=True)
+    adapters = torch.arange(-1, num_adapters, dtype=torch.int32, device=indices.device)
+    end = torch.full((1,), len(indices), dtype=torch.int32, device=indices.device)
+    offsets = torch.cat((torch.searchsorted(ordered, adapters, out_int32=True), end))
+    return RowGroups(len(indices), order.int(), adapters, offsets, on_host=None)
+
+
+class AdapterTable(NamedTuple):
+    """Adapters A_i [r_i, K] and B_i [N, r_i], contiguous, for kernels that look them up."""
+
+    entries: torch.Tensor  # int64 [adapters, 4]: addresses of A and B, rank, ranks before it
+    scalings: torch.Tensor  # fp32 [adapters]
+    lora_As: Sequence[torch.Tensor]  # all of one dtype; kept, since the table has addresses only
+    lora_Bs: Sequence[torch.Tensor]
+    max_rank: int
+    total_rank: int
+    aligned: bool  # every address is a multiple of 16 bytes
+    rank_divisor: int  # of all ranks, at most 16
+
+    def meta(self, use_A: bool) -> dict[str, int | bool]:
+        """What `load_adapter` is compiled for."""
+        return {"USE_A": use_A, "ALIGNED": self.aligned, "RANK_DIVISOR": self.rank_divisor}
+
+
+@functools.lru_cache(maxsize=4096)
+def _entries(
+    addresses: tuple[int, ...],  # of every A, then of every B
+    ranks: tuple[int, ...],
+    scalings: tuple[float, ...],
+    device: torch.device,
+    stream: int,
+) -> tuple[torch.Tensor, torch.Tensor, bool, int]:
+    number = len(ranks)
+    rank = torch.tensor(ranks)
+    pointers = torch.tensor(addresses).view(2, number)
+    entries = torch.stack((pointers[0], pointers[1], rank, rank.cumsum(0) - rank), dim=1)
+    return (
+        _upload(entries, device),
+        _upload(torch.tensor(scalings, dtype=torch.float32), device),
+        all(address % 16 == 0 for address in addresses),
+        math.gcd(16, *ranks),
+    )
+
+
+def adapter_table(
+    lora_As: Sequence[torch.Tensor], lora_Bs: Sequence[torch.Tensor], scalings: Sequence[float]
+) -> AdapterTable:
+    """The table of these adapters; those that are not contiguous are copied."""
+    lora_As = [a.contiguous() for a in lora_As]
+    lora_Bs = [b.contiguous() for b in lora_Bs]
+    ranks = tuple(a.shape[0] for a in lora_As)
+    addresses = (*map(torch.Tensor.data_ptr, lora_As), *map(torch.Tensor.data_ptr, lora_Bs))
+    device = lora_As[0].device
+    entries, scales, aligned, divisor = _entries(
+        addresses, ranks, tuple(scalings), device, stream_of(device)
+    )
+    return AdapterTable(entries, scales, lora_As, lora_Bs, max(ranks), sum(ranks), aligned, divisor)
