@@ -145,7 +145,7 @@ def lora_linear_multi(
         x, weight, lora_As, lora_Bs, scalings, adapter_indices, segments, bias, dropout_p, backend
     )
     threshold = dropout_threshold(dropout_p)
-    seed = _draw_seed(x.device) if threshold else None
+    seed = _draw_seed(x.device, backend) if threshold else None
     tensors = (x, bias, *layer.lora_As, *layer.lora_Bs)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         trained: Tensor = LoRALinearMultiFunction.apply(
