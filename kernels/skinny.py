@@ -262,6 +262,6 @@ def skinny(
             BLOCK_N=SUM_BLOCK_N,
             CHUNK_R=min(padded(R), 64),
             PRECISION=precision,
-            num_warps=4,
+            num_warps=config.num_warps,
         )
     return y, h
