@@ -161,14 +161,13 @@ def test_kernels_run_under_a_fused_model(device, launches):
 def test_fp32_adapters_over_a_half_base(calls, dtype, use_dora):
     model = _model(base_dtype=dtype, target_modules=["up", "down"], use_dora=use_dora)
     assert model.base_model.model.up.lora_A["default"].weight.dtype == torch.float32
-    x = torch.randn(5, 12, dtype=dtype)
-    expected = _outputs(model, x)
+    x = torch.randn(50, 12, dtype=dtype)
+    exact = _outputs(copy.deepcopy(model).double(), x.double())
     fuse(model)
-    eps = torch.finfo(dtype).eps
-    got = _outputs(model, x)
-    _assert_same(
-        got, expected, rtol=20 * eps, atol=20 * eps * expected["y"].abs().max().item() ** 2
-    )
+    for name, tensor in _outputs(model, x).items():
+        # Several roundings to the dtype, of every element, on the way through two layers.
+        error = (tensor.double() - exact[name]).norm() / exact[name].norm()
+        assert error < 4 * torch.finfo(dtype).eps, name
     assert len(calls) == 2
 
 
