@@ -350,6 +350,7 @@ class FusedLoRALinear(nn.Module):
         if not self.merged:
             return
         if self._before_merge:
+            del self.weight  # a parameter's name is not given to a module
             self.weight = self._before_merge[0].to(self.lora_A.device)
             self._before_merge, self.merged = (), False
             return
