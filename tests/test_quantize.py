@@ -495,6 +495,84 @@ def test_int8_layer_of_torchao(name):
     torch.testing.assert_close(model[0].weight.dequantize(), values)
 
 
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """How many of PEFT's layers took the fused path."""
+    pytest.importorskip("peft")
+    import fused_lora.peft as fused_peft
+
+    seen = []
+    real = fused_peft.lora_linear
+    monkeypatch.setattr(
+        fused_peft, "lora_linear", lambda *a, **k: seen.append(a[1].layout.format) or real(*a, **k)
+    )
+    return seen
+
+
+def _peft_model(kind, **config):
+    bnb = pytest.importorskip("bitsandbytes")
+    peft = pytest.importorskip("peft")
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            if kind == "int8":
+                self.up = bnb.nn.Linear8bitLt(128, 64, has_fp16_weights=False)
+            else:
+                self.up = bnb.nn.Linear4bit(128, 64, quant_type=kind)
+
+        def forward(self, x):
+            return self.up(x)
+
+    net = Net().to("cpu")
+    net.is_loaded_in_4bit, net.is_loaded_in_8bit = kind != "int8", kind == "int8"
+    model = peft.get_peft_model(net, peft.LoraConfig(r=4, target_modules=["up"], **config))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("config", [{}, {"lora_bias": True}, {"use_rslora": True}], ids=str)
+def test_nf4_and_int8_layers_of_peft(kind, config, fused_calls):
+    from fused_lora.peft import fuse, unfuse
+
+    model = _peft_model(kind, **config)
+    x = torch.randn(3, 5, 128, requires_grad=True)
+    expected = model(x)
+    expected_dx = torch.autograd.grad(expected.sum(), x)[0]
+    before = type(model.base_model.model.up)
+    report = fuse(model, strict=True)
+    assert len(report.fused) == 1
+    y = model(x)
+    dx = torch.autograd.grad(y.sum(), x)[0]
+    assert fused_calls == [kind]
+    tolerance = 2e-2 if kind == "int8" else 1e-5  # bitsandbytes rounds x to int8
+    assert (y - expected).norm() <= tolerance * expected.norm()
+    assert (dx - expected_dx).norm() <= tolerance * expected_dx.norm()
+    with model.disable_adapter():
+        model(x)
+    assert fused_calls == [kind]
+    unfuse(model)
+    assert type(model.base_model.model.up) is before
+
+
+def test_nf4_layer_of_peft_in_its_compute_dtype(fused_calls):
+    from fused_lora.peft import fuse
+
+    model = _peft_model("nf4")
+    model.base_model.model.up.base_layer.compute_dtype = torch.bfloat16
+    model.base_model.model.up.base_layer.compute_type_is_set = True
+    x = torch.randn(4, 128)
+    expected = model(x)
+    fuse(model)
+    y = model(x)
+    assert y.dtype == x.dtype
+    assert (y - expected).norm() < 2e-2 * expected.norm()
+    assert fused_calls == ["nf4"]
+
+
 # --- bad input
 
 
