@@ -33,7 +33,7 @@ _CODE_DTYPES: dict[Format, torch.dtype] = {
     "fp8": FP8,
 }
 # What a call holds of W0 at a time on the PyTorch path, in bytes of x's dtype.
-_CHUNK_BYTES = 32 << 20
+_CHUNK_BYTES = 16 << 20
 
 # The quantiles of a normal distribution that the paper gives (appendix E), in fp32.
 _NF4 = (
@@ -212,7 +212,7 @@ class QuantizedWeight(nn.Module):
         return values.view(-1)[: N * K].view(N, K).to(dtype)
 
     def row_tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """W0 some rows at a time, 32 MB each; whole where blocks go over the ends of rows."""
+        """W0 some rows at a time, 16 MB each; whole where blocks go over the ends of rows."""
         N, K = self.shape
         for rows in self._chunks(N, K, dtype):
             yield rows, self._tile(rows, slice(0, K), dtype)

@@ -24,6 +24,7 @@ def _base(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> T
     y = x.new_empty((x.shape[0], weight.shape[0]))
     for rows, tile in weight.row_tiles(x.dtype):
         y[:, rows] = F.linear(x, tile, None if bias is None else bias[rows])
+        del tile  # before the next one is there
     return y
 
 
@@ -34,6 +35,7 @@ def _add_base_dx(dx: Tensor, g: Tensor, weight: Tensor | QuantizedWeight) -> Non
         return
     for cols, tile in weight.column_tiles(g.dtype):
         dx[:, cols].addmm_(g, tile)
+        del tile
 
 
 def forward(
