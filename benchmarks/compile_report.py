@@ -38,6 +38,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 RANKS: dict[Kind, tuple[int, ...]] = {
     "one_pass": (16, 32, 64),
     "second": (16, 64),
+    "quantized": (64,),
     "plain": (16, 64),
     "grad": (16, 32, 64),
     "group": (16, 64),
@@ -54,6 +55,12 @@ MULTI: dict[Kind, tuple[bool, ...]] = {
     "plain": (False, True),
     "expand": (True,),
     "multi_grad": (True,),
+}
+# Of each format of a quantised W0: its codes, its tables, and its blocks. NF4 is doubly quantised.
+CODES: dict[str, tuple[str, tuple[str | None, ...], tuple[int, int]]] = {
+    "nf4": ("*u8", ("*u8", "*fp32", "*fp32", "*fp32", "*fp32"), (1, 64)),
+    "int8": ("*i8", ("*fp32", None, None, None, None), (1, 0)),
+    "fp8": ("*u8", ("*fp32", None, None, None, None), (128, 128)),
 }
 # Warp-group products on Hopper, tcgen05 on Blackwell, warp products elsewhere and in small tiles;
 # loads and stores by the copy engine.
@@ -81,6 +88,7 @@ class Case:
     config: TileConfig
     sums: bool = False  # the kernel that adds the parts of a split one
     multi: bool = False  # many adapters: rows through `order`, adapters through a table
+    codes: str = ""  # of a quantised W0
 
     def __str__(self) -> str:
         c = self.config
@@ -90,7 +98,8 @@ class Case:
         if c.SUBTILES:
             tile += f"/{c.SUBTILES}" + "+flat" * bool(c.FLATTEN) + "+ws" * bool(c.WARP_SPECIALIZE)
         dtypes = f"{self.dtype}/{self.adapter_dtype}"
-        return f"sm_{self.arch} {self.kind}{flags} {dtypes} r{self.r} {tile}"
+        kind = f"{self.kind} {self.codes}".strip()
+        return f"sm_{self.arch} {kind}{flags} {dtypes} r{self.r} {tile}"
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,8 @@ def cases(archs: list[int], dtypes: list[str]) -> Iterator[Case]:
                     # forward masks x, in the produced form.
                     if is_tma(kind) and dropout and not transposed and kind != "tma_produced":
                         continue
+                    if kind == "quantized" and dropout and not transposed:
+                        continue
                     # Beyond one rank, the least and the most that such a kernel takes will do.
                     if kind in ("tma_second", "tma_produced") and r > 16 and dropout != transposed:
                         continue
@@ -132,7 +143,7 @@ def cases(archs: list[int], dtypes: list[str]) -> Iterator[Case]:
                         forms = (False,)
                     which = [(c, False, many) for c in tiles for many in forms]
                     which += [(c, True, False) for c in summed]
-                    for config, sums, many in which:
+                    for (config, sums, many), codes in product(which, _codes(kind)):
                         yield Case(
                             arch,
                             kind,
@@ -145,7 +156,12 @@ def cases(archs: list[int], dtypes: list[str]) -> Iterator[Case]:
                             config,
                             sums,
                             many,
+                            codes,
                         )
+
+
+def _codes(kind: Kind) -> tuple[str, ...]:
+    return tuple(CODES) if kind == "quantized" else ("",)
 
 
 def heaviest(todo: list[Case]) -> list[Case]:
@@ -156,7 +172,8 @@ def heaviest(todo: list[Case]) -> list[Case]:
     """
     ordered = sorted(todo, key=lambda c: (c.adapter_dtype == "fp32", c.r, c.transposed))
     tiles = {
-        (c.arch, c.kind, c.dtype, c.config, c.dropout, c.dora, c.sums, c.multi): c for c in ordered
+        (c.arch, c.kind, c.codes, c.dtype, c.config, c.dropout, c.dora, c.sums, c.multi): c
+        for c in ordered
     }
     return list(tiles.values())
 
@@ -216,10 +233,14 @@ def _group_source(case: Case) -> ASTSource:
     return ASTSource(group.lora_group_kernel, signature, constexprs, attrs)
 
 
-def _gemm_source(case: Case) -> tuple[Any, dict[str, str], dict[str, object]]:
+def _gemm_source(case: Case) -> tuple[Any, dict[str, Any], dict[str, object]]:
     """The kernel, its pointers and its constants, beside the tile's."""
     x, adapter = f"*{case.dtype}", f"*{case.adapter_dtype}"
-    pointers = {"x_ptr": x, "w_ptr": adapter if case.kind == "plain" else x, "y_ptr": x}
+    pointers: dict[str, Any] = {
+        "x_ptr": x,
+        "w_ptr": adapter if case.kind == "plain" else x,
+        "y_ptr": x,
+    }
     constants: dict[str, object] = {"stride_xk": 1, "GROUP_M": gemm.GROUP_M, "EVEN_K": True}
     constants["stride_wn" if case.transposed else "stride_wk"] = 1
     constants["BLOCK_R"] = padded(case.r)
@@ -230,7 +251,7 @@ def _gemm_source(case: Case) -> tuple[Any, dict[str, str], dict[str, object]]:
     if case.kind == "one_pass":
         pointers["a_ptr"] = adapter
         constants["stride_ar" if case.transposed else "stride_ak"] = 1
-    elif case.kind == "second":
+    elif case.kind != "plain":
         constants["BLOCK_R"] = min(padded(case.r), case.config.BLOCK_K)
     if case.dropout:
         pointers["seed_ptr"] = "*i64"
@@ -240,6 +261,12 @@ def _gemm_source(case: Case) -> tuple[Any, dict[str, str], dict[str, object]]:
         constants["BLOCK_R"] = min(padded(case.r), case.config.BLOCK_K, pieces.MAX_BLOCK_R)
     if case.dora:
         pointers |= {"col_scale_ptr": "*fp32", "z_ptr": x}
+    constants |= {"w_tables": None, "W_LAYOUT": None}
+    if case.codes:
+        pointers["w_ptr"], pointers["w_tables"], block = CODES[case.codes]
+        del constants["w_tables"]
+        constants |= {"stride_wk": 0, "stride_wn": 0}
+        constants["W_LAYOUT"] = (*block, not case.transposed)  # the forward reads W0^T
     return gemm.lora_gemm_kernel, pointers, constants
 
 
@@ -359,11 +386,13 @@ def source(case: Case) -> ASTSource:
     return specialised(kernel, pointers, {**tile, **constants})
 
 
-def specialised(kernel: Any, pointers: dict[str, str], constants: dict[str, object]) -> ASTSource:
+def specialised(kernel: Any, pointers: dict[str, Any], constants: dict[str, object]) -> ASTSource:
     """A kernel as the launcher specialises it: everything aligned, absent pointers constants."""
     names = kernel.arg_names
     constants = dict(constants)
-    signature, attrs = {}, {}
+    signature: dict[str, object] = {}
+    attrs: dict[tuple[int, ...], object] = {}
+    indexed: dict[tuple[int, ...], object] = {}
     for index, name in enumerate(names):
         # None (no such operand) and 1 (contiguous) are specialised by the launcher: constants here.
         if name.endswith(("_ptr", "_desc")) and name not in pointers:
@@ -371,10 +400,16 @@ def specialised(kernel: Any, pointers: dict[str, str], constants: dict[str, obje
         if name in constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = pointers.get(name, "fp32" if name.endswith("scale") else "i32")
+        kind = pointers.get(name, "fp32" if name.endswith("scale") else "i32")
+        if isinstance(kind, tuple):  # of pointers, some of them absent
+            signature[name] = tuple(part or "constexpr" for part in kind)
+            indexed |= {(index, i): None for i, part in enumerate(kind) if part is None}
+            attrs |= {(index, i): [["tt.divisibility", 16]] for i, p in enumerate(kind) if p}
+            continue
+        signature[name] = kind
         if name not in _UNSPECIALISED and not name.endswith("_desc"):
             attrs[(index,)] = [["tt.divisibility", 16]]
-    indexed = {(names.index(name),): value for name, value in constants.items()}
+    indexed |= {(names.index(name),): value for name, value in constants.items()}
     return ASTSource(kernel, signature, indexed, attrs)
 
 

@@ -14,6 +14,7 @@ from .loraplus import lora_plus_param_groups
 from .merge import merge_and_unload
 from .multi import explain_multi, lora_linear_multi
 from .multi_linear import FusedMultiLoRALinear, route
+from .quantize import QuantizedWeight, quantize_fp4, quantize_fp8, quantize_int8, quantize_nf4
 from .schedule import schedule
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "InjectReport",
     "LoRALinearFunction",
     "LoRALinearGroupFunction",
+    "QuantizedWeight",
     "dora_linear",
     "explain",
     "explain_multi",
@@ -37,6 +39,10 @@ __all__ = [
     "lora_linear_multi",
     "lora_plus_param_groups",
     "merge_and_unload",
+    "quantize_fp4",
+    "quantize_fp8",
+    "quantize_int8",
+    "quantize_nf4",
     "reference",
     "route",
     "save_adapter",

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import backends
 from .dispatch import Plan
 from .kernels.dropout import Dropout
+from .quantize import QuantizedWeight
 
 
 def raise_second_derivative() -> NoReturn:
@@ -33,7 +34,7 @@ class LoRALinearFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | QuantizedWeight,
         lora_A: Tensor,
         lora_B: Tensor,
         bias: Tensor | None,
@@ -54,12 +55,13 @@ class LoRALinearFunction(torch.autograd.Function):
         )
         ctx.save_for_backward(
             x if needs_A else None,
-            weight if needs_x else None,
+            weight if needs_x and isinstance(weight, Tensor) else None,
             lora_A,
             lora_B,
             h,
             seed if needs_x or needs_A else None,
         )
+        ctx.quantized = weight if needs_x and isinstance(weight, QuantizedWeight) else None
         ctx.scaling, ctx.threshold, ctx.plan = scaling, threshold, plan
         return y
 
@@ -75,7 +77,7 @@ class LoRALinearFunction(torch.autograd.Function):
         dx, dA, dB = backends.backward(
             g,
             x,
-            weight,
+            weight if ctx.quantized is None else ctx.quantized,
             lora_A,
             lora_B,
             h,

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import torch_backend
 from .dispatch import Plan
 from .kernels.dropout import Dropout
+from .quantize import QuantizedWeight
 
 _NOTHING = nullcontext()
 
@@ -52,7 +53,7 @@ def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 def forward(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -76,7 +77,7 @@ def forward(
 def backward(
     g: Tensor,
     x: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor,
     lora_B: Tensor,
     h: Tensor | None,

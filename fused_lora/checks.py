@@ -8,6 +8,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from .quantize import QuantizedWeight
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = ("auto", "triton", "torch")
 
@@ -53,10 +55,11 @@ def check_dtype(name: str, dtype: object) -> None:
 
 
 def check_tensors(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
+    x: Tensor, weight: Tensor | QuantizedWeight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
 ) -> None:
     """Raises TypeError or ValueError unless types, shapes, dtypes and devices fit together."""
-    tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
+    quantized = isinstance(weight, QuantizedWeight)  # which checked itself
+    tensors = {"x": x, "weight": x if quantized else weight, "lora_A": lora_A, "lora_B": lora_B}
     if bias is not None:
         tensors["bias"] = bias
     for name, tensor in tensors.items():
@@ -68,7 +71,11 @@ def check_tensors(
         if tensor.device != x.device:
             raise ValueError(f"{name}: is on {tensor.device}, wanted x's device, {x.device}")
 
-    _check_shape("weight", weight, "[out_features, in_features]", (None, None))
+    if isinstance(weight, QuantizedWeight):
+        if weight.device != x.device:
+            raise ValueError(f"weight: is on {weight.device}, wanted x's device, {x.device}")
+    else:
+        _check_shape("weight", weight, "[out_features, in_features]", (None, None))
     N, K = weight.shape
     if x.ndim == 0 or x.shape[-1] != K:
         raise ValueError(f"x: got shape {list(x.shape)}, wanted [..., {K}] to fit weight {[N, K]}")
@@ -77,7 +84,7 @@ def check_tensors(
     if r == 0:
         raise ValueError(f"lora_A: got shape {list(lora_A.shape)} (r = 0), wanted r of at least 1")
     _check_shape("lora_B", lora_B, f"[{N}, {r}] to fit weight {[N, K]} and lora_A", (N, r))
-    if weight.dtype != x.dtype:
+    if not quantized and weight.dtype != x.dtype:
         raise TypeError(f"weight: got dtype {weight.dtype}, wanted x's dtype, {x.dtype}")
     if bias is not None:
         _check_shape("bias", bias, f"[{N}] to fit weight {[N, K]}", (N,))

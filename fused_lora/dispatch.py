@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import os
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from .kernels.configs import (
     tma_obstacle,
 )
 from .kernels.device import DeviceInfo, device_info
+from .quantize import Layout, QuantizedWeight
 from .tables import Direction
 from .tables import Strategy as Strategy  # for those who make a Plan
 
@@ -33,6 +34,9 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 # Measured ceilings of the model: bf16 operations and bytes a second. Other GPUs get the H100's.
 CEILINGS = {"H100": (798e12, 3.0e12), "H200": (788e12, 4.3e12)}
 _LAUNCH = 4e-6  # seconds that a second, dependent launch adds: an estimate
+# Codes that become values in the K loop in a second: about 12 instructions each, on 132 SMs of 128
+# lanes at 1.7 GHz. Counted, not measured.
+_DECODED = 2.4e12
 
 # The launch that makes y, and what the kernels choose between while no table says more. No GPU has
 # measured the other strategies yet: a table has to, or a plan has to name them.
@@ -43,8 +47,9 @@ KINDS: dict[Strategy, Kind] = {
     "tma_split": "tma_second",
     "one_launch": "tma_produced",
     "skinny": "skinny",
+    "in_loop": "quantized",
 }
-_BY_MODEL: tuple[Strategy, ...] = ("one_pass", "split")
+_BY_MODEL: tuple[Strategy, ...] = ("one_pass", "split", "in_loop")
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,8 @@ class Call:
     dtype: torch.dtype
     device: torch.device
     dropout: bool
-    plain_tensors: bool  # no subclasses (DTensor, quantised weights, ...)
+    plain_tensors: bool  # no subclasses (DTensor, quantised weights of others, ...)
+    quantized: Layout | None = None  # W0's, if it is a QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,11 @@ def kernel_obstacle(call: Call) -> Exception | None:
         )
     if call.r > MAX_RANK:
         return ValueError(f"lora_A: got r = {call.r}, wanted at most {MAX_RANK}")
+    if call.quantized is not None and not call.quantized.tiled:
+        return ValueError(
+            f"weight: got K = {call.K}, wanted a multiple of its block size, "
+            f"{call.quantized.block[1]}: its blocks go over the ends of rows"
+        )
     if max(call.M, call.N, call.K) >= 2**31 - 2**10:
         return ValueError(f"x, weight: got M, N, K = {call.M}, {call.N}, {call.K}, wanted < 2^31")
     return None
@@ -135,6 +146,12 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
 
     tma_ strategies differ from their namesakes in how well they reach the ceilings, which the
     model does not know.
+
+    A quantised W0 adds to each of them N K (c + s) / bandwidth and a launch, for its scratch of
+    values, with c and s the bytes of a code and of an element of x. in_loop instead is split with
+    c for s in the base product's traffic, and each tile of W0 becomes values once for every BLOCK_M
+    rows of x: ceil(M / BLOCK_M) N K / DECODED more. That grows with M where the scratch does not:
+    in_loop is for few rows. An estimate: no GPU has measured DECODED, an instruction count.
     """
     M, N, K, r = call.M, call.N, call.K, call.r
     itemsize = call.dtype.itemsize
@@ -150,8 +167,12 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
     }
     if M * N * K == 0:
         return seconds
+    scratch = 0.0
+    if call.quantized is not None:
+        code_bytes = 0.5 if call.quantized.format in ("nf4", "fp4") else 1.0
+        scratch = N * K * (code_bytes + itemsize) / bandwidth + _LAUNCH
     for strategy, kind in KINDS.items():
-        if strategy == "split" or not ship(kind, r, itemsize, call.dropout, device):
+        if strategy in ("split", "in_loop") or not ship(kind, r, itemsize, call.dropout, device):
             continue
         if strategy in ("one_pass", "tma_one_pass"):
             tile = choose_config(kind, M, N, r, itemsize, False, device)
@@ -163,6 +184,12 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
         elif strategy == "skinny" and M <= MAX_SKINNY_M:
             parts = 2 * 4 * M * (N + r) * max(1, 2 * device.num_sms * 64 // N) / bandwidth
             seconds[strategy] = traffic + parts + _LAUNCH
+    if call.quantized is not None:
+        seconds = {strategy: time + scratch for strategy, time in seconds.items()}
+        tile = choose_config("quantized", M, N, r, itemsize, call.dropout, device)
+        saved = N * K * (itemsize - code_bytes) / bandwidth
+        decoding = -(-M // tile.BLOCK_M) * N * K / _DECODED
+        seconds["in_loop"] = max(gemm, traffic - saved) + read_x + _LAUNCH + decoding
     return seconds
 
 
@@ -180,6 +207,8 @@ def table_key(call: Call, direction: Direction) -> str:
 def _choose(call: Call, direction: Direction) -> tuple[Strategy, TileConfig | None]:
     """The table's choice, else the model's."""
     device = device_info(call.device)
+    if call.quantized is not None and _by_model(call) == "in_loop":
+        return "in_loop", None  # the tables are of plain weights: of what follows a scratch
     found = tables.table(device.name).get(table_key(call, direction))
     if found is not None and found.strategy in predicted_seconds(call, device):
         return found.strategy, found.config
@@ -214,10 +243,16 @@ def plan(call: Call, backend: Backend) -> Plan:
 
 
 def _describe(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, dropout: bool
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    dropout: bool,
 ) -> Call:
     N, K = weight.shape
-    tensors = (x, weight, lora_A, lora_B, bias)
+    quantized = weight.layout if isinstance(weight, QuantizedWeight) else None
+    tensors = (x, weight if isinstance(weight, Tensor) else None, lora_A, lora_B, bias)
     return Call(
         M=x.numel() // K if K else x.shape[:-1].numel(),
         N=N,
@@ -229,10 +264,11 @@ def _describe(
         plain_tensors=all(
             t is None or type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors
         ),
+        quantized=quantized,
     )
 
 
-def _facts(tensor: Tensor) -> tuple[object, ...]:
+def _facts(tensor: Tensor | QuantizedWeight) -> tuple[object, ...]:
     return tensor.shape, tensor.dtype, tensor.device, tensor.layout, type(tensor)
 
 
@@ -241,7 +277,12 @@ _MAX_CALLS = 4096
 
 
 def checked_call(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, dropout: bool
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    dropout: bool,
 ) -> Call:
     """What the call is, or the TypeError or ValueError of `checks.check_tensors`.
 
@@ -261,7 +302,10 @@ def checked_call(
     return call
 
 
-def explain_call(call: Call, backend: Backend, operands: tuple[Tensor, ...]) -> Explanation:
+Operands = tuple[Any, ...]  # x, W0 and A, or nothing
+
+
+def explain_call(call: Call, backend: Backend, operands: Operands) -> Explanation:
     """The plan with the reason for and against every backend and strategy.
 
     ``operands``: x, W0 and A, whose layouts decide whether tensor descriptors can be made of them.
@@ -273,6 +317,9 @@ def explain_call(call: Call, backend: Backend, operands: tuple[Tensor, ...]) -> 
         why = asked or kernel_obstacle(call) or _auto_avoids_kernels(call)
         reasons["triton"] = f"not taken: {why}"
         reasons["library"] = "taken: F.linear, then addmm_ in place on its own output"
+        if call.quantized is not None:
+            tiles = "some rows or columns" if call.quantized.tiled else "the whole of it"
+            reasons["quantised W0"] = f"{call.quantized.format}, made values {tiles} at a time"
         return Explanation(chosen.backend, chosen.strategy, chosen.strategy_dx, reasons)
     device = device_info(call.device)
     seconds = predicted_seconds(call, device)
@@ -291,6 +338,11 @@ def explain_call(call: Call, backend: Backend, operands: tuple[Tensor, ...]) -> 
             why += "; taken only where a tuned table says so"
         reasons[strategy] = f"{verdict}: {why}"
     flops, bandwidth = ceilings(device)
+    if call.quantized is not None:
+        how = "tiles become values in the K loop"
+        if chosen.strategy != "in_loop":
+            how = "turned into values once, in a scratch tensor"
+        reasons["quantised W0"] = f"{call.quantized.format}, {how}"
     reasons["model"] = f"ceilings of {flops / 1e12:.0f} TFLOP/s and {bandwidth / 1e12:.1f} TB/s"
     return Explanation(chosen.backend, chosen.strategy, chosen.strategy_dx, reasons)
 
@@ -299,17 +351,21 @@ def _strategy_obstacle(
     call: Call,
     strategy: Strategy,
     seconds: dict[Strategy, float],
-    operands: tuple[Tensor, ...],
+    operands: Operands,
 ) -> str | None:
     """Why a strategy cannot take the call; None if it can."""
     if strategy in ("tma_one_pass", "tma_split", "one_launch"):
         x, weight, lora_A = operands
+        if isinstance(weight, QuantizedWeight):  # what its scratch will be
+            weight = torch.empty(weight.shape, dtype=x.dtype, device="meta")
         a = None if strategy == "tma_split" else lora_A.t()
         obstacle = tma_obstacle(x.flatten(0, -2) if x.ndim > 1 else x[None], weight.t(), a)
         if obstacle:
             return f"no tensor descriptors: {obstacle}"
     if strategy in seconds:
         return None
+    if strategy == "in_loop":
+        return "W0 is not quantised"
     if strategy == "skinny":
         return f"M = {call.M} is over {MAX_SKINNY_M}" if call.M else "there is nothing to compute"
     if call.dropout and strategy.endswith("one_pass"):

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,6 +31,7 @@ from .inject import inject
 from .linear import FusedLoRALinear
 from .models import load_model, load_tokenizer
 from .processes import Processes
+from .quantize import Format, QuantizedWeight
 from .settings import DTYPES, Settings
 from .text import read_documents, split_held_out, token_blocks
 
@@ -99,6 +100,9 @@ class Run:
             if settings.dtype != "auto"
             else (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         )
+        self.quantize: Format | None = None
+        if settings.quantize != "none":
+            self.quantize = cast(Format, settings.quantize)
         self.model = self._attach(load_model(settings.model, self.dtype, self.device))
         if settings.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(  # type: ignore[operator]
@@ -122,8 +126,10 @@ class Run:
                 lora_dropout=s.lora_dropout,
                 use_rslora=s.use_rslora,
                 backend=s.backend,
+                quantize=self.quantize,
             )
-            self.say(f"model: {s.model} in {self.dtype}, {report}")
+            codes = f", the adapted weights in {s.quantize}" if self.quantize else ""
+            self.say(f"model: {s.model} in {self.dtype}{codes}, {report}")
             return model
         from peft import LoraConfig, get_peft_model
 
@@ -146,7 +152,8 @@ class Run:
         tokens = self.settings.batch_size // self.processes.count * self.settings.seq_len
         found: Counter[str] = Counter()
         for weight, lora_A, lora_B in _adapters(self.model):
-            x = weight.new_empty(tokens, weight.shape[1])
+            dtype = self.dtype if isinstance(weight, QuantizedWeight) else weight.dtype
+            x = lora_A.new_empty(tokens, weight.shape[1], dtype=dtype)
             e = explain(
                 x,
                 weight,
@@ -282,6 +289,10 @@ class Run:
 
         ours = logits(self.model)
         base = load_model(self.settings.model, self.dtype, self.device)
+        for path, module in self.model.named_modules():
+            if isinstance(module, FusedLoRALinear) and isinstance(module.weight, QuantizedWeight):
+                weight = cast(Tensor, base.get_submodule(path).weight)
+                weight.data = module.weight.dequantize(weight.dtype)  # what the adapter learned on
         without = logits(base)
         theirs = logits(PeftModel.from_pretrained(base, str(self.out)))
         difference = (ours - theirs).abs().max().item()
@@ -294,7 +305,7 @@ class Run:
         return difference, effect
 
 
-def _adapters(model: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _adapters(model: nn.Module) -> Iterator[tuple[Tensor | QuantizedWeight, Tensor, Tensor]]:
     """Base weight [N, K], A [r, K] and B [N, r] of every adapted layer, ours or PEFT's."""
     for module in model.modules():
         if isinstance(module, FusedLoRALinear):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -16,6 +17,9 @@ from .backends import autocast_enabled
 from .dispatch import Backend, Explanation, checked_call, explain_call, plan
 from .dora import DoRALinearFunction, over_norm, weight_norm
 from .kernels.dropout import Dropout, dropout_threshold
+from .quantize import QuantizedWeight
+
+Weight = Tensor | QuantizedWeight
 
 
 def _is_constant(scaling: float) -> bool:
@@ -25,7 +29,7 @@ def _is_constant(scaling: float) -> bool:
     return has_static_value(scaling)
 
 
-def _check_options(weight: Tensor, scaling: float, dropout_p: float, backend: Backend) -> None:
+def _check_options(weight: Weight, scaling: float, dropout_p: float, backend: Backend) -> None:
     checks.check_backend(backend)
     if not torch.compiler.is_compiling() or _is_constant(scaling):
         checks.check_number("scaling", scaling)
@@ -37,7 +41,7 @@ def _check_options(weight: Tensor, scaling: float, dropout_p: float, backend: Ba
         )
 
 
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, Any, Any]:
+def _autocast(x: Tensor, weight: Weight, bias: Tensor | None) -> tuple[Any, Any, Any]:
     """The three as autocast would give them to `F.linear`.
 
     The adapters are not cast: both backends take them in any dtype, so that fp32 adapters get
@@ -56,7 +60,7 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, Any,
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     *,
@@ -69,7 +73,9 @@ def lora_linear(
 
     Args:
         x: input [..., K], floating point, any strides.
-        weight: frozen base weight W0 [N, K] in x's dtype, any strides. Gets no gradient.
+        weight: frozen base weight W0 [N, K] in x's dtype, any strides; or a `QuantizedWeight`,
+            whose values are made in x's dtype, a tile at a time or in a scratch tensor that the
+            call drops again: nothing of them is kept for the backward. Gets no gradient.
         lora_A, lora_B: adapter [r, K] and [N, r], in any floating dtype; they are multiplied in
             x's dtype with fp32 accumulation, as under autocast, and their gradients have their own
             dtype. No copy of x is made for fp32 adapters over a bf16 x.
@@ -90,6 +96,9 @@ def lora_linear(
     _check_options(weight, scaling, dropout_p, backend)
     x, weight, bias = _autocast(x, weight, bias)
     threshold = dropout_threshold(dropout_p)
+    if isinstance(weight, QuantizedWeight):
+        y: Tensor = _eagerly(x, weight, lora_A, lora_B, bias, scaling, threshold, backend)
+        return y
     if _distributed():
         from . import parallel
 
@@ -112,7 +121,7 @@ def _distributed() -> bool:
 
 def _on_device(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -129,7 +138,8 @@ def _on_device(
     transformed = torch._C._are_functorch_transforms_active()
     if compiling and transformed:  # Dynamo traces neither an operator's formula nor a Function here
         torch._dynamo.graph_break(msg="lora_linear inside of a torch.func transform")
-    if not (compiling or transformed or _get_current_dispatch_mode() is not None):
+    observed = compiling or transformed or _get_current_dispatch_mode() is not None
+    if not observed or isinstance(weight, QuantizedWeight):
         chosen = plan(checked_call(x, weight, lora_A, lora_B, bias, threshold > 0), backend)
         seed = _draw_seed(x.device, backend, shard) if threshold else None
         scaling = float(scaling)
@@ -158,6 +168,10 @@ def _on_device(
     return y
 
 
+# A quantised W0 has no operator: torch.compile breaks its graph here and the call runs eagerly.
+_eagerly: Any = _disable_dynamo(_on_device)  # unlike torch.compiler.disable it does not import it
+
+
 def draw_seeds(n: int, device: torch.device, backend: Backend) -> Tensor:
     """Seeds of n dropout masks, from torch's generator for the device, and left there.
 
@@ -172,7 +186,7 @@ def _draw_seed(device: torch.device, backend: Backend, shard: int = 0) -> Tensor
     return seed + shard if shard else seed  # Philox: neighbouring keys are independent streams
 
 
-def _check_magnitude(weight: Tensor, magnitude: object) -> None:
+def _check_magnitude(weight: Weight, magnitude: object) -> None:
     if not isinstance(magnitude, Tensor):
         raise TypeError(f"magnitude: got {type(magnitude).__name__}, wanted a torch.Tensor")
     checks.check_dtype("magnitude's dtype", magnitude.dtype)
@@ -215,6 +229,8 @@ def dora_linear(
         TypeError, ValueError, RuntimeError: as `lora_linear`; TypeError for a DTensor.
     """
     _check_options(weight, scaling, dropout_p, backend)
+    if isinstance(weight, QuantizedWeight):
+        raise TypeError("weight: is quantised, which dora_linear does not take yet")
     if _distributed():
         from . import parallel
 
@@ -250,7 +266,7 @@ def dora_linear(
 
 def explain(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     *,
@@ -268,7 +284,7 @@ def explain(
     _check_options(weight, scaling, dropout_p, backend)
     x, weight, bias = _autocast(x, weight, bias)
     dropout = dropout_threshold(dropout_p) > 0 and magnitude is None
-    if _distributed():
+    if _distributed() and isinstance(weight, Tensor):
         from . import parallel
 
         tensors = (x, weight, lora_A, lora_B, bias)

@@ -16,6 +16,7 @@ from .group_ops import dropouts_of, lora_linear_group_op, plan_of_all
 from .kernels.configs import MAX_GROUP
 from .kernels.dropout import dropout_threshold
 from .linear import FusedLoRALinear
+from .quantize import QuantizedWeight
 
 
 class LoRALinearGroupFunction(torch.autograd.Function):
@@ -162,6 +163,8 @@ def lora_linear_group(
     for name, values in named.items():
         if len(values) != n:
             raise ValueError(f"{name}: got {len(values)}, wanted {n}, one for each of weights")
+    if any(isinstance(weight, QuantizedWeight) for weight in weights):
+        raise TypeError("weights: got a QuantizedWeight, which lora_linear_group does not take yet")
     members = list(zip(weights, lora_As, lora_Bs, scalings, biases, dropout_ps, strict=True))
     if _special((x, *weights, *lora_As, *lora_Bs)):
         return tuple(
@@ -253,13 +256,14 @@ def forward_together(modules: Iterable[nn.Module], x: Tensor) -> tuple[Tensor, .
         or len(layers) < len(modules)
         or len({layer.backend for layer in layers}) != 1
         or any(layer.lora_magnitude_vector is not None for layer in layers)
+        or any(isinstance(layer.weight, QuantizedWeight) for layer in layers)
         or any(is_hooked(layer) for layer in layers)
     )
     if alone:
         return tuple(module(x) for module in modules)
     return lora_linear_group(
         x,
-        [layer.weight for layer in layers],
+        [layer.weight for layer in layers if isinstance(layer.weight, Tensor)],  # all of them
         [layer.lora_A for layer in layers],
         [layer.lora_B for layer in layers],
         scalings=[layer.scaling for layer in layers],

@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .quantize import QuantizedWeight
+
 _RESIDUAL = re.compile(r"pissa|pissa_niter_\d+|olora")
 _NAMES = '"gaussian", "orthogonal", "pissa", "pissa_niter_<N>", "olora"'
 
@@ -57,7 +59,9 @@ def check_init(init: object, r: int, out_features: int, in_features: int) -> Non
 
 
 @torch.no_grad()
-def initial_values(init: bool | str, weight: Tensor, r: int, scaling: float) -> Initial:
+def initial_values(
+    init: bool | str, weight: Tensor | QuantizedWeight, r: int, scaling: float
+) -> Initial:
     """A, B and, for the residual kinds, a new base weight, all in ``weight``'s dtype.
 
     Draws what PEFT draws, in its order, on the CPU; the randomised SVD alone draws on ``weight``'s
@@ -79,7 +83,7 @@ def initial_values(init: bool | str, weight: Tensor, r: int, scaling: float) -> 
         lora_A = (torch.randn(K, r // 2, device="cpu") @ q[0::2]).t() / 10.0
         lora_B = torch.randn(r // 2, N, device="cpu").t() @ q[1::2] / 10.0
     elif isinstance(init, str):
-        if type(weight) is not Tensor and type(weight) is not nn.Parameter:
+        if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter):
             raise RuntimeError(
                 f"weight: is a {type(weight).__name__}, and init_lora_weights={init!r} decomposes "
                 "all of it; initialise before the model is sharded"

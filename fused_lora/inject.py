@@ -10,9 +10,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import checks, sharing
+from . import checks, foreign, sharing
 from .dispatch import Backend
 from .linear import FusedLoRALinear
+from .quantize import Format, QuantizedWeight, check_format
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def inject(
     use_dora: bool = False,
     backend: Backend = "auto",
     groups: bool = True,
+    quantize: Format | None = None,
 ) -> InjectReport:
     """Replaces matching `nn.Linear`s with `FusedLoRALinear`s in place and freezes everything else.
 
@@ -73,6 +75,8 @@ def inject(
             backend: see `FusedLoRALinear`.
         groups: compute the projections that share their input (q, k, v; gate, up) together, in the
             families of transformers' models where they are known to: see `fused_lora.peft.fuse`.
+        quantize: "nf4" (QLoRA), "fp4", "int8" or "fp8": the adapted layers get their weights in
+            codes. Layers that bitsandbytes or torchao quantised are taken as they are, without it.
 
     Returns:
         The report: which layers, what was skipped and why, and the numbers of parameters.
@@ -91,12 +95,14 @@ def inject(
     checks.check_number("lora_alpha", lora_alpha)
     checks.check_dropout("lora_dropout", lora_dropout)
     checks.check_backend(backend)
+    if quantize is not None:
+        check_format(quantize)
     modules = dict(model.named_modules(remove_duplicate=False))
     adapted = [path for path, module in modules.items() if isinstance(module, FusedLoRALinear)]
     if adapted:
         more = len(adapted) - 1
         raise ValueError(f"model: has adapters already, at {adapted[0]} and {more} more")
-    linears = {path for path, module in modules.items() if type(module) is nn.Linear}
+    linears = {path for path, module in modules.items() if _is_linear(module)}
 
     matched = match_modules(model, target_modules, exclude_modules)
     layers = [path for path in matched if path in linears]
@@ -130,12 +136,15 @@ def inject(
                 init_lora_weights=init_lora_weights,
                 use_dora=use_dora,
                 backend=backend,
+                quantize=quantize,
             )
     model.requires_grad_(False)
     for path in layers:
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, replacements[modules[path]])
     found = tuple(sharing.find_groups(model, FusedLoRALinear)) if groups else ()
+    if any(isinstance(layer.weight, QuantizedWeight) for layer in replacements.values()):
+        found = ()  # each reads its own codes
     for paths in found:
         group = sharing.SharedInput([model.get_submodule(path) for path in paths], _arguments)
         for layer in group.members:
@@ -144,15 +153,17 @@ def inject(
         layers=tuple(layers),
         skipped=skipped,
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total=sum(p.numel() for p in model.parameters()),
+        total=_count(model),
         adapted=sum(layer.weight.numel() for layer in replacements.values()),
         groups=found,
     )
 
 
 def _arguments(layer: FusedLoRALinear, x: Tensor) -> sharing.Arguments | None:
-    """What the layer passes to `lora_linear` for any x; None if it is merged or has DoRA."""
+    """What the layer passes to `lora_linear` for any x; None if merged, DoRA or quantised."""
     if layer.merged or layer.lora_magnitude_vector is not None:
+        return None
+    if isinstance(layer.weight, QuantizedWeight):
         return None
     return sharing.Arguments(
         layer.weight,
@@ -163,6 +174,18 @@ def _arguments(layer: FusedLoRALinear, x: Tensor) -> sharing.Arguments | None:
         layer.lora_dropout if layer.training else 0.0,
         layer.backend,
     )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or foreign.is_quantized(module)
+
+
+def _count(model: nn.Module) -> int:
+    """All parameters; of a quantised weight those that it stands for, not its codes and scales."""
+    quantized = [m for m in model.modules() if isinstance(m, QuantizedWeight)]
+    parts = {p for weight in quantized for p in weight.parameters()}
+    plain = sum(p.numel() for p in model.parameters() if p not in parts)
+    return plain + sum(weight.numel() for weight in quantized)
 
 
 Number = TypeVar("Number", int, float)
@@ -217,4 +240,4 @@ def _without_output_head(model: nn.Module, modules: dict[str, nn.Module]) -> lis
     """Every linear layer but the one that transformers calls the output embeddings."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
-    return [path for path, m in modules.items() if type(m) is nn.Linear and m is not head]
+    return [path for path, m in modules.items() if _is_linear(m) and m is not head]

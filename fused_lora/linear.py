@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, foreign
 from .dispatch import Backend
 from .dora import over_norm
 from .functional import dora_linear, lora_linear
 from .initial import check_init, initial_values
+from .quantize import Format, QuantizedWeight, quantize
 from .torch_backend import weight_norm
 
 _ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_A_init", "lora_B_init")
@@ -44,7 +45,8 @@ class FusedLoRALinear(nn.Module):
         backend: "auto", "triton" or "torch", as for `lora_linear`.
 
     Attributes:
-        weight [N, K], bias [N] or None: frozen parameters, named as in `nn.Linear`.
+        weight [N, K], bias [N] or None: frozen parameters, named as in `nn.Linear`. The weight may
+            be a `QuantizedWeight` (`from_linear`), which has its own keys in the state dict.
         lora_A [r, K], lora_B [N, r]: trainable parameters, and with use_dora
             lora_magnitude_vector m [N] (None without), which starts as the norm itself.
         scaling: float. merged: whether the adapter is added into ``weight``.
@@ -57,7 +59,7 @@ class FusedLoRALinear(nn.Module):
     whose weight is a residual. That of a merged layer is a plain `nn.Linear`'s.
     """
 
-    weight: nn.Parameter
+    weight: nn.Parameter | QuantizedWeight
     bias: nn.Parameter | None
     lora_magnitude_vector: nn.Parameter | None
     lora_A_init: Tensor | None
@@ -85,7 +87,8 @@ class FusedLoRALinear(nn.Module):
         checks.check_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
         base = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._adopt(
-            base,
+            base.weight,
+            base.bias,
             r,
             lora_alpha,
             lora_dropout,
@@ -99,7 +102,7 @@ class FusedLoRALinear(nn.Module):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Linear | QuantizedWeight,
         r: int = 8,
         lora_alpha: float = 16,
         *,
@@ -109,20 +112,30 @@ class FusedLoRALinear(nn.Module):
         init_lora_weights: bool | str = True,
         use_dora: bool = False,
         backend: Backend = "auto",
+        quantize: Format | None = None,
     ) -> FusedLoRALinear:
         """A layer over ``linear``'s own weight and bias: the storage is shared, not copied.
 
         The parameters are new objects, so that ``linear``'s ``requires_grad`` stays as it is. The
         initialisations that change the base weight ("pissa", "olora") give the layer a new one and
         never write into ``linear``'s.
-        Raises TypeError unless ``linear`` is exactly an `nn.Linear`: a subclass (quantised, say)
-        may compute something else.
+
+        Args:
+            linear: an `nn.Linear`; bitsandbytes' Linear4bit or Linear8bitLt; an `nn.Linear` that
+                torchao made int8 or float8; or a `QuantizedWeight`, which makes a layer with no
+                bias. A weight in codes is read as it is. x is not quantised, whatever the layer's
+                own library does with it.
+            quantize: "nf4", "fp4", "int8" or "fp8": the layer gets ``linear``'s weight in codes.
+
+        Raises TypeError for any other layer: a subclass may compute something else. ValueError for
+        one that its library has not quantised yet, if ``quantize`` is asked of one that is, and for
+        DoRA, "pissa" and "olora" over a quantised weight.
         """
-        if type(linear) is not nn.Linear:
-            raise TypeError(f"linear: got {type(linear).__name__}, wanted torch.nn.Linear")
+        weight = _base_weight(linear, quantize)
         layer = cls.__new__(cls)
         layer._adopt(
-            linear,
+            weight,
+            None if isinstance(linear, QuantizedWeight) else linear.bias,
             r,
             lora_alpha,
             lora_dropout,
@@ -136,7 +149,8 @@ class FusedLoRALinear(nn.Module):
 
     def _adopt(
         self,
-        base: nn.Linear,
+        weight: Tensor | QuantizedWeight,
+        bias: Tensor | None,
         r: int,
         lora_alpha: float,
         lora_dropout: float,
@@ -151,12 +165,14 @@ class FusedLoRALinear(nn.Module):
         checks.check_number("lora_alpha", lora_alpha)
         checks.check_dropout("lora_dropout", lora_dropout)
         checks.check_backend(backend)
-        checks.check_dtype("the base weight's dtype", base.weight.dtype)
+        checks.check_dtype("the base weight's dtype", weight.dtype)
         if adapter_dtype is None:
-            adapter_dtype = torch.promote_types(base.weight.dtype, torch.float32)
+            adapter_dtype = torch.promote_types(weight.dtype, torch.float32)
         checks.check_dtype("adapter_dtype", adapter_dtype)
-        check_init(init_lora_weights, r, base.out_features, base.in_features)
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.out_features, self.in_features = weight.shape
+        check_init(init_lora_weights, r, self.out_features, self.in_features)
+        if isinstance(weight, QuantizedWeight):
+            _check_quantized(init_lora_weights, use_dora)
         self.r = r
         self.lora_alpha = lora_alpha
         self.lora_dropout = float(lora_dropout)
@@ -165,12 +181,17 @@ class FusedLoRALinear(nn.Module):
         self.init_lora_weights = init_lora_weights
         self.backend: Backend = backend
         self.merged = False
-        self.weight = nn.Parameter(base.weight.detach(), requires_grad=False)
-        if base.bias is None:
+        if isinstance(weight, QuantizedWeight):
+            self.weight = weight
+        else:
+            self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        # In a tuple, so that it is no submodule: what a merged layer goes back to.
+        self._before_merge: tuple[QuantizedWeight, ...] = ()
+        if bias is None:
             self.register_parameter("bias", None)
         else:
-            self.bias = nn.Parameter(base.bias.detach(), requires_grad=False)
-        factory: dict[str, Any] = {"device": base.weight.device, "dtype": adapter_dtype}
+            self.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        factory: dict[str, Any] = {"device": weight.device, "dtype": adapter_dtype}
         self.lora_A = nn.Parameter(torch.empty((r, self.in_features), **factory))
         self.lora_B = nn.Parameter(torch.empty((self.out_features, r), **factory))
         self.use_dora = use_dora
@@ -197,7 +218,7 @@ class FusedLoRALinear(nn.Module):
         """
         if self.merged:
             raise RuntimeError("FusedLoRALinear is merged: call unmerge() before the reset")
-        if self.weight.is_meta:
+        if self.weight.device.type == "meta":
             return
         if type(self.weight) is not nn.Parameter and (
             self.use_dora or self.lora_A_init is not None
@@ -205,13 +226,14 @@ class FusedLoRALinear(nn.Module):
             raise RuntimeError("weight: is sharded, and the start depends on all of it")
         if self.lora_A_init is not None and self.lora_B_init is not None:
             product = self._product(self.lora_A_init, self.lora_B_init)
-            self._set_weight(self.weight.to(product.dtype) + product)
+            self._set_weight(self._plain().to(product.dtype) + product)
             self.lora_A_init = self.lora_B_init = None
         start = initial_values(self.init_lora_weights, self.weight, self.r, self.scaling)
         _fill(self.lora_A, start.lora_A)
         _fill(self.lora_B, start.lora_B)
         if start.weight is not None:
-            self.weight.data = start.weight  # not in place: the storage may be another layer's too
+            # Not in place: the storage may be another layer's too.
+            self._plain().data = start.weight
             self.lora_A_init, self.lora_B_init = self.lora_A.clone(), self.lora_B.clone()
         if self.lora_magnitude_vector is not None:
             # PEFT's is rounded to the base's dtype; this one starts at W0 x in any.
@@ -229,13 +251,15 @@ class FusedLoRALinear(nn.Module):
                     "FusedLoRALinear is merged and in training mode: call unmerge() to train the "
                     "adapter, or eval() to run the merged weight"
                 )
+            if isinstance(self.weight, QuantizedWeight):
+                return F.linear(x, self.weight.dequantize(x.dtype), self.bias)
             return F.linear(x, self.weight, self.bias)
         if self.shared_input is not None and not torch.compiler.is_compiling():
             shared = self.shared_input.output(self, x)
             if shared is not None:
                 return shared
         dropout_p = self.lora_dropout if self.training else 0.0
-        base, adapter = (x, self.weight), (self.lora_A, self.lora_B)
+        adapter = (self.lora_A, self.lora_B)
         options: dict[str, Any] = {
             "scaling": self.scaling,
             "bias": self.bias,
@@ -243,8 +267,8 @@ class FusedLoRALinear(nn.Module):
             "backend": self.backend,
         }
         if self.lora_magnitude_vector is not None:
-            return dora_linear(*base, *adapter, self.lora_magnitude_vector, **options)
-        return lora_linear(*base, *adapter, **options)
+            return dora_linear(x, self._plain(), *adapter, self.lora_magnitude_vector, **options)
+        return lora_linear(x, self.weight, *adapter, **options)
 
     @torch.no_grad()
     def _product(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
@@ -252,8 +276,12 @@ class FusedLoRALinear(nn.Module):
         dtype = torch.promote_types(lora_A.dtype, torch.float32)
         return self.scaling * (lora_B.to(dtype) @ lora_A.to(dtype))
 
+    def _plain(self) -> nn.Parameter:
+        assert not isinstance(self.weight, QuantizedWeight)
+        return self.weight
+
     def _norm(self) -> Tensor:
-        return weight_norm(self.weight, self.lora_A, self.lora_B, self.scaling)
+        return weight_norm(self._plain(), self.lora_A, self.lora_B, self.scaling)
 
     @torch.no_grad()
     def _set_weight(self, value: Tensor) -> None:
@@ -269,18 +297,39 @@ class FusedLoRALinear(nn.Module):
             # Not in place: the storage may be another layer's too (from_linear, tying).
             self.weight.data = weight
         else:  # a DTensor's storage is its own, and its .data is not what FSDP gathers
-            self.weight.copy_(weight)
+            self._plain().copy_(weight)
+
+    def _merge_quantized(self, weight: QuantizedWeight, requantize: bool) -> float:
+        merged = weight.dequantize(torch.float32) + self._product(self.lora_A, self.lora_B)
+        values = merged.to(weight.dtype)
+        if not torch.isfinite(values).all():
+            raise ValueError("lora_A, lora_B: W0 + scaling * B A has values that are not finite")
+        new: nn.Parameter | QuantizedWeight = nn.Parameter(values, requires_grad=False)
+        error = 0.0
+        if requantize:
+            new = weight.requantize(values)
+            error = ((new.dequantize(merged.dtype) - merged).norm() / merged.norm()).item()
+        self._before_merge, self.weight, self.merged = (weight,), new, True
+        return error
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self, *, requantize: bool = False) -> float:
         """Puts the adapter into ``weight``; the adapter stays. Nothing happens if merged.
 
         ``weight`` gets new storage: layers that shared the old one are not changed. Raises
         ValueError, and merges nothing, if the result is not finite in the weight's dtype or has
         DoRA rows of magnitude 0, which could not be brought back.
+
+        A quantised weight becomes a plain parameter in its dtype, or with ``requantize`` a
+        quantised one again. Returns the error that this makes, ||Q(W) - W|| / ||W|| over the merged
+        W, and 0 where nothing is requantised. Raises ValueError if there is nothing to requantise.
         """
+        if requantize and not isinstance(self.weight, QuantizedWeight):
+            raise ValueError("requantize: the layer's weight is not quantised")
         if self.merged:
-            return
+            return 0.0
+        if isinstance(self.weight, QuantizedWeight):
+            return self._merge_quantized(self.weight, requantize)
         product = self._product(self.lora_A, self.lora_B)
         value, scale = self.weight.to(product.dtype) + product, None
         if self.lora_magnitude_vector is not None:
@@ -290,14 +339,23 @@ class FusedLoRALinear(nn.Module):
             value *= scale[:, None]
         self._set_weight(value)
         self.merged, self.merged_scale = True, scale
+        return 0.0
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Takes the adapter out again; exact up to rounding in the weight's dtype, as in PEFT."""
+        """Takes the adapter out again; exact up to rounding in the weight's dtype, as in PEFT.
+
+        A weight that was quantised is again the one that it was, bit for bit.
+        """
         if not self.merged:
             return
+        if self._before_merge:
+            del self.weight  # a parameter's name is not given to a module
+            self.weight = self._before_merge[0].to(self.lora_A.device)
+            self._before_merge, self.merged = (), False
+            return
         product = self._product(self.lora_A, self.lora_B)
-        value = self.weight.to(product.dtype)
+        value = self._plain().to(product.dtype)
         if self.merged_scale is not None:
             value = value / self.merged_scale[:, None]
         self._set_weight(value - product)
@@ -371,3 +429,25 @@ def _fill(parameter: nn.Parameter, value: Tensor) -> None:
             value = value.to(parameter.device)
             value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
     parameter.copy_(value)
+
+
+def _base_weight(
+    linear: nn.Linear | QuantizedWeight, format: Format | None
+) -> Tensor | QuantizedWeight:
+    if not isinstance(linear, QuantizedWeight):
+        if type(linear) is nn.Linear and not foreign.is_quantized(linear):
+            return linear.weight if format is None else quantize(linear.weight, format)
+        linear = foreign.read(linear)
+    if format is not None:
+        raise ValueError(f"quantize: got {format!r}, but the weight is {linear.layout.format} now")
+    return linear
+
+
+def _check_quantized(init_lora_weights: bool | str, use_dora: bool) -> None:
+    if use_dora:
+        raise ValueError("use_dora: the base weight is quantised, and its norm is not read yet")
+    if isinstance(init_lora_weights, str) and init_lora_weights.startswith(("pissa", "olora")):
+        raise ValueError(
+            f"init_lora_weights: got {init_lora_weights!r}, which changes the base weight, and "
+            "that is quantised"
+        )

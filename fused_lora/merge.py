@@ -35,6 +35,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         layer.merge()
     for layer, places in paths.items():
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        assert isinstance(layer.weight, nn.Parameter)
         plain.weight = layer.weight
         plain.register_parameter("bias", layer.bias)
         plain.train(layer.training)

@@ -30,6 +30,7 @@ from .kernels.dropout import Dropout, dropout_threshold
 from .kernels.rows import RowGroups
 from .multi_backends import Adapted, MultiPlan, Strategy
 from .multi_rows import Segments, row_groups
+from .quantize import QuantizedWeight
 
 _LAUNCH = 4e-6  # seconds that another, dependent launch adds: an estimate
 # A piece's product waits for its loads, which the GEMM's K loop does not.
@@ -263,6 +264,8 @@ def _checked(
     for name, tensors in (("lora_As", lora_As), ("lora_Bs", lora_Bs)):
         if not isinstance(tensors, (list, tuple)):
             raise TypeError(f"{name}: got {type(tensors).__name__}, wanted a list of tensors")
+    if isinstance(weight, QuantizedWeight):
+        raise TypeError("weight: is quantised, which lora_linear_multi does not take yet")
     number = len(lora_As)
     if number == 0 or len(lora_Bs) != number:
         raise ValueError(

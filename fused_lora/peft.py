@@ -17,42 +17,48 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.import_utils import is_bnb_4bit_available
 from peft.tuners.lora import layer as peft_lora
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
-from . import checks, sharing
+from . import checks, foreign, sharing
 from .backends import autocast_enabled
 from .dispatch import Backend
 from .functional import dora_linear, lora_linear
 from .group import is_hooked
 from .multi import lora_linear_multi
 from .multi_linear import sample_segments
+from .quantize import QuantizedWeight
 from .sharing import Arguments, SharedInput
 
 
-class FusedPeftLinear(peft_lora.Linear):  # type: ignore[misc]  # peft is untyped
-    """`peft.tuners.lora.Linear` with its forward in one fused call, wherever that is the same."""
+class _FusedForward:
+    """In front of a class of PEFT's: its forward in one fused call, wherever that is the same."""
 
     fused_lora_backend: Backend = "auto"
     fused_lora_group: SharedInput | None = None
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., K] -> y [..., N], as PEFT's."""
         names = kwargs.get("adapter_names")
         if not args and len(kwargs) == 1 and names is not None and _takes_batch(self, x, names):
             return _mixed_batch(self, x, names)
         if args or kwargs or obstacle(self) is not None or not _fits(self, x):
-            y: Tensor = super().forward(x, *args, **kwargs)
+            y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            return y
+        if isinstance(self, _OVER_CODES):
+            y = _quantized(self, x)
             return y
         if self.fused_lora_group is not None and not torch.compiler.is_compiling():
-            shared = self.fused_lora_group.output(self, x)
+            shared: Tensor | None = self.fused_lora_group.output(self, x)
             if shared is not None:
                 return shared
-        call = _arguments(self, x)
+        call = _plain_arguments(self)
         base, adapter = (x, call.weight), (call.lora_A, call.lora_B)
         options: dict[str, Any] = {
             "scaling": call.scaling,
@@ -67,9 +73,69 @@ class FusedPeftLinear(peft_lora.Linear):  # type: ignore[misc]  # peft is untype
         return lora_linear(*base, *adapter, **options)
 
 
-def _arguments(layer: FusedPeftLinear, x: Tensor) -> Arguments:
+class FusedPeftLinear(_FusedForward, peft_lora.Linear):  # type: ignore[misc]  # peft is untyped
+    """`peft.tuners.lora.Linear` on the fused path."""
+
+
+# PEFT's classes of layers that can be fused, and what they become.
+_FUSED: dict[type, type] = {peft_lora.Linear: FusedPeftLinear}
+_OVER_CODES: tuple[type, ...] = ()  # those whose base weight is quantised
+
+if is_bnb_4bit_available():
+    from peft.tuners.lora import bnb as peft_bnb
+
+    class FusedPeftLinear4bit(_FusedForward, peft_bnb.Linear4bit):  # type: ignore[misc]
+        """PEFT's LoRA over bitsandbytes' Linear4bit, on the fused path."""
+
+    class FusedPeftLinear8bitLt(_FusedForward, peft_bnb.Linear8bitLt):  # type: ignore[misc]
+        """PEFT's LoRA over bitsandbytes' Linear8bitLt, on the fused path: x stays as it is."""
+
+    _FUSED |= {
+        peft_bnb.Linear4bit: FusedPeftLinear4bit,
+        peft_bnb.Linear8bitLt: FusedPeftLinear8bitLt,
+    }
+    _OVER_CODES = (peft_bnb.Linear4bit, peft_bnb.Linear8bitLt)
+
+# What `foreign.read` made of a base layer's parameter, and where its data was then.
+_read_weights: Any = WeakIdKeyDictionary()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _read(base: nn.Module) -> QuantizedWeight:
+    parameter: Any = base.weight
+    at = parameter.data_ptr()
+    found = _read_weights.get(parameter)
+    if found is None or found[0] != at:
+        found = _read_weights[parameter] = (at, foreign.read(base))
+    weight: QuantizedWeight = found[1]
+    return weight
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _quantized(layer: Any, x: Tensor) -> Tensor:
+    """In the base layer's compute dtype, where it has one, and back, as bitsandbytes'."""
+    weight = _read(layer.base_layer)
+    dtype = getattr(layer.base_layer, "compute_dtype", None) or x.dtype
+    call = _arguments(layer, weight, dtype)
+    return lora_linear(
+        x.to(dtype),
+        weight,
+        call.lora_A,
+        call.lora_B,
+        scaling=call.scaling,
+        bias=call.bias,
+        dropout_p=call.dropout_p,
+        backend=call.backend,
+    ).to(x.dtype)
+
+
+def _plain_arguments(layer: FusedPeftLinear) -> Arguments:
     base = layer.base_layer
     weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
+    return _arguments(layer, weight, weight.dtype)
+
+
+def _arguments(layer: Any, weight: Any, dtype: torch.dtype) -> Arguments:
     adapters = _active(layer)
     first = adapters[0]
     lora_A, lora_B = layer.lora_A[first].weight, layer.lora_B[first].weight
@@ -83,7 +149,7 @@ def _arguments(layer: FusedPeftLinear, x: Tensor) -> Arguments:
         lora_A=lora_A,
         lora_B=lora_B,
         scaling=scaling,
-        bias=_bias(layer, adapters, x),
+        bias=_bias(layer, adapters, dtype),
         dropout_p=_dropout_p(layer, first),
         backend=layer.fused_lora_backend,
     )
@@ -97,12 +163,12 @@ def _lasting_arguments(layer: FusedPeftLinear, x: Tensor) -> Arguments | None:
     first = adapters[0]
     one = len(adapters) == 1 and first not in layer.lora_variant
     one = one and layer.lora_B[first].bias is None
-    return _arguments(layer, x) if one and type(layer.base_layer) is nn.Linear else None
+    return _plain_arguments(layer) if one and type(layer.base_layer) is nn.Linear else None
 
 
 def _takes_batch(layer: FusedPeftLinear, x: object, names: Sequence[str]) -> bool:
     """Whether the fused path takes x with ``names`` of adapters for its samples."""
-    if obstacle(layer, names) is not None or not _fits(layer, x):
+    if isinstance(layer, _OVER_CODES) or obstacle(layer, names) is not None or not _fits(layer, x):
         return False
     assert isinstance(x, Tensor)
     return x.dim() > 1 and len(x) == len(names)  # else PEFT's forward raises its error
@@ -139,21 +205,25 @@ def _dropout_p(layer: peft_lora.Linear, adapter: str) -> float:
     return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
-def _bias(layer: peft_lora.Linear, adapters: list[str], x: Tensor) -> Tensor | None:
+def _bias(layer: peft_lora.Linear, adapters: list[str], dtype: torch.dtype) -> Tensor | None:
     """The base layer's bias and those of every lora_B (`lora_bias=True`), scaled, in one."""
     bias: Tensor | None = layer.base_layer.bias
+    if bias is not None and isinstance(layer, _OVER_CODES):
+        bias = bias.to(dtype)  # bitsandbytes' follows x
     biased = [name for name in adapters if layer.lora_B[name].bias is not None]
     if not biased:
         return bias
     total = sum(layer.lora_B[name].bias * layer.scaling[name] for name in biased)
     assert isinstance(total, Tensor)
-    return (total if bias is None else bias + total).to(layer.base_layer.weight.dtype)
+    return (total if bias is None else bias + total).to(dtype)
 
 
 def _fits(layer: peft_lora.Linear, x: object) -> bool:
     """Whether x is what the base layer takes; where it isn't, PEFT's forward raises its error."""
     if not isinstance(x, Tensor) or x.dim() == 0:
         return False
+    if isinstance(layer, _OVER_CODES):
+        return x.dtype in checks.DTYPES
     return x.dtype == layer.base_layer.weight.dtype or autocast_enabled(x.device)
 
 
@@ -168,9 +238,15 @@ def obstacle(layer: peft_lora.Linear, adapter_names: Sequence[str] | None = None
     if layer.merged:
         return "its adapters are merged"
     base = layer.base_layer
-    if type(base) is not nn.Linear and type(base) is not Conv1D:
+    quantized = isinstance(layer, _OVER_CODES)
+    if quantized:
+        try:
+            _read(base)
+        except (TypeError, ValueError) as error:
+            return f"its base layer cannot be read: {error}"
+    elif type(base) is not nn.Linear and type(base) is not Conv1D:
         return f"its base layer is a {type(base).__name__}, not an nn.Linear or Conv1D"
-    if base.weight.dtype not in checks.DTYPES:
+    elif base.weight.dtype not in checks.DTYPES:
         return f"its base weight is {base.weight.dtype}"
     if base.weight.requires_grad and torch.is_grad_enabled():
         return "its base weight requires a gradient"
@@ -193,6 +269,8 @@ def obstacle(layer: peft_lora.Linear, adapter_names: Sequence[str] | None = None
     for name in adapters:
         if name in layer.lora_variant:
             why = _variant_obstacle(layer, name, adapters)
+            if why is None and quantized:
+                why = f"adapter {name!r} is DoRA's, over a quantised weight"
             if why is not None:
                 return why
         A, B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
@@ -262,7 +340,7 @@ def _swap(layer: peft_lora.Linear, new: type[peft_lora.Linear]) -> None:
 
 
 def _cannot_swap(layer: peft_lora.LoraLayer) -> str | None:
-    if type(layer) not in (peft_lora.Linear, FusedPeftLinear):
+    if type(layer) not in _FUSED and type(layer) not in _FUSED.values():
         return f"is a {type(layer).__module__}.{type(layer).__name__}, not a lora.Linear"
     if "forward" in layer.__dict__ and "_old_forward" not in layer.__dict__:
         return "its forward was replaced by another library"
@@ -273,6 +351,9 @@ def fuse(
     model: nn.Module, *, strict: bool = False, backend: Backend = "auto", groups: bool = True
 ) -> FuseReport:
     """Puts every eligible `peft.tuners.lora.Linear` of a live model on the fused path, in place.
+
+    And the LoRA layers over bitsandbytes' Linear4bit and Linear8bitLt; over the latter x is not
+    rounded to int8, which bitsandbytes does.
 
     On the fast path: dropout, bias, ``lora_bias``, rsLoRA, DoRA, fp32 adapters over a half base,
     Conv1D (GPT-2), several active adapters, ``scale_layer``, patterns of r and alpha. A layer whose
@@ -312,8 +393,8 @@ def fuse(
         raise ValueError(f"model: {len(not_fused)} LoRA layers cannot be fused: {listed}")
     for layer in layers.values():
         if _cannot_swap(layer) is None:
-            if type(layer) is peft_lora.Linear:
-                _swap(layer, FusedPeftLinear)
+            if type(layer) in _FUSED:
+                _swap(layer, _FUSED[type(layer)])
             layer.fused_lora_backend = backend
             layer.__dict__.pop("fused_lora_group", None)
     found = tuple(sharing.find_groups(model, FusedPeftLinear)) if groups else ()
@@ -329,10 +410,11 @@ def unfuse(model: nn.Module) -> None:
     """Gives every fused layer PEFT's own class back. Nothing happens where none is fused."""
     sharing.forget()
     for _, layer in _lora_layers(model):
-        if type(layer) is FusedPeftLinear:
-            layer.__dict__.pop("fused_lora_group", None)
-            del layer.fused_lora_backend
-            _swap(layer, peft_lora.Linear)
+        for plain, fused in _FUSED.items():
+            if type(layer) is fused:
+                layer.__dict__.pop("fused_lora_group", None)
+                del layer.__dict__["fused_lora_backend"]
+                _swap(layer, plain)
 
 
 def register(config: LoraConfig) -> None:

@@ -9,6 +9,7 @@ import torch
 from . import checks
 from .dispatch import Backend
 from .models import SMOLLM2
+from .quantize import FORMATS
 from .text import PYTHON_DOCS
 
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -33,6 +34,7 @@ class Settings:
     held_out: int = 8  # rows that are measured and not trained on
     seed: int = 0
     dtype: str = "auto"  # of the frozen weights: bfloat16 on a GPU, float32 without
+    quantize: str = "none"  # codes of the adapted layers' frozen weights: nf4, fp4, int8, fp8
     device: str = "auto"
     backend: Backend = "auto"
     peft: bool = False  # train through PEFT's own model, with its layers fused
@@ -52,6 +54,12 @@ class Settings:
             raise ValueError(f"lr: got {self.lr}, wanted more than 0")
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise ValueError(f"dtype: got {self.dtype!r}, wanted auto or one of {list(DTYPES)}")
+        if self.quantize not in ("none", *FORMATS):
+            raise ValueError(f"quantize: got {self.quantize!r}, wanted none or one of {FORMATS}")
+        if self.quantize != "none" and self.peft:
+            raise ValueError(
+                "quantize: got peft too, whose own quantised layers are bitsandbytes'; wanted one"
+            )
         for name in ("model", "data", "device"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, wanted a string")

@@ -13,12 +13,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels.dropout import Dropout
+from .quantize import QuantizedWeight
 from .reference import keep_mask
+
+
+def _base(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """x W0^T + bias [M, N]. A quantised W0 is there some rows at a time."""
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight, bias)
+    y = x.new_empty((x.shape[0], weight.shape[0]))
+    for rows, tile in weight.row_tiles(x.dtype):
+        y[:, rows] = F.linear(x, tile, None if bias is None else bias[rows])
+        del tile  # before the next one is there
+    return y
+
+
+def _add_base_dx(dx: Tensor, g: Tensor, weight: Tensor | QuantizedWeight) -> None:
+    """dx += g W0 in place. A quantised W0 is there some columns at a time: each sum is whole."""
+    if isinstance(weight, Tensor):
+        dx.addmm_(g, weight)
+        return
+    for cols, tile in weight.column_tiles(g.dtype):
+        dx[:, cols].addmm_(g, tile)
+        del tile
 
 
 def forward(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -33,14 +55,14 @@ def forward(
         h = F.linear(x * keep_mask(*dropout, *x.shape), lora_A.to(x.dtype))
         scaling *= dropout.keep_scale
     h *= scaling
-    y = F.linear(x, weight, bias)
+    y = _base(x, weight, bias)
     return y.addmm_(h, lora_B.to(x.dtype).t()), h
 
 
 def backward(
     g: Tensor,
     x: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor,
     lora_B: Tensor,
     h: Tensor | None,
@@ -68,7 +90,7 @@ def backward(
         dx = dh @ lora_A.to(g.dtype)
         if keep is not None:
             dx *= keep
-        dx.addmm_(g, weight)
+        _add_base_dx(dx, g, weight)
     return dx, dA, dB
 
 

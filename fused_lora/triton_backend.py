@@ -21,7 +21,9 @@ from .kernels.gemm import ColumnScale, gemm_add_lora, gemm_one_pass, gemm_scaled
 from .kernels.grads import grad_lora_a, grad_lora_b, lora_grads
 from .kernels.group import gemm_group
 from .kernels.persistent import persistent_add_lora, persistent_one_pass, persistent_produced
+from .kernels.quantized import QuantizedMatrix, dequantize
 from .kernels.skinny import skinny
+from .quantize import QuantizedWeight
 from .tables import Strategy
 
 # What a strategy that reads through tensor descriptors becomes where a tensor cannot have one.
@@ -40,9 +42,13 @@ def _config(
     return choose_config(kind, M, N, r, itemsize, dropout is not None, device, dora)
 
 
+def _operand(weight: Tensor | QuantizedWeight) -> Tensor | QuantizedMatrix:
+    return weight if isinstance(weight, Tensor) else weight.matrix()
+
+
 def lora_gemm(
     x: Tensor,
-    w: Tensor,
+    w: Tensor | QuantizedMatrix,
     a: Tensor,
     b: Tensor,
     bias: Tensor | None,
@@ -62,11 +68,17 @@ def lora_gemm(
     cannot drop h b, which falls to "split". DoRA is in the epilogue of one_pass and split alone.
     """
     r, N = b.shape
+    on_x, on_y = (dropout, None) if drop_x else (None, dropout)
+    if isinstance(w, QuantizedMatrix):
+        if strategy == "in_loop":
+            h = gemm_scaled(_config("plain", x, r, r, on_x), x, a, scale=scaling, dropout=on_x)
+            config = config or _config("quantized", x, N, r, on_y)
+            return gemm_add_lora(config, x, w, h, b, bias=bias, dropout=on_y), h
+        w = dequantize(w, x.dtype)
     if dora is not None:
         strategy, config = "one_pass" if strategy == "one_pass" else "split", None
     if strategy in WITHOUT_TMA and tma_obstacle(x, w, None if strategy == "tma_split" else a):
         strategy, config = WITHOUT_TMA[strategy], None
-    on_x, on_y = (dropout, None) if drop_x else (None, dropout)
     if strategy == "one_pass":
         config = config or _config("one_pass", x, N, r, dropout, dora is not None)
         return gemm_one_pass(
@@ -95,7 +107,7 @@ def lora_gemm(
 
 def forward(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -109,7 +121,7 @@ def forward(
     """y [M, N] and, if needed, h = scaling * (D o x) A^T [M, r], both in x's dtype."""
     return lora_gemm(
         x,
-        weight.t(),
+        _operand(weight).t(),
         lora_A.t(),
         lora_B.t(),
         bias,
@@ -126,7 +138,7 @@ def forward(
 def backward(
     g: Tensor,
     x: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor,
     lora_B: Tensor,
     h: Tensor | None,
@@ -143,7 +155,7 @@ def backward(
     if need_dx:
         dx, dh = lora_gemm(
             g,
-            weight,
+            _operand(weight),
             lora_B,
             lora_A,
             None,

@@ -18,8 +18,18 @@ from .device import DeviceInfo
 # Which product a configuration is for: the forms of gemm.py, grads.py, group.py, skinny.py,
 # multi.py and persistent.py.
 TmaKind = Literal["tma_one_pass", "tma_second", "tma_produced"]
+# "quantized" is gemm.py's second form with a quantised W.
 Kind = Literal[
-    "one_pass", "second", "plain", "grad", "group", "skinny", "expand", "multi_grad", TmaKind
+    "one_pass",
+    "second",
+    "quantized",
+    "plain",
+    "grad",
+    "group",
+    "skinny",
+    "expand",
+    "multi_grad",
+    TmaKind,
 ]
 
 MAX_RANK = 512
@@ -72,6 +82,14 @@ _GEMM_16BIT = (
     TileConfig(64, 128, 64, num_warps=8, num_stages=3),
     TileConfig(64, 64, 64, num_warps=4, num_stages=3),
     TileConfig(16, 64, 64, num_warps=4, num_stages=3),
+)
+# W's tile is in registers, in fp32, between its codes and the product; and it is read in codes, so
+# that a large tile saves less than it does for a plain W.
+_QUANTIZED_16BIT = (
+    TileConfig(128, 128, 64, num_warps=8, num_stages=3),
+    TileConfig(64, 128, 64, num_warps=8, num_stages=3),
+    TileConfig(64, 64, 64, num_warps=8, num_stages=3),
+    TileConfig(16, 64, 64, num_warps=4, num_stages=4),
 )
 # fp32 products are exact (FMA, no tensor cores), there for checking: larger tiles spill.
 _GEMM_32BIT = (
@@ -160,6 +178,8 @@ def _candidates(kind: Kind, itemsize: int) -> tuple[TileConfig, ...]:
         return _GEMM_32BIT
     if kind == "expand":
         return _EXPAND_16BIT
+    if kind == "quantized":
+        return _QUANTIZED_16BIT
     return _PLAIN_16BIT if kind == "plain" else _GEMM_16BIT
 
 
@@ -188,6 +208,8 @@ def is_valid(
         return False
     threads = 32 * config.num_warps
     accumulators = config.BLOCK_M * (config.BLOCK_N + block_r) / threads
+    if kind == "quantized" and device.capability < 90:  # W's tile is in registers too, in fp32
+        return accumulators <= 32
     if dropout:  # drawing a mask takes about five words per eight elements on top
         return accumulators <= (32 if kind == "group" else 64)  # a group has two accumulators
     if dora and accumulators > 96:  # two outputs and a scale: the largest tiles spill

@@ -18,6 +18,8 @@ element of the mask is drawn once; in the one-pass form it would be drawn N / BL
 
 Many adapters in one batch (pieces_ptr given, second form): tiles are ranges of positions, `order`
 says which row is at each, and the pieces which adapter's B multiplies which part of the tile's h.
+
+W may be quantised (see quantized.py): its tiles are then turned into values as they are read.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from .configs import TileConfig, padded
 from .device import device_guard
 from .dropout import Dropout
 from .pieces import MAX_BLOCK_R, add_pieces
+from .quantized import QuantizedMatrix, load_weight
 from .rows import AdapterTable, RowGroups
 from .tiles import add_product, grouped_tile, keep_mask
 
@@ -57,6 +60,7 @@ class Multi(NamedTuple):
 def lora_gemm_kernel(
     x_ptr,
     w_ptr,
+    w_tables,  # None, or a QuantizedMatrix's tables: then w_ptr is its codes
     bias_ptr,
     a_ptr,
     h_ptr,
@@ -96,6 +100,7 @@ def lora_gemm_kernel(
     USE_A: tl.constexpr = False,
     ALIGNED: tl.constexpr = False,
     RANK_DIVISOR: tl.constexpr = 1,
+    W_LAYOUT: tl.constexpr = None,  # a QuantizedMatrix's layout
 ):
     ONE_PASS: tl.constexpr = a_ptr is not None
     SECOND: tl.constexpr = a_ptr is None and h_ptr is not None
@@ -178,13 +183,42 @@ def lora_gemm_kernel(
     for k in range(0, K, BLOCK_K):
         in_k = offs_k < (BLOCK_K if EVEN_K else K - k)
         x = tl.load(x_ptrs, mask=in_x & in_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
-        w = tl.load(w_ptrs, mask=in_k[:, None] & in_n, other=0.0)  # [BLOCK_K, BLOCK_N]
+        if W_LAYOUT is None:
+            w = tl.load(w_ptrs, mask=in_k[:, None] & in_n, other=0.0)  # [BLOCK_K, BLOCK_N]
+            w_ptrs += step_w
+        elif W_LAYOUT[2]:
+            w = tl.trans(
+                load_weight(
+                    w_ptr,
+                    w_tables,
+                    pid_n * BLOCK_N,
+                    k,
+                    N,
+                    K,
+                    BLOCK_N,
+                    BLOCK_K,
+                    W_LAYOUT[0],
+                    W_LAYOUT[1],
+                )
+            )
+        else:
+            w = load_weight(
+                w_ptr,
+                w_tables,
+                k,
+                pid_n * BLOCK_N,
+                K,
+                N,
+                BLOCK_K,
+                BLOCK_N,
+                W_LAYOUT[0],
+                W_LAYOUT[1],
+            )
         if not SECOND and seed_ptr is not None:
             keep = keep_mask(tl.load(seed_ptr), threshold, offs_m, k, BLOCK_M, BLOCK_K)
             x = tl.where(keep, x, 0.0)
         acc = tl.dot(x, w.to(dtype), acc, input_precision=PRECISION)
         x_ptrs += step_x
-        w_ptrs += step_w
         if ONE_PASS:
             in_a = in_k[:, None] & (offs_r < R)[None, :]
             a = tl.load(a_ptrs, mask=in_a, other=0.0)  # [BLOCK_K, BLOCK_R]
@@ -214,7 +248,7 @@ def lora_gemm_kernel(
 def _launch(
     config: TileConfig,
     x: torch.Tensor,
-    w: torch.Tensor,
+    w: torch.Tensor | QuantizedMatrix,
     *,
     bias: torch.Tensor | None = None,
     a: torch.Tensor | None = None,
@@ -228,6 +262,7 @@ def _launch(
 ) -> torch.Tensor:
     (M, K), N = x.shape, w.shape[1]
     R = b.shape[0] if b is not None else 1
+    quantized = w if isinstance(w, QuantizedMatrix) else None
     y = torch.empty((M, N), dtype=x.dtype, device=x.device) if out is None else out
     if M == 0 or N == 0:
         return y
@@ -240,7 +275,8 @@ def _launch(
     with device_guard(x.device):
         lora_gemm_kernel[grid](
             x,
-            w,
+            w if quantized is None else quantized.code_bytes(),
+            None if quantized is None else quantized.tables,
             bias,
             a,
             h,
@@ -258,7 +294,7 @@ def _launch(
             K,
             R,
             *x.stride(),
-            *w.stride(),
+            *((0, 0) if isinstance(w, QuantizedMatrix) else w.stride()),
             bias.stride(0) if bias is not None else 0,
             *(a.stride() if a is not None else (0, 0)),
             h.stride(0) if h is not None else 0,
@@ -271,6 +307,7 @@ def _launch(
             EVEN_K=K % config.BLOCK_K == 0,
             PRECISION=dot_precision(x.dtype),
             **(multi.adapters.meta(multi.use_A) if multi else {}),
+            W_LAYOUT=None if quantized is None else quantized.layout,
             **config.meta(),
         )
     return y
@@ -306,7 +343,7 @@ def gemm_one_pass(
 def gemm_add_lora(
     config: TileConfig,
     x: torch.Tensor,
-    w: torch.Tensor,
+    w: torch.Tensor | QuantizedMatrix,
     h: torch.Tensor,
     b: torch.Tensor,
     *,
@@ -314,7 +351,10 @@ def gemm_add_lora(
     dropout: Dropout | None = None,
     dora: ColumnScale | None = None,
 ) -> torch.Tensor:
-    """y = x w + D o (h b) + bias; h [M, R] in x's dtype, its rows contiguous, the rest as above."""
+    """y = x w + D o (h b) + bias; h [M, R] in x's dtype, its rows contiguous, the rest as above.
+
+    ``w`` may be a `QuantizedMatrix` [K, N].
+    """
     scale = dropout.keep_scale if dropout else 1.0
     return _launch(config, x, w, bias=bias, h=h, b=b, scale=scale, dropout=dropout, dora=dora)
 

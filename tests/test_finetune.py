@@ -110,6 +110,23 @@ def test_through_peft_and_through_inject_are_the_same(settings, tmp_path):
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("quantize", ["nf4", "int8", "fp8"])
+def test_learns_over_nf4_int8_and_fp8(settings, model_dir, tmp_path, quantize):
+    """As well as over plain weights, on weights that are in codes."""
+    plain = _train(settings, tmp_path / "plain")
+    run = _train(replace(settings, quantize=quantize), tmp_path / "out")
+    layers = [m for m in run.model.modules() if isinstance(m, FusedLoRALinear)]
+    assert {layer.weight.layout.format for layer in layers} == {quantize}
+    assert run.evaluate() == pytest.approx(plain.evaluate(), abs=0.15)
+    assert run.evaluate() < run.history.held_out_before - 0.1
+    difference, effect = run.compare_with_peft()
+    assert difference < 1e-4 < effect
+    with pytest.raises(ValueError, match="quantize: got 'int3'"):
+        replace(settings, quantize="int3")
+    with pytest.raises(ValueError, match="quantize: got peft too"):
+        replace(settings, quantize=quantize, peft=True)
+
+
 def test_trains_through_the_kernels(settings, tmp_path, device, launches):
     run = Run(
         replace(settings, backend="triton", steps=1, device=device.type),

@@ -1,0 +1,683 @@
+"""Quantised base weights: their bytes, both backends against the fp64 oracle, layers, merging."""
+
+import copy
+import io
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from oracle import check, fused, problem, run
+from torch import nn
+
+import fused_lora
+from fused_lora import (
+    FusedLoRALinear,
+    QuantizedWeight,
+    explain,
+    inject,
+    lora_linear,
+    merge_and_unload,
+    quantize_fp4,
+    quantize_fp8,
+    quantize_int8,
+    quantize_nf4,
+)
+from fused_lora import quantize as quantize_module
+from fused_lora.dispatch import Call, Plan, plan
+from fused_lora.kernels import configs
+from fused_lora.kernels.device import INTERPRETED
+from fused_lora.kernels.gemm import gemm_add_lora
+from fused_lora.kernels.quantized import dequantize
+from fused_lora.quantize import FORMATS
+
+QUANTIZERS = {
+    "nf4": quantize_nf4,
+    "nf4 single": lambda w: quantize_nf4(w, double_quant=False),
+    "nf4 32": lambda w: quantize_nf4(w, block_size=32),
+    "fp4": quantize_fp4,
+    "int8": quantize_int8,
+    "fp8": quantize_fp8,
+    "fp8 whole": lambda w: quantize_fp8(w, block_size=None),
+}
+# ||Q(W) - W|| / ||W|| of normal weights: the formats' own, as their papers have it.
+ERRORS = {"nf4": 0.1, "fp4": 0.13, "int8": 0.01, "fp8": 0.03}
+PLANS = {
+    "in_loop": Plan("triton", "in_loop", "in_loop"),
+    "scratch": Plan("triton", "split", "one_pass"),
+    "torch": Plan("torch", "library", "library"),
+}
+every_quantizer = pytest.mark.parametrize("name", QUANTIZERS)
+every_format = pytest.mark.parametrize("format", FORMATS)
+DTYPES = pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.float32, id="fp32"),
+        pytest.param(torch.float16, id="fp16"),
+        pytest.param(torch.bfloat16, marks=pytest.mark.gpu, id="bf16"),
+    ],
+)
+
+
+def _quantized(p, quantizer):
+    """The problem over what the quantised weight stands for, and a call of it over the codes."""
+    weight = QUANTIZERS[quantizer](p.weight)
+    return replace(p, weight=weight.dequantize()), weight
+
+
+def _over(weight, backend):
+    return lambda p: fused(backend)(replace(p, weight=weight))
+
+
+@every_quantizer
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@DTYPES
+def test_values_and_gradients(device, name, plan, dtype, launches):
+    p = problem((3, 13), 69, 192, 8, dtype=dtype, adapter_dtype=torch.float32, device=device)
+    p, weight = _quantized(p, name)
+    check(run(_over(weight, plan), p), p)
+    expected = {"in_loop": "gemm_add_lora", "split": "gemm_add_lora"}.get(plan.strategy)
+    assert launches[:2] == (["gemm_scaled", expected] if expected else [])
+
+
+@every_format
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_values_and_gradients_with_dropout(device, format, plan):
+    p = problem(37, 70, 128, 5, device=device, dropout_p=0.3)
+    if plan.strategy_dx == "one_pass":
+        plan = replace(plan, strategy_dx="split")
+    p, weight = _quantized(p, format)
+    check(run(_over(weight, plan), p), p)
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8", "fp8"])
+@pytest.mark.parametrize("shape", [(1, 1, 64), (0, 5, 64), (17, 130, 320)], ids=str)
+def test_edge_shapes(device, name, shape):
+    p = problem(*shape, 3, device=device)
+    p, weight = _quantized(p, name)
+    check(run(_over(weight, PLANS["in_loop"]), p), p)
+    check(run(_over(weight, PLANS["torch"]), p), p)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "fp8 whole"])
+def test_any_width_but_for_nf4(device, name, launches):
+    p, weight = _quantized(problem(10, 33, 77, 3, device=device), name)
+    check(run(_over(weight, "triton"), p), p)
+    assert "gemm_add_lora" in launches
+
+
+@every_quantizer
+def test_kernels_make_the_same_values(device, name):
+    weight = QUANTIZERS[name](torch.randn(67, 320).to(device))
+    torch.testing.assert_close(
+        dequantize(weight.matrix(), torch.float32),
+        weight.cpu().dequantize().to(device),
+        rtol=1e-6,
+        atol=1e-7,
+    )
+
+
+@every_quantizer
+@pytest.mark.parametrize("transposed", [False, True])
+def test_product_in_every_configuration(device, name, transposed):
+    w = QUANTIZERS[name](torch.randn(192, 128).to(device))
+    matrix, full = w.matrix(), w.dequantize(torch.float64)
+    if transposed:
+        matrix, full = matrix.t(), full.t()
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 2e-3)):
+        x = torch.randn(37, full.shape[0]).to(device, dtype)
+        h = torch.randn(37, 5).to(device, dtype)
+        b = torch.randn(5, full.shape[1]).to(device, dtype)
+        exact = x.double() @ full + h.double() @ b.double()
+        for config in configs.ship("quantized", 5, dtype.itemsize, False, INTERPRETED):
+            y = gemm_add_lora(config, x, matrix, h, b)
+            assert ((y.double() - exact).norm() / exact.norm()).item() < tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100"])
+def test_nf4_int8_and_fp8_kernels_compile_without_spills(arch, tmp_path):
+    rows_file = tmp_path / "rows.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.compile_report", "--arch", arch]
+    command += ["--kind", "quantized", "--json", str(rows_file)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = json.loads(rows_file.read_text())
+    assert {row["codes"] for row in rows} == {"nf4", "int8", "fp8"}
+    assert {row["transposed"] for row in rows} == {False, True}
+
+
+# --- bytes
+
+
+def test_nf4_bytes_by_hand():
+    w = torch.zeros(1, 64)
+    w[0, :4] = torch.tensor([1.0, -1.0, 0.5, -0.25]) * 3
+    q = quantize_nf4(w, double_quant=False)
+    assert q.scales.tolist() == [3.0]
+    assert q.codes[:3].tolist() == [0xF0, 0xC4, 0x77]  # 1.0, -1.0; 0.44, -0.28; 0, 0
+    assert q.codebook[[0, 7, 15]].tolist() == [-1, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("block_size", [32, 64, 256, 4096])
+@pytest.mark.parametrize("shape", [(70, 320), (7, 33), (3, 64)], ids=str)
+def test_nf4_bytes_are_those_of_bitsandbytes(name, dtype, double_quant, block_size, shape):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    w = (torch.randn(shape) * torch.rand(shape[0], 1)).to(dtype)
+    codes, state = functional.quantize_4bit(
+        w, blocksize=block_size, quant_type=name, compress_statistics=double_quant
+    )
+    make = {"nf4": quantize_nf4, "fp4": quantize_fp4}[name]
+    ours = make(w, double_quant=double_quant, block_size=block_size)
+    assert torch.equal(ours.codes, codes.view(-1))
+    assert torch.equal(ours.codebook, state.code)
+    assert torch.equal(ours.scales, state.absmax)
+    if double_quant:
+        assert torch.equal(ours.nested_scales, state.state2.absmax)
+        assert torch.equal(ours.nested_codebook, state.state2.code)
+        assert ours.nested_offset.item() == state.offset.item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_bytes_are_those_of_bitsandbytes(dtype):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    w = torch.randn(33, 70).to(dtype)
+    codes, absmax, _ = functional.int8_vectorwise_quant(w.half())
+    ours = quantize_int8(w)
+    assert torch.equal(ours.codes, codes)
+    torch.testing.assert_close(ours.scales * 127, absmax)
+
+
+@every_format
+@pytest.mark.parametrize("shape", [(130, 320), (33, 77), (1, 1)], ids=str)
+def test_error_of_a_format(format, shape):
+    w = torch.randn(shape)
+    q = quantize_module.quantize(w, format)
+    assert q.shape == shape
+    assert q.numel() == w.numel()
+    error = (q.dequantize() - w).norm() / w.norm()
+    assert error < 1.5 * ERRORS[format]
+    assert torch.equal(q.requantize(q.dequantize()).codes, q.codes) or format in ("fp4", "nf4")
+    assert q.dequantize(torch.float16).dtype == torch.float16
+
+
+@every_format
+def test_zeros_of_a_format(format):
+    w = torch.zeros(4, 256)
+    w[1] = torch.randn(256)
+    q = quantize_module.quantize(w, format)
+    values = q.dequantize()
+    assert torch.isfinite(values).all()
+    assert values[0].abs().max() <= 0.02 * w.abs().max()  # nested scales: near zero, not zero
+
+
+def test_nf4_takes_half_a_byte():
+    q = quantize_nf4(torch.randn(512, 1024))
+    assert q.nbytes / q.numel() == pytest.approx(0.5 + 1 / 64, abs=0.003)
+
+
+# --- the container
+
+
+@every_format
+def test_state_dict_pickle_and_copies(format, tmp_path):
+    q = quantize_module.quantize(torch.randn(20, 128), format)
+    other = quantize_module.quantize(torch.randn(20, 128), format)
+    file = io.BytesIO()
+    torch.save(q.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    file = io.BytesIO()
+    torch.save(q, file)
+    file.seek(0)
+    copies = [other, copy.deepcopy(q), torch.load(file, weights_only=False)]
+    if format != "fp8":  # torch's own __reduce__ does not know float8 tensors
+        copies.append(pickle.loads(pickle.dumps(q)))
+    for same in copies:
+        assert torch.equal(same.dequantize(), q.dequantize())
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(q.state_dict(), tmp_path / "q.safetensors")
+    assert safetensors.load_file(tmp_path / "q.safetensors").keys() == q.state_dict().keys()
+
+
+@every_format
+def test_to_moves_and_never_casts(format):
+    q = quantize_module.quantize(torch.randn(20, 128), format)
+    before = {k: v.clone() for k, v in q.state_dict().items()}
+    half = nn.Sequential(q).to(torch.float16)[0]
+    assert half is q
+    assert q.dtype == q.dequantize().dtype == torch.float16
+    assert all(v.dtype == before[k].dtype for k, v in q.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in q.state_dict().items())
+    assert q.to("meta").device.type == "meta"
+    assert not any(p.requires_grad for p in q.parameters())
+
+
+def test_state_dict_of_another_format_is_refused():
+    with pytest.raises(RuntimeError, match="codes: got torch.int8, wanted torch.float8_e4m3fn"):
+        quantize_fp8(torch.randn(4, 64)).load_state_dict(
+            quantize_int8(torch.randn(4, 64)).state_dict()
+        )
+
+
+# --- memory
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8", "fp8"])
+def test_no_whole_weight_on_the_torch_path(name, monkeypatch):
+    """The largest tensor made in forward and backward is a tile, not W0."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    monkeypatch.setattr(quantize_module, "_CHUNK_BYTES", 64 << 10)
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            made = func is not torch.ops.aten.detach.default
+            if made and isinstance(result, torch.Tensor) and result.is_floating_point():
+                sizes.append(result.numel())
+            return result
+
+    p, weight = _quantized(problem(8, 768, 512, 4), name)
+    with Watch():
+        result = run(_over(weight, "torch"), p)
+    assert max(sizes) <= weight.numel() // 4
+    monkeypatch.undo()
+    check(result, p)
+
+
+def test_nf4_saves_no_weight_for_the_backward():
+    p, weight = _quantized(problem(8, 96, 128, 4), "nf4")
+    saved = []
+
+    def pack(t):
+        saved.append(t.shape)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        run(_over(weight, "torch"), p)
+    assert torch.Size([96, 128]) not in saved
+
+
+# --- the choice
+
+
+def _call(M, N=11008, **changes):
+    layout = quantize_nf4(torch.randn(1, 64)).layout
+    call = Call(M, N, 4096, 16, torch.bfloat16, torch.device("cpu"), False, True, layout)
+    return replace(call, **changes)
+
+
+def test_nf4_crossover():
+    def in_loop(M, N):
+        found = plan(_call(M, N, dtype=torch.float16), "triton").strategy
+        assert found in ("in_loop", "one_pass", "split")
+        return found == "in_loop"
+
+    assert [in_loop(M, 11008) for M in (1, 16, 1024, 8192)] == [True, True, False, False]
+    assert [in_loop(M, 4096) for M in (1, 16, 1024, 8192)] == [True, True, False, False]
+
+
+def test_int8_dispatcher_takes_both(device, launches):
+    q = quantize_int8(torch.randn(64, 64).to(device))
+    assert plan(replace(_call(4), dtype=torch.float16), "triton").strategy == "in_loop"
+    assert plan(replace(_call(8192), dtype=torch.float16), "triton").strategy in (
+        "one_pass",
+        "split",
+    )
+    x, A, B = (torch.randn(s).to(device) for s in ((4, 64), (2, 64), (64, 2)))
+    said = str(explain(x, q, A, B, backend="triton"))
+    assert "in_loop: taken: predicted" in said
+    assert "split: not taken: predicted" in said
+    assert "int8, tiles become values in the K loop" in said
+    lora_linear(x, q, A, B, scaling=1.0, backend="triton")
+    assert launches == ["gemm_scaled", "gemm_add_lora"]
+
+
+def test_nf4_of_odd_width_goes_to_torch(device, launches):
+    p, weight = _quantized(problem(5, 9, 33, 3, device=device), "nf4")
+    check(run(_over(weight, "auto"), p), p)
+    assert launches == []
+    message = "weight: got K = 33, wanted a multiple of its block size, 64"
+    with pytest.raises(ValueError, match=message):
+        run(_over(weight, "triton"), p)
+    assert "the whole of it" in str(explain(p.x, weight, p.lora_A, p.lora_B))
+
+
+@every_format
+def test_autocast_and_compile(format):
+    q = quantize_module.quantize(torch.randn(32, 64), format)
+    A, B = torch.randn(4, 64), torch.randn(32, 4)
+    x = torch.randn(3, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora_linear(x, q, A, B, scaling=1.0)
+    assert y.dtype == torch.bfloat16
+
+    def doubled(x):
+        return lora_linear(x * 2, q, A, B, scaling=1.0) * 2
+
+    compiled = torch.compile(doubled, backend="eager")
+    torch.testing.assert_close(compiled(x), doubled(x))
+
+
+# --- layers
+
+
+@every_format
+def test_layer_trains_and_merges(format):
+    linear = nn.Linear(128, 24)
+    layer = FusedLoRALinear.from_linear(linear, 4, 8, quantize=format)
+    assert isinstance(layer.weight, QuantizedWeight)
+    nn.init.normal_(layer.lora_B, std=0.05)
+    x = torch.randn(5, 128)
+    layer(x).sum().backward()
+    assert layer.lora_A.grad is not None
+    layer.eval()
+    expected = layer(x)
+    codes = layer.weight.codes.clone()
+
+    assert layer.merge() == 0.0
+    assert type(layer.weight) is nn.Parameter
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    assert set(layer.state_dict()) == {"weight", "bias"}
+    layer.unmerge()
+    assert torch.equal(layer.weight.codes, codes)
+
+    error = layer.merge(requantize=True)
+    assert isinstance(layer.weight, QuantizedWeight)
+    assert 0 < error < 1.5 * ERRORS[format]
+    assert (layer(x) - expected).norm() / expected.norm() < 0.5
+    layer.unmerge()
+    assert torch.equal(layer.weight.codes, codes)
+    assert torch.equal(layer(x), expected)
+
+
+def test_nf4_layer_state_dict_goes_back_into_its_like():
+    layers = [FusedLoRALinear.from_linear(nn.Linear(64, 8), 2, quantize="nf4") for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = torch.randn(3, 64)
+    assert torch.equal(layers[0](x), layers[1](x))
+    assert "weight.codes" in layers[0].state_dict()
+    assert "weight" not in layers[0].state_dict()
+
+
+def test_int8_layer_from_a_quantized_weight():
+    q = quantize_int8(torch.randn(8, 64).half())
+    layer = FusedLoRALinear.from_linear(q, 2)
+    assert layer.weight is q
+    assert layer.bias is None
+    assert layer.lora_A.dtype == torch.float32
+    assert (layer.in_features, layer.out_features) == (64, 8)
+
+
+@every_format
+def test_inject_quantizes(format):
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
+    weights = [p.detach().clone() for p in model.parameters()]
+    report = inject(model, 2, 4, ["0"], quantize=format)
+    assert report.layers == ("0",)
+    assert report.total == sum(w.numel() for w in weights) + report.trainable
+    assert isinstance(model[0].weight, QuantizedWeight)
+    assert type(model[2]) is nn.Linear
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["0.lora_A", "0.lora_B"]
+    values = model[0].weight.dequantize()
+    merge_and_unload(model)
+    assert type(model[0]) is nn.Linear
+    torch.testing.assert_close(model[0].weight.data, values)
+
+
+def test_nf4_adapter_is_saved_and_loaded(tmp_path):
+    pytest.importorskip("safetensors")
+    model = nn.Sequential(nn.Linear(64, 32))
+    inject(model, 2, 4, ["0"], quantize="nf4")
+    nn.init.normal_(model[0].lora_B)
+    fused_lora.save_adapter(model, tmp_path)
+    plain = nn.Sequential(nn.Linear(64, 32))
+    fused_lora.load_adapter(plain, tmp_path)
+    assert torch.equal(plain[0].lora_B, model[0].lora_B)
+
+
+# --- other libraries' layers
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_nf4_layer_of_bitsandbytes(name, storage):
+    bnb = pytest.importorskip("bitsandbytes")
+    linear = bnb.nn.Linear4bit(128, 24, quant_type=name, quant_storage=storage)
+    with pytest.raises(ValueError, match="not quantised yet"):
+        FusedLoRALinear.from_linear(linear)
+    linear = linear.to("cpu")
+    layer = FusedLoRALinear.from_linear(linear, 4)
+    assert layer.weight.layout.format == name
+    assert layer.weight.codes.data_ptr() == linear.weight.data_ptr()
+    x = torch.randn(5, 128, requires_grad=True)
+    torch.testing.assert_close(layer(x), linear(x))
+    with pytest.raises(ValueError, match=f"quantize: got 'nf4', but the weight is {name} now"):
+        FusedLoRALinear.from_linear(linear, 4, quantize="nf4")
+
+
+def test_int8_layer_of_bitsandbytes():
+    bnb = pytest.importorskip("bitsandbytes")
+    linear = bnb.nn.Linear8bitLt(128, 24, has_fp16_weights=False)
+    with pytest.raises(ValueError, match="not quantised yet"):
+        FusedLoRALinear.from_linear(linear)
+    dense = linear.weight.detach().clone()
+    linear = linear.to("cpu")
+    layer = FusedLoRALinear.from_linear(linear, 4)
+    x = torch.randn(5, 128)
+    torch.testing.assert_close(layer.weight.dequantize(torch.float32), dense, rtol=0, atol=2e-3)
+    # bitsandbytes rounds x to int8 as well
+    assert (layer(x) - linear(x)).norm() / linear(x).norm() < 0.05
+    with pytest.raises(ValueError, match="keeps its weight in fp16"):
+        FusedLoRALinear.from_linear(bnb.nn.Linear8bitLt(128, 24))
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_int8_layer_of_torchao(name):
+    ao = pytest.importorskip("torchao.quantization")
+    config = ao.Int8WeightOnlyConfig(version=2) if name == "int8" else ao.Float8WeightOnlyConfig()
+    model = nn.Sequential(nn.Linear(128, 24).to(torch.bfloat16))
+    ao.quantize_(model, config)
+    values = model[0].weight.dequantize()
+    inject(model, 4, 8, ["0"])
+    assert model[0].weight.layout.format == name
+    torch.testing.assert_close(model[0].weight.dequantize(), values)
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """How many of PEFT's layers took the fused path."""
+    pytest.importorskip("peft")
+    import fused_lora.peft as fused_peft
+
+    seen = []
+    real = fused_peft.lora_linear
+    monkeypatch.setattr(
+        fused_peft, "lora_linear", lambda *a, **k: seen.append(a[1].layout.format) or real(*a, **k)
+    )
+    return seen
+
+
+def _peft_model(kind, **config):
+    bnb = pytest.importorskip("bitsandbytes")
+    peft = pytest.importorskip("peft")
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            if kind == "int8":
+                self.up = bnb.nn.Linear8bitLt(128, 64, has_fp16_weights=False)
+            else:
+                self.up = bnb.nn.Linear4bit(128, 64, quant_type=kind)
+
+        def forward(self, x):
+            return self.up(x)
+
+    net = Net().to("cpu")
+    net.is_loaded_in_4bit, net.is_loaded_in_8bit = kind != "int8", kind == "int8"
+    model = peft.get_peft_model(net, peft.LoraConfig(r=4, target_modules=["up"], **config))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("config", [{}, {"lora_bias": True}, {"use_rslora": True}], ids=str)
+def test_nf4_and_int8_layers_of_peft(kind, config, fused_calls):
+    from fused_lora.peft import fuse, unfuse
+
+    model = _peft_model(kind, **config)
+    x = torch.randn(3, 5, 128, requires_grad=True)
+    expected = model(x)
+    expected_dx = torch.autograd.grad(expected.sum(), x)[0]
+    before = type(model.base_model.model.up)
+    report = fuse(model, strict=True)
+    assert len(report.fused) == 1
+    y = model(x)
+    dx = torch.autograd.grad(y.sum(), x)[0]
+    assert fused_calls == [kind]
+    tolerance = 2e-2 if kind == "int8" else 1e-5  # bitsandbytes rounds x to int8
+    assert (y - expected).norm() <= tolerance * expected.norm()
+    assert (dx - expected_dx).norm() <= tolerance * expected_dx.norm()
+    with model.disable_adapter():
+        model(x)
+    assert fused_calls == [kind]
+    unfuse(model)
+    assert type(model.base_model.model.up) is before
+
+
+def test_nf4_layer_of_peft_in_its_compute_dtype(fused_calls):
+    from fused_lora.peft import fuse
+
+    model = _peft_model("nf4")
+    model.base_model.model.up.base_layer.compute_dtype = torch.bfloat16
+    model.base_model.model.up.base_layer.compute_type_is_set = True
+    x = torch.randn(4, 128)
+    expected = model(x)
+    fuse(model)
+    y = model(x)
+    assert y.dtype == x.dtype
+    assert (y - expected).norm() < 2e-2 * expected.norm()
+    assert fused_calls == ["nf4"]
+
+
+def test_what_takes_no_nf4_weight_yet_says_so():
+    q = quantize_nf4(torch.randn(8, 64))
+    x, A, B = torch.randn(3, 64), torch.randn(2, 64), torch.randn(8, 2)
+    with pytest.raises(TypeError, match="weight: is quantised, which lora_linear_multi"):
+        fused_lora.lora_linear_multi(x, q, [A], [B], scalings=1.0, adapter_indices=[0, 0, 0])
+    with pytest.raises(TypeError, match="weights: got a QuantizedWeight, which lora_linear_group"):
+        fused_lora.lora_linear_group(x, [q], [A], [B], scalings=[1.0])
+    with pytest.raises(TypeError, match="weight: is quantised, which dora_linear"):
+        fused_lora.dora_linear(x, q, A, B, torch.ones(8), scaling=1.0)
+    with pytest.raises(ValueError, match="use_dora: the base weight is quantised"):
+        FusedLoRALinear.from_linear(q, 2, use_dora=True)
+    with pytest.raises(ValueError, match="init_lora_weights: got 'pissa', which changes"):
+        FusedLoRALinear.from_linear(q, 2, init_lora_weights="pissa")
+
+
+# --- bad input
+
+
+def _parts(format="nf4"):
+    q = quantize_module.quantize(torch.randn(4, 128), format)
+    tensors = {name: p.data for name, p in q.named_parameters()}
+    return {"shape": (4, 128), "dtype": q.dtype, "block": q.layout.block, **tensors}
+
+
+BAD_PARTS = {
+    "truncated codes": (
+        {"codes": torch.zeros(255).byte()},
+        ValueError,
+        "codes: got 255",
+    ),
+    "int8 codes": (
+        {"codes": torch.zeros(256).char()},
+        TypeError,
+        "codes: got torch.int8",
+    ),
+    "block of 48": ({"block": (1, 48)}, ValueError, "block: got (1, 48)"),
+    "block of 128": ({"block": (1, 128)}, ValueError, "scales: got 8 elements, wanted 4"),
+    "other K": ({"shape": (4, 192)}, ValueError, "codes: got 256 elements, wanted 384"),
+    "fp32 scales": ({"scales": torch.ones(8)}, TypeError, "scales: got torch.float32"),
+    "no codebook": ({"codebook": None}, TypeError, "codebook: is missing"),
+    "short codebook": ({"codebook": torch.ones(15)}, ValueError, "codebook: got 15"),
+    "no offset": ({"nested_offset": None}, TypeError, "nested_offset: is missing"),
+    "integer dtype": ({"dtype": torch.int8}, TypeError, "dtype: got torch.int8"),
+    "two devices": (
+        {"scales": torch.ones(8, dtype=torch.uint8, device="meta")},
+        ValueError,
+        "scales: is on meta",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PARTS)
+def test_nf4_parts_that_do_not_fit(name):
+    changes, error, message = BAD_PARTS[name]
+    with pytest.raises(error, match=re.escape(message)):
+        QuantizedWeight("nf4", **_parts() | changes)
+    QuantizedWeight("nf4", **_parts())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"codebook": torch.ones(16)}, TypeError, "codebook: is given"),
+        ({"block": (1, 48)}, ValueError, "block: got (1, 48), wanted powers of two or 0"),
+        ({"scales": torch.ones(3)}, ValueError, "scales: got 3 elements, wanted 4"),
+        ({"codes": torch.zeros(4, 128)}, TypeError, "codes: got torch.float32"),
+    ],
+)
+def test_int8_parts_that_do_not_fit(changes, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        QuantizedWeight("int8", **_parts("int8") | changes)
+
+
+@every_format
+@pytest.mark.parametrize(
+    ("weight", "error", "message"),
+    [
+        ([1.0], TypeError, "weight: got list"),
+        (torch.ones(4), ValueError, "weight: got shape [4]"),
+        (torch.ones(0, 64), ValueError, "weight: got shape [0, 64]"),
+        (torch.ones(4, 64).double(), TypeError, "weight: got torch.float64"),
+        (torch.ones(4, 64) / 0, ValueError, "weight: has values that are not finite"),
+        (torch.ones(4, 64, device="meta"), ValueError, "weight: is on the meta device"),
+    ],
+)
+def test_weights_that_cannot_be_quantized(format, weight, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        quantize_module.quantize(weight, format)
+
+
+def test_other_arguments_of_nf4_int8_and_fp8():
+    w = torch.randn(4, 64)
+    with pytest.raises(ValueError, match="block_size: got 63"):
+        quantize_nf4(w, block_size=63)
+    with pytest.raises(ValueError, match="block_size: got 64, wanted 128 or None"):
+        quantize_fp8(w, block_size=64)
+    with pytest.raises(ValueError, match="beyond 65504"):
+        quantize_int8(w * 1e6)
+    with pytest.raises(ValueError, match="quantize: got 'nf3', wanted one of nf4, fp4, int8, fp8"):
+        inject(nn.Sequential(nn.Linear(64, 4)), 2, 4, ["0"], quantize="nf3")
+    with pytest.raises(ValueError, match="requantize: the layer's weight is not quantised"):
+        FusedLoRALinear(4, 4).merge(requantize=True)
+    q = quantize_nf4(w)
+    with pytest.raises(ValueError, match="x: got shape"):
+        lora_linear(torch.randn(3, 63), q, torch.randn(2, 64), torch.randn(4, 2), scaling=1.0)
+    x, A, B = (torch.randn(*s, device="meta") for s in ((3, 64), (2, 64), (4, 2)))
+    with pytest.raises(ValueError, match="weight: is on cpu, wanted x's device, meta"):
+        lora_linear(x, q, A, B, scaling=1.0)
