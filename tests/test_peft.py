@@ -29,7 +29,8 @@ class Net(nn.Module):
         self.down = nn.Linear(16, 8, bias=bias)
 
     def forward(self, x):
-        return self.down(torch.relu(self.conv(torch.relu(self.up(x)))))
+        smooth = torch.nn.functional.silu  # a ReLU that rounding flips would move the gradients
+        return self.down(smooth(self.conv(smooth(self.up(x)))))
 
 
 def _model(adapters=1, base_bias=True, base_dtype=torch.float32, **config):
