@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # The standing GPU plan: all that waits for a GPU, in one call of at most 8 minutes.
 #
-#   bash benchmarks/on_gpu.sh
+#   bash benchmarks/on_gpu.sh          tests, quick benchmark, compute-sanitizer
+#   bash benchmarks/on_gpu.sh tune     measures every strategy and tile for LoRAFusion's grid and
+#                                      Llama-3.1-8B, in at most 9 minutes; leaves tuned_GPU.json,
+#                                      which ships from fused_lora/tables/GPU.json
 #
 # On a bare checkout; installs nothing. Every step has its own time limit and the next one runs
 # whatever became of it. Leaves at most 8 files, side by side, in $OUT (benchmarks/results):
@@ -27,6 +30,26 @@ fi
 
 mkdir -p "$OUT" || exit 1
 OUT=$(cd "$OUT" && pwd)
+
+if [[ ${1:-} == tune ]]; then
+    XDG_CACHE_HOME=$(mktemp -d)
+    export XDG_CACHE_HOME
+    shapes=()
+    for M in 8192 2048; do
+        for NK in 4096,4096 5120,5120 8192,8192 1024,4096 14336,4096 4096,14336; do
+            shapes+=(--shapes "$M,$NK")
+        done
+    done
+    # The table is saved after every problem: what the limit cuts off is the end of the list.
+    timeout 540 "$PYTHON" -m fused_lora tune "${shapes[@]}" --r 16 --workers "$(nproc)" 2>&1 |
+        tee "$OUT/tune.log"
+    status=${PIPESTATUS[0]}
+    for table in "$XDG_CACHE_HOME"/fused_lora/tables/*.json; do
+        [[ -e $table ]] && cp "$table" "$OUT/tuned_$(basename "$table")"
+    done
+    exit "$status"
+fi
+
 SUMMARY=$OUT/summary.txt
 rm -f "$SUMMARY" "$OUT"/tests.log "$OUT"/tests.xml "$OUT"/benchmark.log "$OUT"/sanitizer.log
 export PYTHONUNBUFFERED=1

@@ -10,6 +10,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain, product
+from typing import Any
 
 import torch
 
@@ -18,43 +22,110 @@ if not torch.cuda.is_available():  # read by Triton when a kernel is defined
 
 from oracle import check, fused, problem, run
 
+from fused_lora import (
+    dora_linear,
+    lora_linear,
+    lora_linear_group,
+    lora_linear_multi,
+    quantize_nf4,
+)
 from fused_lora.dispatch import Plan, Strategy
+from fused_lora.kernels.configs import MAX_SKINNY_M
 
 CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
 # M, N, K, r: nothing divides a tile, some fall short of one, some need several. (Not M = r = 1: the
 # one rounding of the one element of dh would be compared with PyTorch's, which is luck.)
 SHAPES = [(1, 61, 17, 9), (23, 7, 3, 1), (17, 33, 65, 16), (70, 129, 63, 5), (131, 65, 190, 33)]
-DTYPES = (torch.bfloat16, torch.float16, torch.float32) if CUDA else (torch.float32, torch.float16)
+# Rows of whole 16 bytes, which tensor descriptors want; no side is a whole number of tiles.
+ALIGNED = [(61, 136, 72, 24), (150, 264, 200, 16)]
+HALF = (torch.bfloat16,) if CUDA else (torch.float16,)
+DTYPES = (*HALF, torch.float32)
+
+Case = tuple[str, Callable[[], None]]
 
 
-def _cases() -> list[tuple[Strategy, float]]:
-    return [("one_pass", 0.0), ("split", 0.0), ("split", 0.3)]
+def _layer(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, strategy: Strategy, dropout_p: float
+) -> None:
+    adapter_dtype = torch.float32
+    p = problem(
+        *shape, dtype=dtype, adapter_dtype=adapter_dtype, device=DEVICE, dropout_p=dropout_p
+    )
+    check(run(fused(Plan("triton", strategy, strategy)), p), p)
+
+
+def _layers() -> Iterator[Case]:
+    """One layer, by every strategy, with the oracle's rule for y and all gradients."""
+    plain: list[tuple[Strategy, float]] = [("one_pass", 0.0), ("split", 0.0), ("split", 0.3)]
+    special: list[tuple[Strategy, float]] = [("tma_one_pass", 0.0)]
+    for strategy in ("tma_split", "one_launch", "skinny", "library"):
+        special += [(strategy, 0.0), (strategy, 0.3)]
+    for shape, dtype, (strategy, p) in chain(
+        product(SHAPES, DTYPES, plain), product(ALIGNED, HALF, special)
+    ):
+        if strategy != "skinny" or shape[0] <= MAX_SKINNY_M:
+            name = f"{dtype} M, N, K, r {shape} {strategy} dropout {p}"
+            yield name, partial(_layer, shape, dtype, strategy, p)
+
+
+def _others() -> Iterator[Case]:
+    """The other products, forward and backward, against their own PyTorch path."""
+    for dtype, (M, N, K, r) in product(HALF, SHAPES[2:]):
+
+        def normal(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return (torch.randn(*shape) * shape[-1] ** -0.5).to(DEVICE, dtype)
+
+        x, As, Bs = normal(M, K), [normal(r, K) for _ in range(3)], [normal(N, r) for _ in range(3)]
+        weights = [normal(N, K) for _ in range(3)]
+        rows = torch.arange(M, device=DEVICE) % 4 - 1
+        whole = K // 64 * 64  # NF4's blocks
+        calls: dict[str, Callable[..., Any]] = {
+            "group": partial(lora_linear_group, x, weights, As, Bs, scalings=[1.0] * 3),
+            "multi": partial(
+                lora_linear_multi, x, weights[0], As, Bs, scalings=1.0, adapter_indices=rows
+            ),
+            "dora": partial(
+                dora_linear, x, weights[0], As[0], Bs[0], normal(N).abs() + 0.5, scaling=1.0
+            ),
+        }
+        leaves = [x, *As, *Bs]
+        if whole:
+            x4, A4 = normal(M, whole), normal(r, whole)
+            quantised = quantize_nf4(normal(N, whole))
+            calls["nf4"] = partial(lora_linear, x4, quantised, A4, Bs[0], scaling=1.0)
+            leaves += [x4, A4]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        for name, call in calls.items():
+            name = f"{dtype} M, N, K, r {(M, N, K, r)} {name}"
+            yield name, partial(_same_on_both, call, leaves)
+
+
+def _same_on_both(call: Callable[..., Any], leaves: list[torch.Tensor]) -> None:
+    results = []
+    for backend in ("triton", "torch"):
+        y = call(backend=backend)
+        ys = [y] if isinstance(y, torch.Tensor) else list(y)
+        total = torch.stack([y.float().square().sum() for y in ys]).sum()
+        grads = torch.autograd.grad(total, leaves, allow_unused=True)
+        results.append([t for t in (*ys, *grads) if t is not None])
+    for ours, theirs in zip(*results, strict=True):
+        error = (ours.float() - theirs.float()).norm() / theirs.float().norm()
+        assert error < 0.05, f"{error:.1e} of the norm away from the PyTorch path"
 
 
 def main() -> int:
     """Runs all cases; returns 1 if a result is wrong."""
-    device = torch.device("cuda" if CUDA else "cpu")
-    wrong = 0
-    for dtype in DTYPES:
-        for M, N, K, r in SHAPES:
-            for strategy, dropout_p in _cases():
-                p = problem(
-                    M,
-                    N,
-                    K,
-                    r,
-                    dtype=dtype,
-                    adapter_dtype=torch.float32,
-                    device=device,
-                    dropout_p=dropout_p,
-                )
-                name = f"{dtype} M {M} N {N} K {K} r {r} {strategy} dropout {dropout_p}"
-                try:
-                    check(run(fused(Plan("triton", strategy, strategy)), p), p)
-                except AssertionError as error:
-                    wrong += 1
-                    print(f"wrong: {name}: {error}")
-    total = len(DTYPES) * len(SHAPES) * len(_cases())
+    torch.manual_seed(0)
+    total = wrong = 0
+    for name, case in chain(_layers(), _others()):
+        total += 1
+        try:
+            case()
+        except AssertionError as error:
+            wrong += 1
+            print(f"wrong: {name}: {error}")
     where = torch.cuda.get_device_name() if CUDA else "the CPU, in Triton's interpreter"
     print(f"{total - wrong} of {total} cases right on {where}")
     return int(wrong > 0)

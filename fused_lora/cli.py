@@ -144,6 +144,9 @@ def tune(
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
     dropout: Annotated[bool, typer.Option("--dropout", help="With dropout, too.")] = False,
     device: Annotated[str, typer.Option(help="cuda, cuda:1.")] = "cuda",
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that compile everything first.")
+    ] = 0,
 ) -> None:
     """Measure every strategy and tile on this GPU and keep the best in your own table.
 
@@ -181,6 +184,7 @@ def tune(
                 dropouts=[False, True] if dropout else [False],
                 device=device,
                 progress=progress,
+                workers=workers,
             )
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise _failed(error) from None

@@ -5,8 +5,11 @@ Runs only when it is asked to: training reads tables and never tunes.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -121,6 +124,21 @@ def _measure(
             yield Measurement(name, strategy, config, seconds)
 
 
+def _compile(job: tuple[dispatch.Call, Direction, Strategy, TileConfig | None]) -> None:
+    call, direction, strategy, config = job
+    # Whatever a compiler raises, the measurement will meet it again and report it.
+    with contextlib.suppress(Exception):
+        _Problem(call, direction).run(strategy, config)
+
+
+def _compile_all(problems: list[tuple[dispatch.Call, Direction]], workers: int) -> None:
+    """Fills Triton's cache on disk, where processes can share the work, as timing cannot."""
+    jobs = [(call, d, *candidate) for call, d in problems for candidate in candidates(call, d)]
+    spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        list(pool.map(_compile, jobs, chunksize=4))
+
+
 def tune(
     shapes: Iterable[tuple[int, int, int]],
     *,
@@ -131,6 +149,7 @@ def tune(
     device: torch.device | str = "cuda",
     timer: Callable[[Callable[[], object]], float] = median_seconds,
     progress: Callable[[int, int, Measurement], None] | None = None,
+    workers: int = 0,
 ) -> dict[str, Choice]:
     """Measures layers and adds the best choices to the user's table for this GPU.
 
@@ -139,6 +158,7 @@ def tune(
         ranks, dtypes, dropouts, directions: measured for every shape.
         timer: seconds of a call.
         progress: called after each candidate with (problems done, problems, measurement).
+        workers: processes that compile all candidates first; 0 compiles each when it is its turn.
 
     Returns:
         The best choice by table key. A candidate that fails or is wrong is left out; ``progress``
@@ -159,6 +179,8 @@ def tune(
         if obstacle is not None:
             raise type(obstacle)(f"cannot tune for M, N, K = {M}, {N}, {K}: {obstacle}")
         problems.append((call if direction == "forward" else dispatch.transposed(call), direction))
+    if workers:
+        _compile_all(problems, workers)
     best: dict[str, Choice] = {}
     gpu = device_info(device).name
     for done, (call, direction) in enumerate(problems):

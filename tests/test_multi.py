@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from oracle import FORWARD_FACTOR, GRADIENT_FACTOR
 from torch import nn
 
@@ -253,23 +251,6 @@ def test_multi_indices_on_the_device_need_no_host(device, plan):
     groups = groups_of_indices(b.indices, len(b.As))
     assert groups.on_host is None
     check(run(fused(plan, groups), b), b)
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    runs=st.lists(st.tuples(st.integers(-1, 3), st.integers(1, 40)), max_size=6),
-    ranks=st.tuples(*[st.integers(1, 40)] * 4),
-    N=st.integers(1, 70),
-    K=st.integers(1, 70),
-    dropout_p=st.sampled_from([0.0, 0.4]),
-    plan=st.sampled_from([p.values[0] for p in PLANS]),
-    seed=st.integers(0, 2**31),
-)
-def test_multi_any_batch(runs, ranks, N, K, dropout_p, plan, seed):
-    torch.manual_seed(seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    b = batch(runs, ranks, N, K, device=device, dropout_p=dropout_p)
-    check(run(fused(plan), b), b)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

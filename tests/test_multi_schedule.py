@@ -5,6 +5,8 @@ from collections import Counter
 
 import pytest
 import torch
+
+pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

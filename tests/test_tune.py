@@ -239,6 +239,19 @@ def test_rows_count_for_their_power_of_two(M, expected):
     assert tables.bucket(M) == expected
 
 
+@pytest.mark.usefixtures("one_tile_each")
+def test_workers_compile_first(monkeypatch, device):
+    """In processes of their own; what is measured afterwards is the same."""
+    from fused_lora import tune as module
+
+    compiled = []
+    real = module._compile_all
+    monkeypatch.setattr(module, "_compile_all", lambda *a: compiled.append(len(a[0])) or real(*a))
+    problem = {"ranks": [8], "dtypes": [torch.float16], "directions": ["forward"]}
+    tune([(5, 16, 24)], **problem, device=device, timer=_fake_timer("skinny"), workers=1)
+    assert compiled == [1]
+
+
 def _command(*arguments):
     pytest.importorskip("typer")
     pytest.importorskip("rich")
