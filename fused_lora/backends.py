@@ -35,6 +35,13 @@ def _as_matrix(t: Tensor) -> Tensor:
     return t.flatten(0, -2) if t.ndim > 1 else t.unsqueeze(0)
 
 
+def _gradient(g: Tensor, backend: str) -> Tensor:
+    """g as a matrix of values: kernels would read past a wrapper and miss a lazy negation."""
+    if backend == "triton" and (type(g) is not Tensor or g.is_neg()):
+        g = g.clone()  # of an unfinished collective, only an operator waits for it
+    return _as_matrix(g)
+
+
 def autocast_enabled(device: torch.device) -> bool:
     """Whether autocast is on for tensors on this device; the meta device has none."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
@@ -89,11 +96,10 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx [..., K], dA and dB for g = dL/dy [..., N]: dA iff x is given, dB iff h is given."""
     x2 = None if x is None else _as_matrix(x)
-    arguments = (_as_matrix(g), x2, weight, lora_A, lora_B, h, scaling, dropout)
+    g2 = _gradient(g, plan.backend)
+    arguments = (g2, x2, weight, lora_A, lora_B, h, scaling, dropout)
     with _no_autocast(g.device):
         if plan.backend == "triton":
-            if type(g) is not Tensor:  # an unfinished collective: only an operator waits for it
-                arguments = (_as_matrix(g.clone()), *arguments[1:])
             dx, dA, dB = _kernels().backward(*arguments, plan, need_dx=need_dx)
         else:
             dx, dA, dB = torch_backend.backward(*arguments, need_dx=need_dx)
@@ -142,7 +148,7 @@ def dora_backward(
         from .kernels.dora import scale_columns_backward
     else:
         from .torch_backend import scale_columns_backward
-    gs, dot = scale_columns_backward(_as_matrix(g), column_scale, z)
+    gs, dot = scale_columns_backward(_gradient(g, plan.backend), column_scale, z)
     return gs.view(g.shape), dot
 
 
@@ -181,7 +187,7 @@ def backward_group(
 ) -> tuple[Tensor | None, Sequence[Tensor | None], list[Tensor | None]]:
     """dx [..., K], the sum over the members, and dA_i iff x is given, dB_i iff h_i is."""
     x2 = None if x is None else _as_matrix(x)
-    gs2 = [_as_matrix(g) for g in gs]
+    gs2 = [_gradient(g, plan.backend) for g in gs]
     arguments = (gs2, x2, weights, lora_As, lora_Bs, hs, scalings, dropouts)
     with _no_autocast(gs[0].device):
         if plan.backend == "triton":

@@ -63,7 +63,8 @@ class Call:
     dtype: torch.dtype
     device: torch.device
     dropout: bool
-    plain_tensors: bool  # no subclasses (DTensor, quantised weights of others, ...)
+    # No subclasses (DTensor, quantised weights of others, ...), no lazily negated z.conj().imag
+    plain_tensors: bool
     quantized: Layout | None = None  # W0's, if it is a QuantizedWeight
 
 
@@ -101,7 +102,10 @@ def kernel_obstacle(call: Call) -> Exception | None:
     if not TRITON_INSTALLED:
         return RuntimeError("triton is not installed")
     if not call.plain_tensors:
-        return TypeError("an argument is a tensor subclass; the kernels take plain tensors")
+        return TypeError(
+            "an argument is a tensor subclass or a view that is negated when it is read; the "
+            "kernels take plain tensors"
+        )
     if call.device.type == "cpu" and not _interpreting():
         return RuntimeError("the tensors are on the CPU and TRITON_INTERPRET=1 is not set")
     if call.device.type not in ("cpu", "cuda"):
@@ -262,14 +266,16 @@ def _describe(
         device=x.device,
         dropout=dropout,
         plain_tensors=all(
-            t is None or type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors
+            t is None or (type(t) in (Tensor, torch.nn.Parameter) and not t.is_neg())
+            for t in tensors
         ),
         quantized=quantized,
     )
 
 
 def _facts(tensor: Tensor | QuantizedWeight) -> tuple[object, ...]:
-    return tensor.shape, tensor.dtype, tensor.device, tensor.layout, type(tensor)
+    negated = isinstance(tensor, Tensor) and tensor.is_neg()
+    return tensor.shape, tensor.dtype, tensor.device, tensor.layout, type(tensor), negated
 
 
 _calls: dict[tuple[object, ...], Call] = {}  # a checked call by the facts about its arguments

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import _as_matrix, _no_autocast
+from .backends import _as_matrix, _gradient, _no_autocast
 from .kernels.configs import Kind, TileConfig, choose_config
 from .kernels.device import device_info
 from .kernels.dropout import Dropout
@@ -68,7 +68,7 @@ def backward(
 
     The gradient of an adapter without rows is zero.
     """
-    g2, x2 = _as_matrix(g), None if x is None else _as_matrix(x)
+    g2, x2 = _gradient(g, plan.backend), None if x is None else _as_matrix(x)
     with _no_autocast(g.device):
         if plan.backend == "triton":
             dx, dAs, dBs = _triton_backward(g2, x2, layer, h, plan.strategy_dx, need_dx=need_dx)

@@ -13,7 +13,8 @@ from .kernels.rows import RowGroups, Run, groups_of_indices, groups_of_runs, str
 Segments = Sequence[tuple[int, int]]
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-# Of a tensor of indices, for its version and number of adapters: every layer of a model asks.
+# Of a tensor of indices on a GPU, for its version and number of adapters: every layer of a model
+# asks. One on the CPU may share its memory with NumPy, whose writes no version counts.
 _seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -52,7 +53,7 @@ def row_groups(
 
 
 def _of_tensor(indices: Tensor, device: torch.device, num_adapters: int) -> RowGroups:
-    version = None if indices.is_inference() else indices._version
+    version = indices._version if indices.is_cuda and not indices.is_inference() else None
     key = (version, device, stream_of(device), num_adapters)
     if version is not None and indices in _seen and _seen[indices][0] == key:
         found: RowGroups = _seen[indices][1]

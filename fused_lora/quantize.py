@@ -135,7 +135,9 @@ class QuantizedWeight(nn.Module):
         self._check(tensors)
         for name, tensor in tensors.items():
             # Parameters, not buffers: DistributedDataParallel sends buffers around at each step.
-            frozen = None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
+            frozen = None
+            if tensor is not None:  # contiguous, as the kernels read it
+                frozen = nn.Parameter(tensor.detach().contiguous(), requires_grad=False)
             self.register_parameter(name, frozen)
 
     def _check(self, tensors: dict[str, Tensor | None]) -> None:

@@ -15,17 +15,27 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 Run = tuple[int, int]  # an adapter's index, -1 for none, and how many rows in a row take it
+T = TypeVar("T")
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _upload(table: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A copy on the device that the host does not wait for."""
+    if _capturing(device):  # a replay would copy again, from memory that is another's by then
+        raise RuntimeError(
+            "lora_linear_multi: under CUDA graph capture with segments and adapters that it has no "
+            "tables of; make the same calls once before, on any stream"
+        )
     if device.type == "cuda":
         table = table.pin_memory()
     return table.to(device, non_blocking=True)
@@ -101,13 +111,35 @@ def stream_of(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
+_captured: list[object] = []  # tables that graphs have the addresses of: never freed
+
+
+def _kept(by_stream: dict[int, T], device: torch.device, make: Callable[[], T]) -> T:
+    """The current stream's table, made if there is none.
+
+    A capture is on a stream of its own and takes any: what it follows has been waited for.
+    """
+    stream = stream_of(device)
+    if _capturing(device) and by_stream:
+        table = by_stream.get(stream) or next(iter(by_stream.values()))
+        _captured.append(table)
+        return table
+    if stream not in by_stream:
+        by_stream[stream] = make()
+    return by_stream[stream]
+
+
 def groups_of_runs(runs: tuple[Run, ...], device: torch.device) -> RowGroups:
     """The groups of rows that the host knows; kept, since every layer of a model asks for them."""
-    return _groups_of_runs(runs, device, stream_of(device))
+    return _kept(_of_runs(runs, device), device, lambda: _groups_of_runs(runs, device))
 
 
 @functools.lru_cache(maxsize=512)
-def _groups_of_runs(runs: tuple[Run, ...], device: torch.device, stream: int) -> RowGroups:
+def _of_runs(runs: tuple[Run, ...], device: torch.device) -> dict[int, RowGroups]:
+    return {}
+
+
+def _groups_of_runs(runs: tuple[Run, ...], device: torch.device) -> RowGroups:
     totals: dict[int, int] = {}  # in order of appearance, so that sorting moves as little as it can
     for adapter, rows in runs:
         totals[adapter] = totals.get(adapter, 0) + rows
@@ -155,14 +187,25 @@ class AdapterTable(NamedTuple):
         return {"USE_A": use_A, "ALIGNED": self.aligned, "RANK_DIVISOR": self.rank_divisor}
 
 
+Entries = tuple[torch.Tensor, torch.Tensor, bool, int]
+
+
 @functools.lru_cache(maxsize=4096)
-def _entries(
+def _of_adapters(
     addresses: tuple[int, ...],  # of every A, then of every B
     ranks: tuple[int, ...],
     scalings: tuple[float, ...],
     device: torch.device,
-    stream: int,
-) -> tuple[torch.Tensor, torch.Tensor, bool, int]:
+) -> dict[int, Entries]:
+    return {}
+
+
+def _entries(
+    addresses: tuple[int, ...],
+    ranks: tuple[int, ...],
+    scalings: tuple[float, ...],
+    device: torch.device,
+) -> Entries:
     number = len(ranks)
     rank = torch.tensor(ranks)
     pointers = torch.tensor(addresses).view(2, number)
@@ -184,7 +227,6 @@ def adapter_table(
     ranks = tuple(a.shape[0] for a in lora_As)
     addresses = (*map(torch.Tensor.data_ptr, lora_As), *map(torch.Tensor.data_ptr, lora_Bs))
     device = lora_As[0].device
-    entries, scales, aligned, divisor = _entries(
-        addresses, ranks, tuple(scalings), device, stream_of(device)
-    )
+    key = (addresses, ranks, tuple(scalings), device)
+    entries, scales, aligned, divisor = _kept(_of_adapters(*key), device, lambda: _entries(*key))
     return AdapterTable(entries, scales, lora_As, lora_Bs, max(ranks), sum(ranks), aligned, divisor)

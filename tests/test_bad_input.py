@@ -114,6 +114,7 @@ BAD_FOR_THE_KERNELS = {
 @pytest.mark.parametrize("name", BAD_FOR_THE_KERNELS)
 def test_refused_by_the_kernels_and_taken_by_torch(name, launches, device):
     changes, error, message = BAD_FOR_THE_KERNELS[name]
+    changes = {key: tensor.to(device) for key, tensor in (GOOD | changes).items()}
     with pytest.raises(error, match=re.escape(message)):
         _call(backend="triton", **changes)
     assert launches == []

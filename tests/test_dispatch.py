@@ -8,7 +8,7 @@ import torch
 
 from fused_lora import dispatch, explain
 from fused_lora.dispatch import Call, plan, predicted_seconds
-from fused_lora.kernels.device import SHARED_MEMORY, DeviceInfo
+from fused_lora.kernels.device import SHARED_MEMORY, DeviceInfo, device_info
 from fused_lora.tables import Strategy
 
 H100 = DeviceInfo(90, 132, SHARED_MEMORY[90], name="NVIDIA H100 80GB HBM3")
@@ -133,7 +133,9 @@ def test_explain_prices_every_strategy(device):
             "no tensor descriptors: y: a row of 5 is not a multiple"
             in (explanation.reasons[strategy])
         )
-    assert explanation.reasons["model"] == "ceilings of 798 TFLOP/s and 3.0 TB/s"
+    flops, bandwidth = dispatch.ceilings(device_info(device))
+    ceilings = f"ceilings of {flops / 1e12:.0f} TFLOP/s and {bandwidth / 1e12:.1f} TB/s"
+    assert explanation.reasons["model"] == ceilings
     single = explain(*[t.float() for t in tensors], backend="triton", bias=None)
     assert "no tensor descriptors" in single.reasons["one_launch"]
 

@@ -352,3 +352,19 @@ def test_the_output_may_be_changed_in_place(device, backend, lead):
     torch.testing.assert_close(
         grad(lora_linear, backend=backend), grad(reference.lora_linear), rtol=1e-4, atol=1e-5
     )
+
+
+@both_backends
+def test_lazily_negated_views(device, backend):
+    """The kernels would read the numbers without their sign: those calls are PyTorch's."""
+    p = problem(6, 5, 8, 2, device=device)
+    p.x = torch.complex(p.x, -p.x).conj().imag
+    assert p.x.is_neg()
+    if backend == "triton":
+        with pytest.raises(TypeError, match="negated when it is read"):
+            run(fused(backend), p)
+    check(run(fused("auto"), p), p)
+    p.x = p.x.resolve_neg()
+    p.g = torch.complex(p.g, -p.g).conj().imag
+    assert p.g.is_neg()
+    check(run(fused(backend), p), p)

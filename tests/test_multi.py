@@ -14,10 +14,12 @@ from torch import nn
 
 from fused_lora import FusedMultiLoRALinear, explain_multi, lora_linear_multi, reference, route
 from fused_lora.functional import draw_seeds
+from fused_lora.kernels import rows
 from fused_lora.kernels.dropout import dropout_threshold
 from fused_lora.kernels.rows import groups_of_indices, groups_of_runs
 from fused_lora.multi import LoRALinearMultiFunction, plan_multi
 from fused_lora.multi_backends import MultiPlan
+from fused_lora.multi_rows import row_groups
 
 BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu, id="bf16")
 HALF = [pytest.param(torch.float16, id="fp16"), BF16]
@@ -275,6 +277,10 @@ def test_multi_ways_of_naming_rows_are_the_same(device, M, multi_launches):
     check(first, b)
     for indices in (b.indices, b.indices.cpu(), b.indices.cpu().tolist(), b.indices.int()):
         again = run(public(adapter_indices=indices, **kwargs), b)
+        if isinstance(indices, torch.Tensor) and indices.is_cuda:
+            check(again, b)  # adapters in another order: other parts of the sums over rows
+            assert torch.equal(first["y"], again["y"])
+            continue
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
@@ -286,6 +292,35 @@ def test_multi_changed_indices_are_looked_at_again(device):
     b.indices[3] = 4
     with pytest.raises(ValueError, match="got index 4, wanted 0 to 3, or -1"):
         public()(b)
+
+
+def test_multi_indices_that_numpy_changes_are_looked_at_again():
+    """No version counts its writes."""
+    array = torch.tensor([0, 0, 1, 1]).numpy()
+    indices = torch.from_numpy(array)
+    before = row_groups(torch.Size([4]), torch.device("cpu"), 2, indices, None)
+    array[:] = [1, 1, 1, 0]
+    after = row_groups(torch.Size([4]), torch.device("cpu"), 2, indices, None)
+    assert before.spans() == [(0, 0, 2), (1, 2, 4)]
+    assert after.spans() == [(1, 0, 3), (0, 3, 4)]
+    array[3] = 2
+    with pytest.raises(ValueError, match="got index 2, wanted 0 to 1"):
+        row_groups(torch.Size([4]), torch.device("cpu"), 2, indices, None)
+
+
+def test_multi_a_capture_takes_the_tables_of_another_stream(monkeypatch):
+    """It makes none: a replay would copy them again, from memory that is another's by then."""
+    runs, device = ((0, 2), (1, 3)), torch.device("cpu")
+    monkeypatch.setattr(rows, "stream_of", lambda device: 1)
+    warm = groups_of_runs(runs, device)
+    monkeypatch.setattr(rows, "stream_of", lambda device: 2)
+    assert groups_of_runs(runs, device) is not warm
+    monkeypatch.setattr(rows, "stream_of", lambda device: 3)
+    monkeypatch.setattr(rows, "_capturing", lambda device: True)
+    assert groups_of_runs(runs, device) is warm
+    assert warm in rows._captured
+    with pytest.raises(RuntimeError, match="make the same calls once before"):
+        groups_of_runs(((0, 4),), device)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

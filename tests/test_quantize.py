@@ -330,11 +330,9 @@ def test_nf4_crossover():
 
 def test_int8_dispatcher_takes_both(device, launches):
     q = quantize_int8(torch.randn(64, 64).to(device))
-    assert plan(replace(_call(4), dtype=torch.float16), "triton").strategy == "in_loop"
-    assert plan(replace(_call(8192), dtype=torch.float16), "triton").strategy in (
-        "one_pass",
-        "split",
-    )
+    few, many = (_call(M, dtype=torch.float16, device=device) for M in (4, 8192))
+    assert plan(few, "triton").strategy == "in_loop"
+    assert plan(many, "triton").strategy in ("one_pass", "split")
     x, A, B = (torch.randn(s).to(device) for s in ((4, 64), (2, 64), (64, 2)))
     said = str(explain(x, q, A, B, backend="triton"))
     assert "in_loop: taken: predicted" in said
@@ -630,6 +628,16 @@ def test_nf4_parts_that_do_not_fit(name):
     with pytest.raises(error, match=re.escape(message)):
         QuantizedWeight("nf4", **_parts() | changes)
     QuantizedWeight("nf4", **_parts())
+
+
+def test_int8_parts_of_any_strides(device):
+    """The kernels read codes and scales one after another."""
+    q = quantize_int8(torch.randn(20, 64).to(device))
+    codes, scales = q.codes.t().contiguous().t(), q.scales.repeat_interleave(2)[::2]
+    kwargs = {"shape": q.shape, "dtype": q.dtype, "block": q.layout.block}
+    same = QuantizedWeight("int8", codes, scales, **kwargs)
+    values = dequantize(same.matrix(), torch.float32)
+    assert torch.equal(values, dequantize(q.matrix(), torch.float32))
 
 
 @pytest.mark.parametrize(
