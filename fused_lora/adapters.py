@@ -27,6 +27,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _MAX_CONFIG_BYTES = 1 << 20
+_MAX_WAYS = 1 << 14  # in which the alternatives of a pattern's groups combine
 # What a layer's tensors are called, in it and, with what follows, in the files.
 _TENSORS = {"lora_A": ".weight", "lora_B": ".weight", "lora_magnitude_vector": ""}
 
@@ -319,11 +320,22 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
 
 
 def _check_pattern(path: Path, pattern: str) -> None:
-    """Refuses what could take for ever to match: repeated groups, or many repetitions."""
-    if re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+?{]", pattern)) > 4:
+    """Refuses what could take for ever to match: repeated groups, or too many ways to match."""
+    repetitions = len(re.findall(r"[*+?{]", pattern))
+    ways, bars = 1, [1]  # alternatives of each open group; those outside of any only add up
+    for char in re.sub(r"\\.|\[[^]]*\]", "", pattern):
+        if char == "(":
+            bars.append(1)
+        elif char == "|":
+            bars[-1] += 1
+        elif char == ")" and len(bars) > 1:
+            ways = min(ways * bars.pop(), _MAX_WAYS + 1)
+    # A repetition can end at any character of a path, of which there are some sixty.
+    most = max(4, _MAX_WAYS >> 5 * max(repetitions - 1, 0))
+    if re.search(r"\)[*+?{]", pattern) or repetitions > 4 or ways > most:
         raise ValueError(
-            f"{path}: got the pattern {pattern!r}, wanted at most four repetitions "
-            "and none of a group"
+            f"{path}: got the pattern {pattern!r}, wanted at most four repetitions, none of a "
+            f"group, and at most {_MAX_WAYS} combinations of alternatives, with repetitions fewer"
         )
 
 

@@ -216,6 +216,10 @@ HOSTILE = {
     "targets a number": (_edit(target_modules=3), "target_modules: got 3"),
     "targets no module": (_edit(target_modules=["k_proj"]), "8 unexpected"),
     "targets a slow pattern": (_edit(target_modules="(a+)+b"), "none of a group"),
+    "targets of too many ways": (
+        _edit(target_modules="(.|.)" * 30 + "!"),
+        "at most 16384 combinations of alternatives",
+    ),
     "pattern a list": (_edit(alpha_pattern=[1]), "alpha_pattern: got [1]"),
     "pickle": (_only_a_pickle, "is a pickle, which is never loaded"),
     "pickle in disguise": (_bytes(lambda b: pickle.dumps(Bomb())), "is no safetensors file"),
