@@ -1,7 +1,6 @@
 """The kernels on shapes that hypothesis thinks of."""
 
 import pytest
-import test_multi
 import torch
 from oracle import check, fused, problem, run
 
@@ -25,20 +24,3 @@ def test_any_shape(M, N, K, r, dropout_p, bias, seed):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     p = problem(M, N, K, r, device=device, dropout_p=dropout_p, bias=bias)
     check(run(fused("triton"), p), p)
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    runs=st.lists(st.tuples(st.integers(-1, 3), st.integers(1, 40)), max_size=6),
-    ranks=st.tuples(*[st.integers(1, 40)] * 4),
-    N=st.integers(1, 70),
-    K=st.integers(1, 70),
-    dropout_p=st.sampled_from([0.0, 0.4]),
-    plan=st.sampled_from([p.values[0] for p in test_multi.PLANS]),
-    seed=st.integers(0, 2**31),
-)
-def test_multi_any_batch(runs, ranks, N, K, dropout_p, plan, seed):
-    torch.manual_seed(seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    b = test_multi.batch(runs, ranks, N, K, device=device, dropout_p=dropout_p)
-    test_multi.check(test_multi.run(test_multi.fused(plan), b), b)
