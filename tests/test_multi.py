@@ -279,7 +279,6 @@ def test_multi_ways_of_naming_rows_are_the_same(device, M, multi_launches):
         again = run(public(adapter_indices=indices, **kwargs), b)
         if isinstance(indices, torch.Tensor) and indices.is_cuda:
             check(again, b)  # adapters in another order: other parts of the sums over rows
-            assert torch.equal(first["y"], again["y"])
             continue
         assert all(torch.equal(first[name], again[name]) for name in first)
 
