@@ -1,4 +1,4 @@
-# make test | demo | bench | lint | clean
+# make test | demo | bench | lint | kernels | clean
 #
 # Each makes .venv and installs what it needs there, once. With PYTHON=<interpreter> it uses that
 # one as it is, and installs nothing. ARGS=... goes to pytest or to the demo.
@@ -19,7 +19,7 @@ DEMO := .venv/demo.stamp
 BENCH := .venv/bench.stamp
 endif
 
-.PHONY: test demo bench lint clean
+.PHONY: test demo bench lint kernels clean
 .NOTPARALLEL: # two pips must not write to one venv
 
 test: $(DEV)
@@ -35,6 +35,10 @@ lint: $(DEV)
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
+
+# Every kernel x configuration for every architecture: registers, spills, tensor cores (20 minutes).
+kernels: $(DEV)
+	$(PY) -m benchmarks.compile_report --arch sm_80,sm_89,sm_90,sm_100 $(ARGS)
 
 clean:
 	rm -rf .venv dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import re
 import subprocess
 import sys
@@ -514,6 +515,7 @@ def main() -> None:
     parser.add_argument(
         "--heaviest", action="store_true", help="of each tile the operands that take the most only"
     )
+    parser.add_argument("--sample", type=int, metavar="N", help="N cases by chance, of these")
     parser.add_argument("--json", metavar="FILE", help="also write the rows there")
     args = parser.parse_args()
     archs = [int(arch.removeprefix("sm_")) for arch in args.arch.split(",")]
@@ -523,6 +525,7 @@ def main() -> None:
     kinds = args.kind.split(",")
     todo = [case for case in cases(archs, args.dtype.split(",")) if case.kind in kinds]
     todo = heaviest(todo) if args.heaviest else todo
+    todo = random.sample(todo, min(args.sample, len(todo))) if args.sample else todo
     rows = []
     with ProcessPoolExecutor() as pool:
         for case, found in zip(todo, pool.map(resources, todo, chunksize=4), strict=True):

@@ -87,14 +87,14 @@ print(torch.cuda.get_device_properties(0))' 2>&1 | tee -a "$SUMMARY"
 # With a GPU every test that launches a kernel is marked gpu. Compiling takes most of the time,
 # which processes share where xdist is installed.
 workers=()
-if "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
-step tests 150 "$OUT/tests.log" "$PYTHON" -m pytest tests -m gpu -q -rfE --tb=short \
+if "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 14); fi
+step tests 190 "$OUT/tests.log" "$PYTHON" -m pytest tests -m "gpu and not slow" -q -rfE --tb=short \
     --continue-on-collection-errors -p no:cacheprovider --junitxml="$OUT/tests.xml" "${workers[@]}"
 
 resume=()
 if [[ -n ${RESUME:-} ]]; then resume=(--resume "$RESUME"); fi
-step benchmark 200 "$OUT/benchmark.log" "$PYTHON" -m benchmarks.run --selection quick \
-    --out "$OUT" --seconds 175 "${resume[@]}"
+step benchmark 165 "$OUT/benchmark.log" "$PYTHON" -m benchmarks.run --selection quick \
+    --out "$OUT" --seconds 140 "${resume[@]}"
 
 # Each tensor its own allocation, so that one byte too far is seen.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1

@@ -1,5 +1,16 @@
-"""`python -m fused_lora`, which torchrun can start: torchrun --nproc-per-node 2 -m -- fused_lora"""
+"""The command: `python -m fused_lora`, torchrun --nproc-per-node 2 -m -- fused_lora."""
 
-from .cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """Runs the command line, or says what it needs."""
+    try:
+        from .cli import main as run
+    except ModuleNotFoundError as error:
+        sys.exit(f"fused-lora: needs {error.name}: pip install 'fused-lora[demo]'")
+    run()
+
+
+if __name__ == "__main__":
+    main()

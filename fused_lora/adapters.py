@@ -130,7 +130,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
                 "load into the model without adapters"
             )
     folder = Path(directory)
-    config = _read_config(folder / CONFIG_NAME)
+    config = read_config(folder / CONFIG_NAME)
     tensors = _read_weights(folder)
     options = {k: config[k] for k in ("exclude_modules", "rank_pattern", "alpha_pattern")}
     linears = {
@@ -248,7 +248,7 @@ def _target_modules(model: nn.Module, layers: dict[str, FusedLoRALinear]) -> lis
     return "|".join(re.escape(path) for path in sorted(layers))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """The checked config with every field that we use."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import sys
 import warnings
 from dataclasses import fields, replace
@@ -38,12 +40,14 @@ def finetune(
     data: Annotated[
         str, typer.Option(help='A text file, a .jsonl file ("text" or "messages"), or python-docs.')
     ] = _DEFAULT.data,
-    out: Annotated[Path, typer.Option(help="Folder for the adapter.")] = Path("runs/finetune"),
+    out: Annotated[
+        Path | None, typer.Option(help="New folder for the adapter; a free one in runs/ if none.")
+    ] = None,
     r: Annotated[int, typer.Option(help="Rank of the adapters.")] = _DEFAULT.r,
     lora_alpha: Annotated[float, typer.Option(help="scaling = alpha / r.")] = _DEFAULT.lora_alpha,
     lora_dropout: Annotated[float, typer.Option()] = _DEFAULT.lora_dropout,
     target_modules: Annotated[
-        str, typer.Option(help="Names of the layers, with commas between.")
+        str, typer.Option(help="Names of the layers, with commas between, or all-linear.")
     ] = ",".join(ALL_PROJECTIONS),
     use_rslora: Annotated[
         bool, typer.Option("--use-rslora", help="scaling = alpha / sqrt(r).")
@@ -73,14 +77,20 @@ def finetune(
     """Fine-tune a causal language model; the adapter is saved in PEFT's format."""
     options = {f.name: context.params[f.name] for f in fields(Settings)}
     options["target_modules"] = tuple(target_modules.split(","))
+    for name in ("model", "data"):  # resuming and merging find them from any folder
+        if Path(options[name]).exists():
+            options[name] = str(Path(options[name]).resolve())
     try:
+        if resume and out is None:
+            raise ValueError("resume: wanted --out, the folder of the run to go on with")
+        out = out or _free_folder()
         settings = _resumed(context, out) if resume else Settings(**options)
         run = Run(settings, out, resume=resume, say=_say)
         try:
             interrupted = _train(run)
         finally:
             run.processes.close()
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
         raise _failed(error) from None
     if interrupted:
         raise typer.Exit(130)
@@ -212,6 +222,14 @@ def _say(line: str) -> None:
     console.print(line, markup=False)
 
 
+def _free_folder() -> Path:
+    numbers = itertools.count(2)
+    out = Path("runs/finetune")
+    while out.exists():
+        out = Path(f"runs/finetune-{next(numbers)}")
+    return out
+
+
 def _resumed(context: typer.Context, out: Path) -> Settings:
     given = [
         name
@@ -267,11 +285,19 @@ def _train(run: Run) -> bool:
     before, after = history.held_out_before, history.held_out_after
     _say(f"held-out loss: {before:.4f} before, {after:.4f} after")
     _say(f"kernels: {run.which_ran()}")
+    if importlib.util.find_spec("peft") is None:
+        _say("peft is not installed: the saved adapter was not loaded back")
+        return False
     difference, effect = run.compare_with_peft()
     _say(
         f"loaded again with peft.PeftModel.from_pretrained: largest difference of the logits "
         f"{difference:.2g} (the adapter itself moves them by up to {effect:.3g})"
     )
+    if run.settings.quantize != "none":
+        _say(
+            f"that is over the weights in {run.settings.quantize}, dequantised, on which it was "
+            "trained; over the unquantised ones, or merged into them, its results are others"
+        )
     return False
 
 

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapters import save_adapter
+from .adapters import CONFIG_NAME, WEIGHTS_NAME, save_adapter
 from .files import write_atomically
 from .functional import explain
 from .inject import inject
@@ -77,6 +77,8 @@ class Run:
         say: Callable[[str], None] = print,
     ) -> None:
         self.settings, self.out = settings, out
+        if not resume:
+            check_new(out)
         self.processes = Processes(settings.device)
         self.device = self.processes.device
         self.say = say if self.processes.is_first else lambda _: None
@@ -122,7 +124,7 @@ class Run:
                 model,
                 s.r,
                 s.lora_alpha,
-                s.target_modules,
+                self._targets(),
                 lora_dropout=s.lora_dropout,
                 use_rslora=s.use_rslora,
                 backend=s.backend,
@@ -140,12 +142,17 @@ class Run:
             lora_alpha=s.lora_alpha,  # PEFT takes floats too
             lora_dropout=s.lora_dropout,
             use_rslora=s.use_rslora,
-            target_modules=list(s.target_modules),
+            target_modules=self._targets(),
             task_type="CAUSAL_LM",
         )
         wrapped: nn.Module = get_peft_model(model, config)
         self.say(f"model: {s.model} in {self.dtype}, PEFT: {fuse(wrapped, backend=s.backend)}")
         return wrapped
+
+    def _targets(self) -> str | list[str]:
+        """One name goes as it is: it may be "all-linear"."""
+        targets = list(self.settings.target_modules)
+        return "all-linear" if targets == ["all-linear"] else targets
 
     def which_ran(self) -> str:
         """Backend and strategy of the layers' calls, as "210 layers: torch, forward library"."""
@@ -314,6 +321,17 @@ def _adapters(model: nn.Module) -> Iterator[tuple[Tensor | QuantizedWeight, Tens
             layer: Any = module
             for name in layer.active_adapters:
                 yield layer.base_layer.weight, layer.lora_A[name].weight, layer.lora_B[name].weight
+
+
+def check_new(out: Path) -> None:
+    """Raises FileExistsError if ``out`` is a file, or a folder with an adapter or a run in it."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"out: {out} is a file, wanted a folder")
+    for name in (CONFIG_NAME, WEIGHTS_NAME, STATE_NAME):
+        if (out / name).exists():
+            raise FileExistsError(
+                f"out: {out} has an adapter in it already; wanted a new folder, or --resume"
+            )
 
 
 def batch(step: int, batch_size: int, rows: int, seed: int) -> Tensor:

@@ -54,11 +54,10 @@ def layers(
     from transformers import AutoModelForCausalLM
 
     from .models import load_config
-    from .settings import ALL_PROJECTIONS
 
     with torch.device("meta"):
         skeleton: nn.Module = AutoModelForCausalLM.from_config(load_config(model))
-        report = inject(skeleton, r, 2 * r, ALL_PROJECTIONS)
+        report = inject(skeleton, r, 2 * r, "all-linear")
     here = device()
     calls: dict[tuple[int, int], Explanation] = {}
     for module in skeleton.modules():

@@ -91,6 +91,11 @@ def inject(
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
     if type(model) is nn.Linear:
         raise ValueError("model: got an nn.Linear itself; use FusedLoRALinear.from_linear")
+    if any(type(module).__module__.startswith("peft.tuners") for module in model.modules()):
+        raise ValueError(
+            "model: has PEFT's adapters already; wanted a plain model "
+            "(fused_lora.peft.fuse makes PEFT's layers fast)"
+        )
     checks.check_rank(r)
     checks.check_number("lora_alpha", lora_alpha)
     checks.check_dropout("lora_dropout", lora_dropout)

@@ -68,8 +68,11 @@ def lora_plus_param_groups(
         else:
             group = group_A
         group["params"].append(parameter)
-    if not any(group["params"] for group in groups):
-        raise ValueError("model: none of its parameters requires a gradient")
+    if not any("lora_B" in name and p.requires_grad for name, p in model.named_parameters()):
+        raise ValueError(
+            "model: has no lora_B that requires a gradient; wanted one made with fused_lora.inject "
+            "or PEFT"
+        )
     return groups
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -55,21 +54,17 @@ def merge_adapter(adapter: Path, out: Path, base: str | None = None) -> str:
     Raises FileExistsError if ``out`` is there already, ValueError if no base model is named, and
     what loading either raises.
     """
-    from .adapters import CONFIG_NAME, load_adapter
+    from .adapters import CONFIG_NAME, load_adapter, read_config
     from .models import load_model, load_tokenizer
 
     if out.exists():
         raise FileExistsError(f"out: {out} is there already; wanted a new folder")
     config = adapter / CONFIG_NAME
-    if not config.is_file():
-        raise FileNotFoundError(f"adapter: {config}: there is no such file")
+    named = read_config(config).get("base_model_name_or_path")
     if base is None:
-        try:
-            base = json.loads(config.read_bytes())["base_model_name_or_path"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            base = None
-        if not isinstance(base, str) or not base:
+        if not isinstance(named, str) or not named:
             raise ValueError(f"{config}: names no base model; give one with --model")
+        base = named
     model = load_model(base, "auto", torch.device("cpu"))
     load_adapter(model, adapter)
     merge_and_unload(model)

@@ -29,6 +29,8 @@ def _source(model: str) -> tuple[str, dict[str, Any]]:
         if not path.is_file():
             raise FileNotFoundError(f"model: {path}: there is no such file")
         return str(path.parent), {"gguf_file": path.name}
+    if (path.is_absolute() or model.startswith(".")) and not path.is_dir():
+        raise FileNotFoundError(f"model: {path}: there is no such folder")
     return model, {}
 
 

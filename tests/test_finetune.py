@@ -156,6 +156,22 @@ def test_resumed_run_is_the_uninterrupted_one(settings, tmp_path, lora_dropout):
     assert not resumed.interrupted
 
 
+def test_what_is_there_already_is_not_overwritten(settings, tmp_path):
+    _train(replace(settings, steps=1), tmp_path / "out")
+    with pytest.raises(FileExistsError, match="has an adapter in it already"):
+        Run(settings, tmp_path / "out", say=lambda _: None)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="is a file, wanted a folder"):
+        Run(settings, tmp_path / "file", say=lambda _: None)
+
+
+def test_all_linear(settings, tmp_path):
+    for peft in (False, True):
+        changed = replace(settings, target_modules=("all-linear",), peft=peft)
+        run = Run(changed, tmp_path, say=lambda _: None)
+        assert run.which_ran().startswith("14 layers")
+
+
 def test_which_rows_a_step_trains_on():
     epoch = torch.cat([batch(step, 3, 12, seed=5) for step in range(4)])
     assert sorted(epoch.tolist()) == list(range(12))
@@ -279,6 +295,8 @@ def test_command(settings, tmp_path):
         (["--data", "/nowhere"], "error: data: /nowhere: there is no such file"),
         (["--model", "/nowhere/model.gguf"], "error: model: /nowhere/model.gguf: there is no"),
         (["--target-modules", "nope"], "error: target_modules:"),
+        (["--model", "/nowhere"], "error: model: /nowhere: there is no such folder"),
+        (["--resume"], "error: resume: wanted --out"),
         (["--resume", "--out", "/nowhere"], "error: /nowhere/training_state.safetensors"),
     ],
 )

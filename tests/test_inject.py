@@ -168,3 +168,11 @@ def test_trains_as_peft_does(dropout):
         return history
 
     assert losses(ours) == pytest.approx(losses(theirs), rel=1e-5)
+
+
+def test_a_peft_model_is_refused():
+    peft = pytest.importorskip("peft")
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"has PEFT's adapters already.*fused_lora.peft.fuse"):
+        inject(model, 2, 4, "all-linear")

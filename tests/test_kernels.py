@@ -132,22 +132,22 @@ def _compile(*arguments):
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-def test_what_ships_fits_and_keeps_its_tensor_cores(arch, tmp_path):
+# Hopper's tiles all; of the others new ones in each run: compiling and disassembling one takes two
+# seconds. `make kernels` compiles every case for every architecture.
+@pytest.mark.parametrize(("arch", "sample"), [("sm_80", 30), ("sm_90", None), ("sm_100", 30)])
+def test_what_ships_fits_and_keeps_its_tensor_cores(arch, sample, tmp_path):
     rows_file = tmp_path / "rows.json"
-    options = ["--arch", arch, "--heaviest", "--json", str(rows_file)]
-    _compile("-m", "benchmarks.compile_report", *options)
+    kinds = {kind for kind in get_args(configs.Kind) if kind != "quantized"}  # in test_quantize.py
+    options = ["--arch", arch, "--heaviest", "--dtype", "bf16", "--kind", ",".join(kinds)]
+    options += ["--sample", str(sample)] if sample else []
+    _compile("-m", "benchmarks.compile_report", *options, "--json", str(rows_file))
     rows = json.loads(rows_file.read_text())
-    assert len(rows) > 50
+    assert len(rows) >= 30
     assert all(row["stack"] == 0 for row in rows)
-    kinds = {kind for kind in get_args(configs.Kind) if not configs.is_tma(kind)}
-    tma = set(get_args(configs.TmaKind))
-    on_arch = {"sm_80": set(), "sm_90": tma, "sm_100": tma - {"tma_one_pass"}}[arch]
-    assert {row["kind"] for row in rows} == kinds | on_arch
-    assert all(
-        row["predicted_us"].keys() == {"H100", "H200"} for row in rows if row["dtype"] == "bf16"
-    )
+    assert all(row["predicted_us"].keys() == {"H100", "H200"} for row in rows)
     if arch == "sm_90":
+        tma = set(get_args(configs.TmaKind))
+        assert {row["kind"] for row in rows} == kinds
         large = [r for r in rows if r["dtype"] == "bf16" and r["config"]["BLOCK_M"] >= 64]
         large = [r for r in large if not r["sums"]]
         assert large

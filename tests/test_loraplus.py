@@ -78,7 +78,11 @@ def test_injected_models():
     ("changes", "error", "message"),
     [
         ({"model": [1]}, TypeError, "model: got list"),
-        ({"model": Net().requires_grad_(False)}, ValueError, "none of its parameters"),
+        (
+            {"model": Net().requires_grad_(False)},
+            ValueError,
+            "has no lora_B that requires a gradient",
+        ),
         ({"lr": 0}, ValueError, "lr: got 0, wanted > 0"),
         ({"lr": "1"}, TypeError, "lr: got str"),
         ({"loraplus_lr_ratio": float("nan")}, ValueError, "loraplus_lr_ratio: got nan"),

@@ -110,9 +110,9 @@ def test_merge_command(saved, tmp_path):
     ("config", "message"),
     [
         (None, "there is no such file"),
-        ("{}", "names no base model; give one with --model"),
-        ("[1", "names no base model"),
-        ('{"base_model_name_or_path": 3}', "names no base model"),
+        ("[1", "is not JSON"),
+        ("{}", "peft_type: got None"),
+        ('{"peft_type": "LORA", "r": 2, "target_modules": ["a"]}', "names no base model; give one"),
     ],
 )
 def test_merge_command_with_a_bad_adapter(saved, tmp_path, config, message):

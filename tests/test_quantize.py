@@ -139,18 +139,27 @@ def test_product_in_every_configuration(device, name, transposed):
             assert ((y.double() - exact).norm() / exact.norm()).item() < tolerance
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100"])
 def test_nf4_int8_and_fp8_kernels_compile_without_spills(arch, tmp_path):
     rows_file = tmp_path / "rows.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.compile_report", "--arch", arch]
-    command += ["--kind", "quantized", "--json", str(rows_file)]
+    # New cases in each run; `make kernels` compiles all.
+    command += [
+        "--kind",
+        "quantized",
+        "--dtype",
+        "bf16",
+        "--sample",
+        "12",
+        "--json",
+        str(rows_file),
+    ]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = json.loads(rows_file.read_text())
-    assert {row["codes"] for row in rows} == {"nf4", "int8", "fp8"}
-    assert {row["transposed"] for row in rows} == {False, True}
+    assert len(rows) == 12
+    assert all(row["stack"] == 0 for row in rows)
 
 
 # --- bytes
