@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import sys
+import time
 import warnings
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from . import __version__
 from .finetune import History, Run, saved_settings
 from .plots import plot_losses
 from .settings import ALL_PROJECTIONS, DTYPES, Settings
@@ -23,12 +25,23 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 console = Console(soft_wrap=True, highlight=False)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        _say(f"fused-lora {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _fused_lora() -> None:
+def _fused_lora(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     """LoRA layers in one fused GPU pass."""
 
 
 _DEFAULT = Settings()
+_QUIET = 30.0  # seconds without a line, where there is no terminal for a progress bar
 
 
 @app.command()
@@ -260,10 +273,15 @@ def _train(run: Run) -> bool:
     first, steps = run.processes.is_first, run.settings.steps
     with Progress(*columns, console=console, disable=not first or not console.is_terminal) as bar:
         task = bar.add_task("", total=steps, completed=run.history.step, loss=0.0, rate=0.0)
+        said = time.monotonic()
 
         def on_step(history: History, rate: float) -> None:
+            nonlocal said
             bar.update(task, completed=history.step, loss=history.losses[-1], rate=rate)
-            if first and not console.is_terminal and history.step % max(1, steps // 10) == 0:
+            if not first or console.is_terminal:
+                return
+            if history.step % max(1, steps // 10) == 0 or time.monotonic() - said > _QUIET:
+                said = time.monotonic()
                 left = (steps - history.step) * run.settings.batch_size * run.settings.seq_len
                 _say(
                     f"step {history.step}/{steps}  loss {history.losses[-1]:.3f}  "

@@ -21,7 +21,7 @@ class InjectReport:
     """What `inject` did; ``print`` it to read it."""
 
     layers: tuple[str, ...]  # paths of the modules that were replaced
-    skipped: dict[str, str]  # paths that matched but were not replaced -> why
+    skipped: dict[str, str]  # paths and targets that were not replaced -> why
     trainable: int  # parameters of the adapters
     total: int  # all parameters, the adapters' included, shared ones counted once
     adapted: int  # parameters of the replaced weights: what full fine-tuning of them would train
@@ -116,6 +116,10 @@ def inject(
         for path in matched
         if path not in linears
     }
+    if not isinstance(target_modules, str):
+        for name in target_modules:
+            if not any(path == name or path.endswith("." + name) for path in modules):
+                skipped[name] = "matches no module"
     if not layers:
         names = sorted({path.rpartition(".")[2] for path in linears})
         raise ValueError(

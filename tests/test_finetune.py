@@ -307,6 +307,14 @@ def test_command_with_bad_input(settings, tmp_path, option, message):
     assert message in result.output
 
 
+def test_version():
+    from fused_lora import __version__
+
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.output == f"fused-lora {__version__}\n"
+
+
 def test_interrupted_command_saves_and_says_how_to_go_on(settings, tmp_path):
     out = tmp_path / "out"
     options = [*_options(replace(settings, steps=100_000)), "--out", str(out)]

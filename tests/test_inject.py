@@ -176,3 +176,9 @@ def test_a_peft_model_is_refused():
     model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
     with pytest.raises(ValueError, match=r"has PEFT's adapters already.*fused_lora.peft.fuse"):
         inject(model, 2, 4, "all-linear")
+
+
+def test_a_name_that_matches_nothing_is_reported():
+    report = inject(nn.Sequential(Block()), 2, 4, ["q_proj", "vproj"])
+    assert report.skipped == {"vproj": "matches no module"}
+    assert "skipped vproj: matches no module" in str(report)
