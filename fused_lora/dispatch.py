@@ -18,6 +18,7 @@ from .kernels.configs import (
     Kind,
     TileConfig,
     choose_config,
+    is_tma,
     padded,
     ship,
     tma_obstacle,
@@ -360,7 +361,8 @@ def _strategy_obstacle(
     operands: Operands,
 ) -> str | None:
     """Why a strategy cannot take the call; None if it can."""
-    if strategy in ("tma_one_pass", "tma_split", "one_launch"):
+    tma = strategy in KINDS and is_tma(KINDS[strategy])
+    if tma:
         x, weight, lora_A = operands
         if isinstance(weight, QuantizedWeight):  # what its scratch will be
             weight = torch.empty(weight.shape, dtype=x.dtype, device="meta")
@@ -376,10 +378,8 @@ def _strategy_obstacle(
         return f"M = {call.M} is over {MAX_SKINNY_M}" if call.M else "there is nothing to compute"
     if call.dropout and strategy.endswith("one_pass"):
         return "it would draw each dropout decision once per tile"
-    if strategy in ("tma_one_pass", "tma_split", "one_launch") and call.dtype.itemsize != 2:
+    if tma and call.dtype.itemsize != 2:
         return f"its kernel takes 16-bit products, not {call.dtype}"
-    if strategy in ("tma_one_pass", "tma_split", "one_launch") and (
-        device_info(call.device).capability < 90
-    ):
+    if tma and device_info(call.device).capability < 90:
         return "the GPU is older than compute capability 9.0"
     return f"h's accumulator for r = {call.r} does not fit a tile"
