@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fused_lora.dispatch import checked_call, plan
 from fused_lora.functional import draw_seeds
+from fused_lora.reference import drawn_mask, dropout_threshold
 
 from .providers import Provider
 from .shapes import Case
@@ -68,10 +69,15 @@ def assert_correct(provider: Provider, p: Problem) -> None:
         p = Problem(**{**vars(p), "dropout_p": 0.0})
     if not provider.adapter:
         p = Problem(**{**vars(p), "lora_B": torch.zeros_like(p.lora_B)})
-    # The seed that the layer will draw: the same draw from the same state.
+    # The mask, or its seed, that the layer will draw: the same draw from the same state.
     state = random.getrandbits(32)
     torch.manual_seed(state)
-    p = Problem(**{**vars(p), "seed": draw_seeds(1, p.x.device, provider.backend)})
+    if p.x.device.type == "cpu" and provider.backend != "triton":
+        M, K = p.x.shape
+        seed = drawn_mask(dropout_threshold(p.dropout_p), M, K)
+    else:
+        seed = draw_seeds(1, p.x.device, provider.backend)
+    p = Problem(**{**vars(p), "seed": seed})
     torch.manual_seed(state)
     needs = ("x", "lora_A", "lora_B") if provider.adapter else ("x",)
     check(run(lambda p: provider.build(p)(p.x), p, needs), p)

@@ -24,10 +24,10 @@ def raise_second_derivative() -> NoReturn:
 class LoRALinearFunction(torch.autograd.Function):
     """y = x W0^T + bias + scaling * (D o x) A^T B^T with gradients for x, A, B and bias.
 
-    Saves x, h [M, r], the weights and the dropout seed: no mask, no dropped copy of x, nothing of
-    size [M, N]. Computes the gradients that `needs_input_grad` asks for and no others; W0 is
-    frozen and gets none. Differentiable once: backward raises RuntimeError under
-    ``create_graph=True``. `lora_linear` is the checked way in.
+    Saves x, h [M, r], the weights and the dropout seed (on a CPU the mask, a byte an element): no
+    dropped copy of x, nothing of size [M, N]. Computes the gradients that `needs_input_grad` asks
+    for and no others; W0 is frozen and gets none. Differentiable once: backward raises RuntimeError
+    under ``create_graph=True``. `lora_linear` is the checked way in.
     """
 
     @staticmethod
@@ -46,7 +46,8 @@ class LoRALinearFunction(torch.autograd.Function):
         """x [..., K], weight [N, K], lora_A [r, K], lora_B [N, r], bias [N] or None -> y [..., N].
 
         ``seed`` (int64, one element, on x's device) and ``threshold`` (p * 2^16) make the dropout
-        mask; None is no dropout. ``plan``: from `dispatch.plan`.
+        mask, or on PyTorch's path ``seed`` is the mask [M, K], bool; None is no dropout. ``plan``:
+        from `dispatch.plan`.
         """
         dropout = Dropout(seed, threshold) if seed is not None else None
         needs_x, _, needs_A, needs_B = ctx.needs_input_grad[:4]

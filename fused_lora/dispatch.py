@@ -34,6 +34,8 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 # Measured ceilings of the model: bf16 operations and bytes a second. Other GPUs get the H100's.
 CEILINGS = {"H100": (798e12, 3.0e12), "H200": (788e12, 4.3e12)}
+# Up to here PyTorch's own nodes beat one of ours on a CPU, which saves passes but costs 25 us.
+MAX_COMPOSED_M = 64
 _LAUNCH = 4e-6  # seconds that a second, dependent launch adds: an estimate
 # Codes that become values in the K loop in a second: about 12 instructions each, on 132 SMs of 128
 # lanes at 1.7 GHz. Counted, not measured.
@@ -78,6 +80,7 @@ class Plan:
     strategy_dx: Strategy  # of the input gradient, whose N is the forward's K
     config: TileConfig | None = None  # of the launch that makes y; None: `choose_config`'s
     config_dx: TileConfig | None = None
+    composed: bool = False  # of operators that PyTorch's autograd records, without a node of ours
 
 
 @dataclass(frozen=True)
@@ -241,7 +244,8 @@ def plan(call: Call, backend: Backend) -> Plan:
     if backend == "triton" and obstacle is not None:
         raise type(obstacle)(f'backend="triton" cannot take this call: {obstacle}')
     if backend == "torch" or obstacle or (backend == "auto" and _auto_avoids_kernels(call)):
-        return Plan("torch", "library", "library")
+        few = call.device.type == "cpu" and call.M <= MAX_COMPOSED_M and call.quantized is None
+        return Plan("torch", "library", "library", composed=few)
     strategy, config = _choose(call, "forward")
     strategy_dx, config_dx = _choose(transposed(call), "dx")
     return Plan("triton", strategy, strategy_dx, config, config_dx)
@@ -324,6 +328,8 @@ def explain_call(call: Call, backend: Backend, operands: Operands) -> Explanatio
         why = asked or kernel_obstacle(call) or _auto_avoids_kernels(call)
         reasons["triton"] = f"not taken: {why}"
         reasons["library"] = "taken: F.linear, then addmm_ in place on its own output"
+        if chosen.composed:
+            reasons["autograd"] = f"PyTorch's own nodes: up to {MAX_COMPOSED_M} rows they cost less"
         if call.quantized is not None:
             tiles = "some rows or columns" if call.quantized.tiled else "the whole of it"
             reasons["quantised W0"] = f"{call.quantized.format}, made values {tiles} at a time"

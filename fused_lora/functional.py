@@ -18,6 +18,7 @@ from .dispatch import Backend, Explanation, checked_call, explain_call, plan
 from .dora import DoRALinearFunction, over_norm, weight_norm
 from .kernels.dropout import Dropout, dropout_threshold
 from .quantize import QuantizedWeight
+from .reference import drawn_mask
 
 Weight = Tensor | QuantizedWeight
 
@@ -82,8 +83,8 @@ def lora_linear(
         scaling: alpha / r (rsLoRA: alpha / sqrt(r)); finite. Not differentiated.
         bias: [N] in x's dtype, or None; trainable if it requires a gradient.
         dropout_p: probability in [0, 1) of dropping an element of the adapter's input, rounded to
-            a multiple of 2^-16. Applied whenever it is not 0; the seed comes from torch's generator
-            for x's device (`reference.keep_mask` says what mask it makes).
+            a multiple of 2^-16. Applied whenever it is not 0; from torch's generator for x's
+            device (what mask: `reference.keep_mask`, on a CPU `reference.drawn_mask`).
         backend: "triton" (raises if the kernels cannot take the call), "torch", or "auto".
 
     Returns:
@@ -128,7 +129,7 @@ def _on_device(
     scaling: float,
     threshold: int,
     backend: Backend,
-    shard: int = 0,
+    shard: int | None = None,
 ) -> Tensor:
     """One device's part: bare autograd in plain eager mode, operators for everything else.
 
@@ -140,10 +141,18 @@ def _on_device(
         torch._dynamo.graph_break(msg="lora_linear inside of a torch.func transform")
     observed = compiling or transformed or _get_current_dispatch_mode() is not None
     if not observed or isinstance(weight, QuantizedWeight):
-        chosen = plan(checked_call(x, weight, lora_A, lora_B, bias, threshold > 0), backend)
-        seed = _draw_seed(x.device, backend, shard) if threshold else None
+        call = checked_call(x, weight, lora_A, lora_B, bias, threshold > 0)
+        chosen = plan(call, backend)
         scaling = float(scaling)
         y: Tensor
+        if chosen.composed and shard is None:
+            assert isinstance(weight, Tensor)
+            return torch_backend.composed(x, weight, lora_A, lora_B, bias, scaling, threshold)
+        seed = None
+        if threshold and chosen.backend == "torch" and x.device.type == "cpu" and shard is None:
+            seed = drawn_mask(threshold, call.M, call.K)  # a byte an element is less than x's copy
+        elif threshold:
+            seed = _draw_seed(x.device, backend, shard or 0)
         if not torch.is_grad_enabled() and forward_ad._current_level < 0:
             # Nothing to record: a Function would cost 4 us of a call's 18.
             dropout = None if seed is None else Dropout(seed, threshold)
@@ -156,15 +165,15 @@ def _on_device(
         )
         return y
     checks.check_tensors(x, weight, lora_A, lora_B, bias)
-    seed = _draw_seed(x.device, backend, shard) if threshold else None
+    seed = _draw_seed(x.device, backend, shard or 0) if threshold else None
     if compiling and not _is_constant(scaling):
         # An operator's float is a constant of the graph: each alpha would recompile.
         lora_B = lora_B.to(torch.promote_types(lora_B.dtype, torch.float32)) * scaling
         scaling = 1.0
     # A batched tensor does not say what the transform outside of it differentiates.
     need_h = torch.is_grad_enabled() and (lora_B.requires_grad or transformed)
-    call: Any = ops.lora_linear_op if compiling else ops.LoRALinearOpFunction.apply
-    y = call(x, weight, lora_A, lora_B, bias, scaling, seed, threshold, backend, need_h)[0]
+    apply: Any = ops.lora_linear_op if compiling else ops.LoRALinearOpFunction.apply
+    y = apply(x, weight, lora_A, lora_B, bias, scaling, seed, threshold, backend, need_h)[0]
     return y
 
 
@@ -175,7 +184,8 @@ _eagerly: Any = _disable_dynamo(_on_device)  # unlike torch.compiler.disable it 
 def draw_seeds(n: int, device: torch.device, backend: Backend) -> Tensor:
     """Seeds of n dropout masks, from torch's generator for the device, and left there.
 
-    Negative where PyTorch's path on a CPU will take the call: see `reference.keep_mask`.
+    Negative where PyTorch's path on a CPU will take the call: see `reference.keep_mask`. For what
+    cannot save the mask itself: registered operators, groups, many adapters.
     """
     seeds = torch.randint(2**63 - 1, (n,), device=device)
     return ~seeds if device.type == "cpu" and backend != "triton" else seeds

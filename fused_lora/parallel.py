@@ -144,12 +144,12 @@ class Layout:
         return cls(mesh, rules, torch.Size((*x.shape[:-1], weight.shape[0])))
 
     @property
-    def shard(self) -> int:
-        """The number of this rank's part of x among the parts that differ."""
-        number = 0
+    def shard(self) -> int | None:
+        """The number of this rank's part of x among the parts that differ; None if none does."""
+        number: int | None = None
         for dim, rule in enumerate(self.rules):
             if rule.arguments[0].is_shard():
-                number = number * self.mesh.size(dim) + self.mesh.get_local_rank(dim)
+                number = (number or 0) * self.mesh.size(dim) + self.mesh.get_local_rank(dim)
         return number
 
     def to_local(self, *tensors: Tensor | None) -> list[Any]:

@@ -50,10 +50,12 @@ def keep_mask(seed: Tensor, threshold: int, M: int, K: int) -> Tensor:
     at least ``threshold``: a function of (seed, m, k) alone, the same on every device and backend.
     But for a negative seed on a CPU, which is what `lora_linear` draws there, PyTorch's path takes
     16-bit lanes of PyTorch's own generator: in int64 operators Philox takes 2 to 15 times as long.
-    ``seed``: int64 tensor of one element, which also says the device.
+    ``seed``: int64 tensor of one element, which also says the device; or the mask itself, bool.
     """
+    if seed.dtype == torch.bool:
+        return seed
     if seed.device.type == "cpu" and seed.item() < 0:
-        return _generated_mask(int(seed), threshold, M, K)
+        return drawn_mask(threshold, M, K, generator=torch.Generator().manual_seed(int(seed)))
     draws = -(-K // 8)
     keep = torch.empty((M, draws, 8), dtype=torch.bool, device=seed.device)
     columns = torch.arange(draws, device=seed.device)
@@ -72,14 +74,24 @@ def keep_mask(seed: Tensor, threshold: int, M: int, K: int) -> Tensor:
     return keep.view(M, draws * 8)[:, :K]
 
 
-def _generated_mask(seed: int, threshold: int, M: int, K: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    words = -(-M * K // 4)  # of four lanes
-    keep = torch.empty(4 * words, dtype=torch.bool)
+def drawn_mask(
+    threshold: int,
+    M: int,
+    K: int,
+    dtype: torch.dtype = torch.bool,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A dropout mask [M, K] in ``dtype``, 1 where x is kept, from a generator on the CPU.
+
+    None is PyTorch's own. Four elements share a draw of 64 bits, 16 each.
+    """
+    words = -(-M * K // 4)
+    keep = torch.empty(4 * words, dtype=dtype)
     for piece in torch.split(keep, 4 * _CHUNK):
-        drawn = torch.empty(len(piece) // 4, dtype=torch.int64)
-        drawn.random_(-(2**63), None, generator=generator)
-        torch.ge(drawn.view(torch.int16), threshold - _LANE_VALUES // 2, out=piece)
+        lanes = torch.empty(len(piece) // 4, dtype=torch.int64)
+        lanes = lanes.random_(-(2**63), None, generator=generator).view(torch.int16)
+        # Compared in place, as int16: into a bool, PyTorch takes ten times as long.
+        piece.copy_(lanes.ge_(threshold - _LANE_VALUES // 2))
     return keep[: M * K].view(M, K)
 
 
@@ -98,15 +110,16 @@ def lora_linear(
 
     x [..., K], weight [N, K], lora_A [r, K], lora_B [N, r], bias [N]; y [..., N] in x's dtype.
     The products run in x's dtype; adapters of another dtype are cast to it, as under autocast.
-    ``seed`` (int64, one element) says which dropout mask; None draws one.
+    ``seed`` (int64, one element) says which dropout mask; None is the next `drawn_mask`.
     """
     dropped = x
     threshold = dropout_threshold(dropout_p)
     if threshold > 0:
+        M, K = x.shape[:-1].numel(), x.shape[-1]
         if seed is None:
-            seed = torch.empty(1, dtype=torch.int64, device=x.device).random_()
-        K = x.shape[-1]
-        keep = keep_mask(seed, threshold, x.numel() // max(K, 1), K).view(x.shape)
+            keep = drawn_mask(threshold, M, K).to(x.device).view(x.shape)
+        else:
+            keep = keep_mask(seed, threshold, M, K).view(x.shape)
         keep_scale = _LANE_VALUES / (_LANE_VALUES - threshold)
         dropped = torch.where(keep, x * keep_scale, torch.zeros_like(x))
     h = F.linear(dropped, lora_A.to(x.dtype))

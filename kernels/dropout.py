@@ -16,15 +16,20 @@ class Dropout(NamedTuple):
     and a CUDA graph draws a new one at each replay.
     """
 
-    seed: torch.Tensor
+    seed: torch.Tensor  # on PyTorch's path it may be the mask [M, K] itself
     threshold: int  # an element is kept iff its 16 bits are at least this
 
     @property
     def keep_scale(self) -> float:
-        """1 / P(keep), from the threshold itself, so that E[D o x] = x holds exactly."""
-        return LANE_VALUES / (LANE_VALUES - self.threshold)
+        """1 / P(keep)."""
+        return keep_scale(self.threshold)
 
 
 def dropout_threshold(p: float) -> int:
     """p in units of 2^-16, below 2^16 so that the scale stays finite."""
     return min(round(p * LANE_VALUES), LANE_VALUES - 1)
+
+
+def keep_scale(threshold: int) -> float:
+    """1 / P(keep), from the threshold itself, so that E[D o x] = x holds exactly."""
+    return LANE_VALUES / (LANE_VALUES - threshold)

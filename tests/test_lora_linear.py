@@ -8,7 +8,7 @@ import torch
 from oracle import TRAINED, check, expression, fused, problem, run
 
 from fused_lora import LoRALinearFunction, lora_linear, reference
-from fused_lora.dispatch import Plan
+from fused_lora.dispatch import MAX_COMPOSED_M, Plan
 
 BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu, id="bf16")
 DTYPES = [
@@ -228,6 +228,58 @@ def test_the_mask_is_the_documented_function_of_the_seed(device, backend, seed):
     zero = torch.zeros_like(eye)
     y = LoRALinearFunction.apply(x, zero, eye, eye, None, 1.0, seed, threshold, plan)
     assert torch.equal(y != 0, reference.keep_mask(seed, threshold, M, K))
+
+
+def _drawn(p):
+    """The problem with the mask that `lora_linear` will draw on a CPU."""
+    state = torch.get_rng_state()
+    M, K = p.x.shape[:-1].numel(), p.x.shape[-1]
+    mask = reference.drawn_mask(reference.dropout_threshold(p.dropout_p), M, K)
+    torch.set_rng_state(state)
+    return replace(p, seed=mask)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("lead", [0, 1, 3, MAX_COMPOSED_M, MAX_COMPOSED_M + 1, (2, 5), ()])
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_on_a_cpu(launches, dtype, adapter_dtype, lead, dropout_p):
+    """Few rows without a node of ours, and many with it: the same values and gradients."""
+    p = problem(lead, 45, 101, 8, dtype=dtype, adapter_dtype=adapter_dtype, dropout_p=dropout_p)
+    p = _drawn(p)
+
+    def call(p):
+        return lora_linear(
+            p.x,
+            p.weight,
+            p.lora_A,
+            p.lora_B,
+            scaling=p.scaling,
+            bias=p.bias,
+            dropout_p=p.dropout_p,
+        )
+
+    check(run(call, p), p)
+    assert not launches
+
+
+def test_second_derivatives_of_few_rows_on_a_cpu():
+    """PyTorch's own there, and right."""
+    p = problem(3, 5, 4, 2, dtype=torch.float64)
+
+    def call(x, lora_A, lora_B):
+        return lora_linear(x, p.weight, lora_A, lora_B, scaling=p.scaling, bias=p.bias)
+
+    leaves = [t.requires_grad_() for t in (p.x, p.lora_A, p.lora_B)]
+    assert torch.autograd.gradgradcheck(call, leaves)
 
 
 def test_no_dropout_draws_no_random_number():
