@@ -23,6 +23,8 @@ def check_rank(r: object) -> None:
 
 
 def _check_real(name: str, value: object) -> None:
+    if type(value) is float:  # the usual case: an abstract class's check is 0.3 us
+        return
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted a number")
 

@@ -86,13 +86,18 @@ def drawn_mask(
     None is PyTorch's own. Four elements share a draw of 64 bits, 16 each.
     """
     words = -(-M * K // 4)
+    if words <= _CHUNK:
+        return _drawn(threshold, words, generator).to(dtype)[: M * K].view(M, K)
     keep = torch.empty(4 * words, dtype=dtype)
-    for piece in torch.split(keep, 4 * _CHUNK):
-        lanes = torch.empty(len(piece) // 4, dtype=torch.int64)
-        lanes = lanes.random_(-(2**63), None, generator=generator).view(torch.int16)
-        # Compared in place, as int16: into a bool, PyTorch takes ten times as long.
-        piece.copy_(lanes.ge_(threshold - _LANE_VALUES // 2))
+    for piece in keep.split(4 * _CHUNK):
+        piece.copy_(_drawn(threshold, len(piece) // 4, generator))
     return keep[: M * K].view(M, K)
+
+
+def _drawn(threshold: int, words: int, generator: torch.Generator | None) -> Tensor:
+    drawn = torch.empty(words, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    # Compared in place, as int16: into a bool, PyTorch takes ten times as long.
+    return drawn.view(torch.int16).ge_(threshold - _LANE_VALUES // 2)
 
 
 def lora_linear(
