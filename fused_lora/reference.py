@@ -89,7 +89,7 @@ def drawn_mask(
     if words <= _CHUNK:
         return _drawn(threshold, words, generator).to(dtype)[: M * K].view(M, K)
     keep = torch.empty(4 * words, dtype=dtype)
-    for piece in keep.split(4 * _CHUNK):
+    for piece in torch.split(keep, 4 * _CHUNK):
         piece.copy_(_drawn(threshold, len(piece) // 4, generator))
     return keep[: M * K].view(M, K)
 
