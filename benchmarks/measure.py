@@ -18,20 +18,18 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from oracle import Problem, check, problem, run
+from oracle import Problem, Result, compare, in_fp64, magnitudes, run
 from torch import Tensor
 
-from fused_lora.dispatch import checked_call, plan
 from fused_lora.functional import draw_seeds
-from fused_lora.reference import drawn_mask, dropout_threshold
 
+from . import kinds
 from .providers import Provider
-from .shapes import Case
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Call = Callable[[], object]
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its own messages go to stderr at every use
@@ -41,61 +39,60 @@ _FLUSH_BYTES = 256 * 2**20  # five times the L2 of an H100
 _MIN_ROUNDS, _MAX_ROUNDS = 7, 100
 
 
-def make_problem(case: Case, device: torch.device) -> Problem:
-    """Random tensors of the case's shapes; A and B are leaves that train, and so does x."""
-    with device:  # drawn there: a GPU is some hundred times as fast at it
-        p = problem(
-            case.M,
-            case.N,
-            case.K,
-            case.r,
-            dtype=DTYPES[case.dtype],
-            adapter_dtype=DTYPES[case.adapter_dtype],
-            device=device,
-            bias=False,
-            dropout_p=case.dropout,
-        )
-    for tensor in (p.x, p.lora_A, p.lora_B):
-        tensor.requires_grad_()
-    return p
+Expected = tuple[Result, Result, Result]
 
 
-def assert_correct(provider: Provider, p: Problem) -> None:
+def assert_correct(
+    provider: Provider, p: Problem, known: dict[bool, Expected] | None = None
+) -> None:
     """The rule of tests/oracle.py for y and all gradients, or AssertionError.
 
     Other libraries' dropout masks cannot be known, so that they are checked without dropout.
+    ``known`` keeps what providers of the same problem are compared with, if there is no dropout.
     """
-    if not provider.ours:
-        p = Problem(**{**vars(p), "dropout_p": 0.0})
+    change: dict[str, object] = {} if provider.ours else {"dropout_p": 0.0}
     if not provider.adapter:
-        p = Problem(**{**vars(p), "lora_B": torch.zeros_like(p.lora_B)})
-    # The mask, or its seed, that the layer will draw: the same draw from the same state.
-    state = random.getrandbits(32)
-    torch.manual_seed(state)
-    if p.x.device.type == "cpu" and provider.backend != "triton":
-        M, K = p.x.shape
-        seed = drawn_mask(dropout_threshold(p.dropout_p), M, K)
-    else:
-        seed = draw_seeds(1, p.x.device, provider.backend)
-    p = Problem(**{**vars(p), "seed": seed})
-    torch.manual_seed(state)
+        change["lora_B"] = torch.zeros_like(p.lora_B)
+    p = replace(p, **change)
+    if p.dropout_p:  # the mask, or its seed, that the layer will draw: from the same state
+        state = random.getrandbits(32)
+        torch.manual_seed(state)
+        p = replace(p, seed=_draw(provider, p))
+        torch.manual_seed(state)
     needs = ("x", "lora_A", "lora_B") if provider.adapter else ("x",)
-    check(run(lambda p: provider.build(p)(p.x), p, needs), p)
+    got = run(lambda p: provider.build(p)(p.x), p, needs)
+    known = {} if known is None or p.dropout_p else known
+    if provider.adapter not in known:
+        known[provider.adapter] = _expected(p, needs)
+    compare(got, *known[provider.adapter])
 
 
-def choice(provider: Provider, p: Problem) -> str:
-    """What "auto" decided for the problem, e.g. "triton one_pass/split" (forward/dx)."""
-    if provider.name != "fused":
-        return ""
-    call = checked_call(p.x, p.weight, p.lora_A, p.lora_B, p.bias, p.dropout_p > 0)
-    chosen = plan(call, "auto")
-    return f"{chosen.backend} {chosen.strategy}/{chosen.strategy_dx}"
+def _draw(provider: Provider, p: Problem) -> Tensor:
+    if p.x.device.type == "cpu" and provider.backend != "triton":
+        try:
+            from fused_lora.reference import drawn_mask, dropout_threshold
+        except ImportError:  # an older commit, under run --base
+            pass
+        else:
+            return drawn_mask(dropout_threshold(p.dropout_p), *p.x.shape)
+    return draw_seeds(1, p.x.device, provider.backend)
+
+
+def _expected(p: Problem, needs: tuple[str, ...]) -> Expected:
+    """Results in fp64, their magnitudes, and PyTorch's own in the same dtypes."""
+    expression = kinds.expression(p)
+    exact = in_fp64(p)
+    return (
+        run(expression, exact, needs),
+        run(expression, magnitudes(exact), needs),
+        run(expression, p, needs),
+    )
 
 
 def calls(provider: Provider, p: Problem) -> dict[str, Call]:
     """A function for every mode that has a time."""
     layer = provider.build(p)
-    leaves = [p.x, p.lora_A, p.lora_B] if provider.adapter else [p.x]
+    leaves = kinds.leaves(p) if provider.adapter else [p.x]
     y = layer(p.x)
 
     def forward() -> Tensor:

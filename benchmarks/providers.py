@@ -1,7 +1,8 @@
-"""Who is measured: every way of computing the layer, as `build(problem) -> x -> y`.
+"""Who is measured: every way of computing a plain layer, as `build(problem) -> x -> y`.
 
 All take the same tensors and do the same work: y with what backward needs saved. The name
-"linear" is the frozen layer alone, without an adapter: the bound.
+"linear" is the frozen layer alone, without an adapter: the bound. `quantized` and `multi` have
+those of the other kinds of cases.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from oracle import Problem
 from torch import Tensor, nn
 
 from fused_lora import LoRALinearFunction, lora_linear
-from fused_lora.dispatch import Backend, Plan, Strategy, checked_call, kernel_obstacle
+from fused_lora.dispatch import Backend, Call, Plan, Strategy, checked_call, kernel_obstacle, plan
 from fused_lora.functional import draw_seeds
 from fused_lora.kernels.configs import ship
 from fused_lora.kernels.device import device_info
@@ -32,23 +33,33 @@ class Provider:
     """One way of computing the layer."""
 
     name: str
-    build: Callable[[Problem], Layer]
+    build: Callable[[Any], Layer]
     ours: bool = False  # draws the mask that the oracle knows
     backend: Backend = "auto"
     adapter: bool = True
     # Why it cannot take a problem; None if it can.
-    obstacle: Callable[[Problem], str | None] = lambda p: None
+    obstacle: Callable[[Any], str | None] = lambda p: None
+    # What "auto" decided for the problem, e.g. "triton one_pass/split" (forward/dx).
+    choice: Callable[[Any], str] = lambda p: ""
+    # Bytes of the frozen weight that it holds between calls.
+    weight_bytes: Callable[[Any], int] = lambda p: int(p.weight.nbytes)
 
 
-def _fused(p: Problem) -> Layer:
+def frozen(p: Problem) -> Any:
+    """W0 as a layer holds it: the codes where there are any."""
+    return getattr(p, "codes", p.weight)
+
+
+def fused(p: Problem) -> Layer:
+    """`lora_linear`, which decides by itself."""
     return lambda x: lora_linear(
-        x, p.weight, p.lora_A, p.lora_B, scaling=p.scaling, bias=p.bias, dropout_p=p.dropout_p
+        x, frozen(p), p.lora_A, p.lora_B, scaling=p.scaling, bias=p.bias, dropout_p=p.dropout_p
     )
 
 
-def _with_plan(strategy: Strategy) -> Callable[[Problem], Layer]:
+def with_plan(strategy: Strategy) -> Callable[[Problem], Layer]:
     """One strategy of the kernels for forward and dx, whatever "auto" would choose."""
-    plan = Plan("triton", strategy, strategy)
+    fixed = Plan("triton", strategy, strategy)
 
     def build(p: Problem) -> Layer:
         threshold = dropout_threshold(p.dropout_p)
@@ -56,7 +67,7 @@ def _with_plan(strategy: Strategy) -> Callable[[Problem], Layer]:
         def layer(x: Tensor) -> Tensor:
             seed = draw_seeds(1, x.device, "triton") if threshold else None
             y: Tensor = LoRALinearFunction.apply(
-                x, p.weight, p.lora_A, p.lora_B, p.bias, p.scaling, seed, threshold, plan
+                x, frozen(p), p.lora_A, p.lora_B, p.bias, p.scaling, seed, threshold, fixed
             )
             return y
 
@@ -65,9 +76,19 @@ def _with_plan(strategy: Strategy) -> Callable[[Problem], Layer]:
     return build
 
 
-def _kernels_cannot(p: Problem) -> str | None:
-    call = checked_call(p.x, p.weight, p.lora_A, p.lora_B, p.bias, p.dropout_p > 0)
-    obstacle = kernel_obstacle(call)
+def _call(p: Problem) -> Call:
+    return checked_call(p.x, frozen(p), p.lora_A, p.lora_B, p.bias, p.dropout_p > 0)
+
+
+def chosen(p: Problem) -> str:
+    """What `lora_linear` decides for it."""
+    auto = plan(_call(p), "auto")
+    return f"{auto.backend} {auto.strategy}/{auto.strategy_dx}"
+
+
+def kernels_cannot(p: Problem) -> str | None:
+    """Why the kernels cannot take it."""
+    obstacle = kernel_obstacle(_call(p))
     return None if obstacle is None else str(obstacle)
 
 
@@ -79,10 +100,11 @@ def _one_pass_cannot(p: Problem) -> str | None:
         p.dropout_p > 0,
         device_info(p.x.device),
     )
-    return _kernels_cannot(p) or (None if fits else "no one-pass tile takes this rank or dropout")
+    return kernels_cannot(p) or (None if fits else "no one-pass tile takes this rank or dropout")
 
 
-def _linear(p: Problem) -> Layer:
+def linear(p: Problem) -> Layer:
+    """The frozen layer alone, over plain weights."""
     return lambda x: F.linear(x, p.weight, p.bias)
 
 
@@ -117,33 +139,43 @@ def _compiled(p: Problem) -> Layer:
     return _takes_all(_compiled_expression)(p)
 
 
-def _peft(p: Problem) -> Layer:
-    """PEFT's own layer over the problem's own tensors."""
+def peft_layer(p: Problem, base: nn.Module, adapters: dict[str, tuple[Tensor, Tensor]]) -> Any:
+    """PEFT's own layer over ``base``, with the problem's own A and B for each name."""
     from peft import LoraConfig, get_peft_model
 
-    r, K = p.lora_A.shape
-    linear = nn.utils.skip_init(
-        nn.Linear, K, p.weight.shape[0], bias=False, device=p.x.device, dtype=p.x.dtype
-    )
+    (first, (A, _)), *_ = adapters.items()
+    r = A.shape[0]
     config = LoraConfig(
         r=r, lora_alpha=p.scaling * r, lora_dropout=p.dropout_p, target_modules=["proj"]
     )
-    model = get_peft_model(nn.Sequential(OrderedDict(proj=linear)), config)
-    layer = model.base_model.model.proj.train()
-    tensors = {
-        layer.base_layer: p.weight,
-        layer.lora_A["default"]: p.lora_A,
-        layer.lora_B["default"]: p.lora_B,
-    }
-    for module, tensor in tensors.items():
-        del module.weight  # a parameter; the problem's leaves stay what they are
-        module.weight = tensor
-    layer.base_layer.register_parameter("bias", None)
+    model = nn.Sequential(OrderedDict(proj=base))
+    for library in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # what PEFT goes by
+        setattr(model, library, getattr(base, library, False))
+    wrapped = get_peft_model(model, config, adapter_name=first)
+    for name in [*adapters][1:]:
+        wrapped.add_adapter(name, config)
+    layer = wrapped.base_model.model.proj.train()
+    for name, (A, B) in adapters.items():
+        for module, tensor in ((layer.lora_A[name], A), (layer.lora_B[name], B)):
+            del module.weight  # a parameter; the problem's leaves stay what they are
+            module.weight = tensor
+    return layer
+
+
+def plain_linear(p: Problem) -> nn.Linear:
+    """`nn.Linear` over the problem's weight and bias."""
+    N, K = p.weight.shape
+    linear = nn.Linear(K, N, bias=False, device="meta")
+    linear.weight = nn.Parameter(p.weight, requires_grad=False)
     if p.bias is not None:
-        del layer.base_layer.bias
-        layer.base_layer.bias = p.bias
-    layer_call: Layer = layer
-    return layer_call
+        del linear.bias
+        linear.bias = p.bias
+    return linear
+
+
+def _peft(p: Problem) -> Layer:
+    layer: Layer = peft_layer(p, plain_linear(p), {"default": (p.lora_A, p.lora_B)})
+    return layer
 
 
 class _AddmmFunction(torch.autograd.Function):
@@ -188,23 +220,26 @@ class _AddmmFunction(torch.autograd.Function):
         return dx, None, dA.to(lora_A.dtype), dB.to(lora_B.dtype), dbias, None, None
 
 
-PROVIDERS = {
-    provider.name: provider
-    for provider in (
-        Provider("fused", _fused, ours=True),
-        Provider("one_pass", _with_plan("one_pass"), True, "triton", obstacle=_one_pass_cannot),
-        Provider(
-            "split", _with_plan("split"), ours=True, backend="triton", obstacle=_kernels_cannot
-        ),
-        Provider("linear", _linear, adapter=False),
-        # The real one where it is installed. Rows of the two are never mixed.
-        Provider("peft", _peft)
-        if importlib.util.find_spec("peft")
-        else Provider("peft_formula", _takes_all(_expression)),
-        Provider("addmm", _takes_all(_AddmmFunction.apply)),
-        Provider("compile", _compiled),
-    )
-}
-EAGER = "peft" if "peft" in PROVIDERS else "peft_formula"
+def by_name(*providers: Provider) -> dict[str, Provider]:
+    """A table of them."""
+    return {provider.name: provider for provider in providers}
+
+
+# The real one where it is installed. Rows of the two are never mixed.
+_eager = (
+    Provider("peft", _peft)
+    if importlib.util.find_spec("peft")
+    else Provider("peft_formula", _takes_all(_expression))
+)
+EAGER = _eager.name
+PROVIDERS = by_name(
+    Provider("fused", fused, ours=True, choice=chosen),
+    Provider("one_pass", with_plan("one_pass"), True, "triton", obstacle=_one_pass_cannot),
+    Provider("split", with_plan("split"), True, "triton", obstacle=kernels_cannot),
+    Provider("linear", linear, adapter=False),
+    _eager,
+    Provider("addmm", _takes_all(_AddmmFunction.apply)),
+    Provider("compile", _compiled),
+)
 # torch.compile takes half a minute a layer on a CPU: there it is measured when it is asked for.
 CPU_PROVIDERS = ("fused", "linear", EAGER, "addmm")

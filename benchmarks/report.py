@@ -2,9 +2,10 @@
 
     python -m benchmarks.report [--results DIR] [--out DIR]
 
-Writes report.md, and for each device <device>-speedup.png, -base.png and -memory.png, with
--roofline.png for a GPU. Where several runs measured a case, the newest counts, whole: numbers of
-two runs are never compared.
+Writes report.md, and for each device, as far as there are rows, <device>-speedup.png, -base.png and
+-memory.png; -quantized.png and -quantized-memory.png of quantised weights; -multi.png of many
+adapters; and -roofline.png for a GPU. Where several runs measured a case, the newest counts, whole:
+numbers of two runs are never compared.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import re
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
@@ -25,7 +26,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from . import rows
 from .rows import Row
-from .shapes import OVERHEAD, Case
+from .shapes import FORMATS, OVERHEAD, PLAIN, Case, Kind
 
 # Measured on these cards: TFLOP/s of a bf16 product at 8192^3, TB/s of a copy.
 CEILINGS = {"H100": (798.0, 3.0), "H200": (788.0, 4.3)}
@@ -37,6 +38,11 @@ COLORS = {
     "compile": "#117a65",
     "peft": "#7f8c8d",
     "peft_formula": "#7f8c8d",
+    "dequantise": "#2e86c1",
+    "peft_bnb": "#7f8c8d",
+    "unquantised": "#117a65",
+    "loop": "#2e86c1",
+    "bmm": "#117a65",
     "linear": "#2c3e50",
 }
 LABELS = {
@@ -47,6 +53,11 @@ LABELS = {
     "compile": "torch.compile",
     "peft": "PEFT",
     "peft_formula": "PEFT's formula",
+    "dequantise": "dequantise, F.linear",
+    "peft_bnb": "PEFT over bitsandbytes",
+    "unquantised": "fused-lora, unquantised",
+    "loop": "loop over adapters",
+    "bmm": "padded bmm",
     "linear": "base layer",
 }
 _TICKS = (0.125, 0.25, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16)
@@ -71,9 +82,25 @@ class Measured:
             if (above, mode) in medians and (below, mode) in medians
         }
 
+    def only(self, kind: Kind) -> Measured:
+        """Its cases of one kind."""
+        cases = {case: medians for case, medians in self.cases.items() if case.kind == kind}
+        return replace(self, cases=cases)
+
+    def held(self) -> Measured:
+        """With the weight and the peak beside it for the mode "memory"."""
+        cases = {
+            case: {
+                (name, mode): size + (medians[name, "weight"] if mode == "memory" else 0)
+                for (name, mode), size in medians.items()
+            }
+            for case, medians in self.cases.items()
+        }
+        return replace(self, cases=cases)
+
     @property
     def eager(self) -> str:
-        """The name that PEFT goes by in these rows."""
+        """The name that PEFT goes by in the rows of plain layers."""
         names = {provider for medians in self.cases.values() for provider, _ in medians}
         return "peft" if "peft" in names else "peft_formula"
 
@@ -103,18 +130,37 @@ def _heading(row: Row) -> str:
     if row["threads"]:
         parts.append(f"{row['threads']} thread{'s' * (row['threads'] > 1)}")
     parts.append(f"torch {row['torch']}, commit {row['commit']}{' + changes' * bool(row['dirty'])}")
+    if row["bitsandbytes"]:
+        parts.append(f"bitsandbytes {row['bitsandbytes']}")
     return ", ".join([*parts, row["date"]])
 
 
 def _label(case: Case) -> str:
+    if case.kind == "multi":
+        return f"{_batch(case)}   M {case.M}   K = N {case.N}   r {case.r}   {case.dtype}"
     dtypes = case.dtype
     if case.adapter_dtype != case.dtype:
         dtypes += f", A and B {case.adapter_dtype}"
-    return f"{case.layer}   M {case.M}   r {case.r}   {dtypes}"
+    format = "" if case.format == PLAIN else f"{case.format}   "
+    return f"{case.layer}   {format}M {case.M}   r {case.r}   {dtypes}"
+
+
+def _batch(case: Case) -> str:
+    return f"{case.layer}, {case.adapters} adapters" + ", ragged" * case.ragged
 
 
 def _order(case: Case) -> tuple[object, ...]:
-    return case.r, case.dtype, case.adapter_dtype, case.M, case.layer
+    format = (PLAIN, *FORMATS).index(case.format)
+    group = (case.r, case.dtype, case.adapter_dtype, case.M)
+    return *group, case.layer, format, case.adapters, case.ragged, case.N
+
+
+def _number(value: float | None, form: str = ",.1f", unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"
+
+
+def _quotient(a: float | None, b: float | None) -> float | None:
+    return None if a is None or not b else a / b
 
 
 # --- Markdown ---------------------------------------------------------------------------------
@@ -153,12 +199,6 @@ def _table(measured: Measured) -> Iterator[str]:
     )
     yield "|---|" + "---:|" * 4 + "---|" + "---:|" * 10
 
-    def number(value: float | None, form: str = ",.1f", unit: str = "") -> str:
-        return "" if value is None else f"{value:{form}}{unit}"
-
-    def quotient(a: float | None, b: float | None) -> float | None:
-        return None if a is None or not b else a / b
-
     for case in sorted(measured.cases, key=_order):
         if case.layer == OVERHEAD:
             continue
@@ -166,15 +206,84 @@ def _table(measured: Measured) -> Iterator[str]:
         names = ("fused", measured.eager, "linear")
         forward = [get((name, "forward")) for name in names]
         both = [get((name, "forward+backward")) for name in names]
-        memory = quotient(get(("fused", "memory")), get((measured.eager, "memory")))
+        memory = _quotient(get(("fused", "memory")), get((measured.eager, "memory")))
         dtypes = case.dtype
         if case.adapter_dtype != case.dtype:
             dtypes += f", {case.adapter_dtype} A, B"
         cells = [case.layer, case.M, case.N, case.K, case.r, dtypes, f"{case.dropout:g}"]
-        cells += [number(us) for us in (*forward, *both)]
-        cells += [number(quotient(both[1], both[0]), ".2f", "x")]
-        cells += [number(quotient(both[0], both[2]), ".2f", "x"), number(memory, ".2f", "x")]
+        cells += [_number(us) for us in (*forward, *both)]
+        cells += [_number(_quotient(both[1], both[0]), ".2f", "x")]
+        cells += [_number(_quotient(both[0], both[2]), ".2f", "x"), _number(memory, ".2f", "x")]
         yield "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _quantized_summary(measured: Measured) -> Iterator[str]:
+    yield "Geometric means of forward+backward, and the range; memory is the weight and the peak:"
+    yield ""
+    mode, held = "forward+backward", measured.held()
+    for format in FORMATS:
+
+        def of(ratios: dict[Case, float], format: str = format) -> list[float]:
+            return [ratio for case, ratio in ratios.items() if case.format == format]
+
+        parts = [
+            f"{_spread(speed)} the speed of {LABELS[other]}"
+            for other in ("dequantise", "peft_bnb")
+            if (speed := of(measured.ratios(other, mode, "fused")))
+        ]
+        if times := of(measured.ratios("fused", mode, "unquantised")):
+            parts.append(f"{_spread(times)} the time of unquantised weights")
+        parts += [
+            f"{_spread(memory)} the memory of {LABELS[other]}"
+            for other in ("peft_bnb", "unquantised")
+            if (memory := of(held.ratios("fused", "memory", other)))
+        ]
+        if parts:
+            yield f"- {format}: {'; '.join(parts)}"
+
+
+def _quantized_table(measured: Measured) -> Iterator[str]:
+    """Times in us; weight and peak in MB of 10^6 bytes."""
+    providers = ("fused", "dequantise", "peft_bnb", "unquantised")
+    names = [LABELS[name] for name in providers]
+    columns = [f"both, us: {names[0]}", *names[1:], f"over {names[1]}", f"over {names[2]}"]
+    columns += ["weight, MB", f"{names[3]}"]
+    columns += [f"peak, MB: {names[0]}", *names[1:]]
+    yield "| layer | M | N | K | r | format | dtype | " + " | ".join(columns) + " |"
+    yield "|---|" + "---:|" * 4 + "---|---|" + "---:|" * len(columns)
+    for case in sorted(measured.cases, key=_order):
+        get = measured.cases[case].get
+        both = [get((name, "forward+backward")) for name in providers]
+        weights = [get((name, "weight")) for name in ("fused", "unquantised")]
+        peaks = [get((name, "memory")) for name in providers]
+        cells = [case.layer, case.M, case.N, case.K, case.r, case.format, case.dtype]
+        cells += [_number(us) for us in both]
+        cells += [_number(_quotient(other, both[0]), ".2f", "x") for other in both[1:3]]
+        cells += [_number(_quotient(size, 1e6), ",.2f") for size in (*weights, *peaks)]
+        yield "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _multi_table(measured: Measured) -> Iterator[str]:
+    providers = ("fused", "loop", "peft", "bmm", "linear")
+    columns = [f"{LABELS[name]}, us" for name in providers]
+    yield (
+        "| batch | M | N | K | r | dtype | mode | "
+        + " | ".join([*columns, "over the loop", "over the best of the others"])
+        + " |"
+    )
+    yield "|---|" + "---:|" * 4 + "---|---|" + "---:|" * (len(columns) + 2)
+    for case in sorted(measured.cases, key=_order):
+        for mode in ("forward", "forward+backward"):
+            if mode not in case.modes:
+                continue
+            times = [measured.cases[case].get((name, mode)) for name in providers]
+            others = [us for us in times[1:4] if us is not None]
+            cells = [_batch(case), case.M, case.N, case.K, case.r, case.dtype, mode]
+            cells += [_number(us) for us in times]
+            cells += [
+                _number(_quotient(us, times[0]), ".2f", "x") for us in (times[1], min(others))
+            ]
+            yield "| " + " | ".join(map(str, cells)) + " |"
 
 
 def markdown(devices: list[Measured]) -> str:
@@ -187,8 +296,14 @@ def markdown(devices: list[Measured]) -> str:
         "process, after a check against the fp64 oracle.",
     ]
     for measured in devices:
-        lines += ["", f"## {measured.heading}", "", measured.remark, ""]
-        lines += [*_summary(measured), "", *_table(measured)]
+        lines += ["", f"## {measured.heading}", "", measured.remark]
+        if (plain := measured.only("plain")).cases:
+            lines += ["", *_summary(plain), "", *_table(plain)]
+        if (quantised := measured.only("quantised")).cases:
+            lines += ["", "### Quantised weights", ""]
+            lines += [*_quantized_summary(quantised), "", *_quantized_table(quantised)]
+        if (multi := measured.only("multi")).cases:
+            lines += ["", "### Many adapters in one batch", "", *_multi_table(multi)]
     return "\n".join(lines) + "\n"
 
 
@@ -291,6 +406,7 @@ def _dots(
 
 
 def _speedup(measured: Measured) -> Figure | None:
+    measured = measured.only("plain")
     mode, eager = "forward+backward", measured.eager
     return _dots(
         measured,
@@ -303,6 +419,7 @@ def _speedup(measured: Measured) -> Figure | None:
 
 
 def _base(measured: Measured) -> Figure | None:
+    measured = measured.only("plain")
     return _dots(
         measured,
         ["fused", "addmm", "compile", measured.eager],
@@ -314,6 +431,7 @@ def _base(measured: Measured) -> Figure | None:
 
 
 def _memory(measured: Measured) -> Figure | None:
+    measured = measured.only("plain")
     eager = LABELS[measured.eager]
     return _dots(
         measured,
@@ -329,6 +447,7 @@ def _roofline(measured: Measured) -> Figure | None:
     ceiling = next((c for name, c in CEILINGS.items() if name in measured.device), None)
     if ceiling is None:
         return None
+    measured = measured.only("plain")
     teraflops, terabytes = ceiling
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     reach = [0.5, teraflops / terabytes, 10_000]
@@ -372,7 +491,61 @@ def _roofline(measured: Measured) -> Figure | None:
     return figure
 
 
-PLOTS = {"speedup": _speedup, "base": _base, "memory": _memory, "roofline": _roofline}
+def _quantized(measured: Measured) -> Figure | None:
+    measured = measured.only("quantised")
+    return _dots(
+        measured,
+        ["fused", "peft_bnb", "unquantised"],
+        lambda provider: measured.ratios("dequantise", "forward+backward", provider),
+        title="Forward+backward over quantised weights: speed over dequantising all of W0 twice "
+        "(higher is better)",
+        xlabel="time of dequantise, F.linear / time",
+        bound="the whole W0 dequantised in forward and again in backward, in PyTorch",
+    )
+
+
+def _quantized_memory(measured: Measured) -> Figure | None:
+    measured = measured.only("quantised").held()
+    return _dots(
+        measured,
+        ["fused", "dequantise", "peft_bnb"],
+        lambda provider: measured.ratios(provider, "memory", "unquantised"),
+        title="Weight and peak memory of forward+backward, as a share of unquantised weights' "
+        "(lower is better)",
+        xlabel="bytes / bytes over unquantised weights",
+        bound="fused-lora over unquantised weights",
+    )
+
+
+def _multi(measured: Measured) -> Figure | None:
+    measured = measured.only("multi")
+
+    def speeds(provider: str) -> dict[Case, float]:
+        found: dict[Case, float] = {}
+        for mode in ("forward", "forward+backward"):  # the wider one counts
+            found |= measured.ratios("loop", mode, provider)
+        return found
+
+    return _dots(
+        measured,
+        ["fused", "peft", "bmm"],
+        speeds,
+        title="Many adapters in one batch: speed over a loop (higher is better)\n"
+        "joint training forward+backward, decoding forward",
+        xlabel="the loop's time / time",
+        bound="base product, then a loop over the adapters",
+    )
+
+
+PLOTS = {
+    "speedup": _speedup,
+    "base": _base,
+    "memory": _memory,
+    "quantized": _quantized,
+    "quantized-memory": _quantized_memory,
+    "multi": _multi,
+    "roofline": _roofline,
+}
 
 
 def write(devices: list[Measured], out: Path) -> list[Path]:

@@ -36,6 +36,7 @@ ENVIRONMENT = (
     "torch",
     "triton",
     "peft",
+    "bitsandbytes",
     "commit",
     "dirty",
     "date",
@@ -51,6 +52,9 @@ MEASURED = (
     "dropout",
     "dtype",
     "adapter_dtype",
+    "format",
+    "adapters",
+    "ragged",
     "mode",
     "unit",
     "median",
@@ -59,6 +63,9 @@ MEASURED = (
     "samples",
     "choice",
 )
+
+# What older files do not say, because there was nothing else.
+_IMPLIED = {"bitsandbytes": None, "format": "none", "adapters": 1, "ragged": False}
 
 
 def _output(*command: str) -> str | None:
@@ -101,6 +108,7 @@ def environment(device: torch.device, clock: str, note: str = "") -> Row:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "peft": _version("peft"),
+        "bitsandbytes": _version("bitsandbytes"),
         "commit": _output("git", "rev-parse", "--short=8", "HEAD")
         or os.environ.get("COMMIT", "unknown"),
         "dirty": None if changed is None else bool(changed),
@@ -134,7 +142,7 @@ def load(path: Path) -> list[Row]:
     """The rows of a run, each with its environment. Raises ValueError if the file is no run's."""
     try:
         run = json.loads(path.read_text())
-        rows = [{**run["environment"], **row} for row in run["rows"]]
+        rows = [{**_IMPLIED, **run["environment"], **row} for row in run["rows"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a file of benchmark rows ({error!r})") from error
     for row in rows:

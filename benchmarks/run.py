@@ -1,10 +1,11 @@
 """Measures a selection of cases and writes the rows.
 
-    python -m benchmarks.run [--selection quick] [--out DIR] [--seconds 180] [--base REV]
+    python -m benchmarks.run [--selection quick,...] [--out DIR] [--seconds 180] [--base REV]
 
-Without --selection: quick on a GPU, cpu without one. Every case is checked against the fp64
-oracle before it is timed; a provider that is wrong or fails is left out and the file says why.
-The file is written after every case, so that a run may be cut short and resumed.
+Without --selection: quick on a GPU; cpu, cpu-quantized and cpu-multi without one. Every case is
+checked against the fp64 oracle before it is timed; a provider that is wrong or fails is left out
+and the file says why. The file is written after every case, so that a run may be cut short and
+resumed.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from pathlib import Path
 
 import torch
 
-from . import measure, rows
-from .providers import CPU_PROVIDERS, PROVIDERS, Provider
+from . import kinds, measure, rows
+from .providers import Provider
 from .rows import Row
 from .shapes import SELECTIONS, Case, select
 
@@ -32,21 +33,24 @@ def measure_case(
     case: Case, providers: Iterable[Provider], device: torch.device, seconds: float
 ) -> tuple[list[Row], list[Row]]:
     """The rows of one case, and why providers have none."""
-    p = measure.make_problem(case, device)
+    p = kinds.make_problem(case, device)
+    known: dict[bool, measure.Expected] = {}
     todo: dict[str, dict[str, measure.Call]] = {}
+    by_name = {provider.name: provider for provider in providers}
     found: list[Row] = []
     left_out: list[Row] = []
-    for provider in providers:
+    for provider in by_name.values():
         try:
             why = provider.obstacle(p)
             if why is None:
-                measure.assert_correct(provider, p)
+                measure.assert_correct(provider, p, known)
                 todo[provider.name] = measure.calls(provider, p)
         # Whatever a provider raises, the others are still to be measured.
         except Exception as error:
             why = f"{type(error).__name__}: {error}"[:500]
         if why is not None:
             left_out.append({"provider": provider.name, **asdict(case), "why": why})
+    known.clear()
 
     def row(name: str, mode: str, unit: str, samples: list[float]) -> Row:
         return {
@@ -56,14 +60,17 @@ def measure_case(
             "unit": unit,
             **{key: round(value, 2) for key, value in measure.quantiles(samples).items()},
             "samples": len(samples),
-            "choice": measure.choice(PROVIDERS[name], p),
+            "choice": by_name[name].choice(p),
         }
 
     for mode in case.modes if todo else ():
-        if mode == "memory":
+        if mode in ("memory", "weight"):
             for name, calls in todo.items():
-                peak = measure.peak_memory(calls["forward+backward"], device)
-                found.append(row(name, mode, "bytes", [float(peak)] * 2))
+                if mode == "memory":
+                    size = measure.peak_memory(calls["forward+backward"], device)
+                else:
+                    size = by_name[name].weight_bytes(p)
+                found.append(row(name, mode, "bytes", [float(size)] * 2))
             continue
         overhead = mode == "overhead"
         timed = {name: calls["forward" if overhead else mode] for name, calls in todo.items()}
@@ -74,7 +81,8 @@ def measure_case(
 
 def _summary(found: list[Row]) -> str:
     """One line: every provider's time of the widest mode."""
-    mode = "overhead" if found[0]["mode"] == "overhead" else "forward+backward"
+    modes = [row["mode"] for row in found if row["unit"] == "us"]
+    mode = "forward+backward" if "forward+backward" in modes else modes[0]
     times = {row["provider"]: row["median"] for row in found if row["mode"] == mode}
     return f"{mode}: " + "  ".join(f"{name} {us:,.1f} us" for name, us in times.items())
 
@@ -85,7 +93,7 @@ def _key(row: Row) -> tuple[object, ...]:
 
 def measure_all(
     cases: list[Case],
-    providers: list[Provider],
+    names: list[str] | None,
     path: Path,
     environment: Row,
     device: torch.device,
@@ -94,7 +102,10 @@ def measure_all(
     deadline: float,
     resumed: list[Row],
 ) -> bool:
-    """Measures what is not in ``resumed`` until the deadline; True if nothing is left."""
+    """Measures what is not in ``resumed`` until the deadline; True if nothing is left.
+
+    ``names``: the providers; None takes each kind's own.
+    """
     done = {_key(row) for row in resumed}
     found = [{k: v for k, v in row.items() if k not in rows.ENVIRONMENT} for row in resumed]
     left_out: list[Row] = []
@@ -106,6 +117,7 @@ def measure_all(
             rows.save(path, environment, found, left_out)
             print(f"out of time: {len(late)} cases left; go on with --resume {path}", flush=True)
             return False
+        providers = kinds.choose(case, names, device)
         new, failed = measure_case(case, providers, device, seconds_a_mode)
         measure.release()
         found += new
@@ -168,8 +180,8 @@ def compare(ours: list[Row], base: list[Row]) -> Iterator[str]:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 1 if cases are left or a provider failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--selection", choices=SELECTIONS, help="default: quick, or cpu")
-    parser.add_argument("--providers", help=f"comma-separated, of {','.join(PROVIDERS)}")
+    parser.add_argument("--selection", help=f"comma-separated, of {','.join(SELECTIONS)}")
+    parser.add_argument("--providers", help="comma-separated; default: all of a case's kind")
     parser.add_argument("--out", type=Path, default=rows.RESULTS, help="folder for the rows")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
     parser.add_argument("--seconds-a-mode", type=float, help="sampling time of one mode of a case")
@@ -182,11 +194,16 @@ def main(argv: list[str] | None = None) -> int:
     start = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
-    selection = args.selection or ("quick" if cuda else "cpu")
-    names = args.providers.split(",") if args.providers else PROVIDERS if cuda else CPU_PROVIDERS
-    unknown = sorted(set(names) - set(PROVIDERS))
+    selection = args.selection or ("quick" if cuda else "cpu,cpu-quantized,cpu-multi")
+    names = args.providers.split(",") if args.providers else None
+    unknown = sorted(set(selection.split(",")) - set(SELECTIONS))
     if unknown:
-        parser.error(f"--providers: got {unknown}, wanted some of {sorted(PROVIDERS)}")
+        parser.error(f"--selection: got {unknown}, wanted some of {sorted(SELECTIONS)}")
+    cases = select(*selection.split(","))
+    there_are = {name for case in cases for name in kinds.providers_of(case)[0]}
+    unknown = sorted(set(names or ()) - there_are)
+    if unknown:
+        parser.error(f"--providers: got {unknown}, wanted some of {sorted(there_are)}")
     if args.threads:
         torch.set_num_threads(args.threads)
     clock = "CUDA events" if cuda else measure.clock().__name__
@@ -196,8 +213,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{selection} on {environment['device']}, {kind}, torch {torch.__version__} -> {path}")
     seconds_a_mode = args.seconds_a_mode or (0.15 if cuda else 0.6)
     complete = measure_all(
-        select(selection),
-        [PROVIDERS[name] for name in names],
+        cases,
+        names,
         path,
         environment,
         device,

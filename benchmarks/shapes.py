@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
+from typing import Literal
+
+Kind = Literal["plain", "quantised", "multi"]
+PLAIN = "none"
+# nf4 and fp4 quantise their scales too, as QLoRA does; fp8 has a scale for each 128 x 128 block.
+FORMATS = ("nf4", "nf4 single", "fp4", "int8", "fp8")
 
 
 @dataclass(frozen=True)
@@ -19,20 +25,44 @@ class Case:
     dropout: float
     dtype: str = "bf16"  # of x and of the weight
     adapter_dtype: str = "bf16"  # of A and B; PEFT's own default is fp32
+    format: str = PLAIN  # of the frozen weight, one of FORMATS
+    adapters: int = 1  # in the batch, each with its own rows of x
+    ragged: bool = False  # whether adapters have different numbers of rows
+
+    @property
+    def kind(self) -> Kind:
+        """What sort of layer it is."""
+        if self.adapters > 1:
+            return "multi"
+        return "plain" if self.format == PLAIN else "quantised"
 
     @property
     def modes(self) -> tuple[str, ...]:
         """What is measured of it."""
         if self.layer == OVERHEAD:
             return ("overhead",)
-        return ("forward", "backward", "forward+backward", "memory")
+        if self.kind == "multi" and self.M == self.adapters:  # decoding
+            return ("forward",)
+        modes = ("forward", "backward", "forward+backward", "memory")
+        return ("weight", *modes) if self.kind == "quantised" else modes
+
+    @property
+    def rows(self) -> list[int]:
+        """How many rows of x each adapter has, side by side; the ragged ones as 1, 2, 3, ..."""
+        shares = range(1, self.adapters + 1) if self.ragged else [1] * self.adapters
+        ends = [self.M * sum(shares[: i + 1]) // sum(shares) for i in range(self.adapters)]
+        return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
     def __str__(self) -> str:
         dtypes = self.dtype
         if self.adapter_dtype != self.dtype:
             dtypes += f"/{self.adapter_dtype}"
-        sizes = f"M {self.M} N {self.N} K {self.K} r {self.r}"
-        return f"{self.layer} {sizes} {dtypes} dropout {self.dropout:g}"
+        parts = [self.layer, f"M {self.M} N {self.N} K {self.K} r {self.r} {dtypes}"]
+        if self.format != PLAIN:
+            parts.append(self.format)
+        if self.adapters > 1:
+            parts.append(f"{self.adapters} adapters" + ", ragged" * self.ragged)
+        return " ".join([*parts, f"dropout {self.dropout:g}"])
 
 
 # So small that a call's time is its way through Python and PyTorch.
@@ -79,10 +109,21 @@ def _cases(
     dropout: Iterable[float] = (0.0, 0.1),
     dtype: Iterable[str] = ("bf16",),
     adapter_dtype: str | None = None,
+    format: Iterable[str] = (PLAIN,),
 ) -> Iterator[Case]:
     """Their product; r varies slowest, so that a run cut short has the first rank whole."""
-    for rank, (layer, N, K), m, p, d in product(r, layers, M, dropout, dtype):
-        yield Case(layer, m, N, K, rank, p, d, adapter_dtype or d)
+    for rank, (layer, N, K), m, p, d, f in product(r, layers, M, dropout, dtype, format):
+        yield Case(layer, m, N, K, rank, p, d, adapter_dtype or d, f)
+
+
+def many_adapters(side: int, dtype: str, training: int, decoding: Iterable[int]) -> Iterator[Case]:
+    """Joint training of 4 adapters on ``training`` rows, and decoding, a row an adapter."""
+    for ragged in (True, False):
+        yield Case(
+            "joint training", training, side, side, 16, 0.0, dtype, dtype, adapters=4, ragged=ragged
+        )
+    for adapters in decoding:
+        yield Case("decoding", adapters, side, side, 16, 0.0, dtype, dtype, adapters=adapters)
 
 
 def _overhead(dtype: str) -> Iterator[Case]:
@@ -93,6 +134,9 @@ def _quick() -> Iterator[Case]:
     layers = [square(side) for side in GRID_SIDES] + projections("llama-3.1-8b")
     yield from _overhead("bf16")
     yield from _cases([square(4096)], (8192,), adapter_dtype="fp32")
+    gate_up = projections("llama-3.1-8b")[2]
+    yield from _cases([gate_up], (8192, 16), dropout=(0.0,), format=("nf4", "fp8"))
+    yield from many_adapters(4096, "bf16", 8192, (64,))
     yield from _cases(layers, (8192, 2048), r=(16, 64))
 
 
@@ -120,9 +164,38 @@ def _cpu() -> Iterator[Case]:
     yield from _cases([square(2048)], (32, 512), adapter_dtype="fp32")
 
 
+def _quantized() -> Iterator[Case]:
+    layers = [square(4096), projections("llama-3.1-8b")[2]]
+    yield from _cases(layers, (8192, 512, 16), dropout=(0.0,), format=FORMATS)
+
+
+def _multi() -> Iterator[Case]:
+    for side in GRID_SIDES:
+        yield from many_adapters(side, "bf16", 8192, (16, 64, 256))
+
+
+def _cpu_quantized() -> Iterator[Case]:
+    layers = [projections("smollm2-135m")[i] for i in (0, 2)]
+    # For the memory of a model of 7B parameters.
+    yield from _cases(
+        [("llama-2-7b gate,up", 11008, 4096)], (512,), dropout=(0.0,), format=("nf4",)
+    )
+    yield from _cases([square(4096)], (512,), dropout=(0.0,), format=FORMATS)
+    yield from _cases(layers, (512, 16), dropout=(0.0,), dtype=("fp32", "bf16"), format=FORMATS)
+
+
+def _cpu_multi() -> Iterator[Case]:
+    for dtype in ("fp32", "bf16"):
+        yield from many_adapters(576, dtype, 1024, (16, 64, 256))
+
+
 def _tiny() -> Iterator[Case]:
     yield from _overhead("fp32")
     yield from _cases([("tiny", 48, 32)], (5,), r=(4,), dtype=("fp32",))
+    yield from _cases(
+        [("tiny", 64, 64)], (5,), r=(4,), dropout=(0.0,), dtype=("fp32",), format=FORMATS
+    )
+    yield from many_adapters(32, "fp32", 10, (3,))
 
 
 SELECTIONS: dict[str, Callable[[], Iterator[Case]]] = {
@@ -131,14 +204,18 @@ SELECTIONS: dict[str, Callable[[], Iterator[Case]]] = {
     "models": _models,
     "ranks": _ranks,
     "tokens": _tokens,
+    "quantized": _quantized,
+    "multi": _multi,
     "cpu": _cpu,
+    "cpu-quantized": _cpu_quantized,
+    "cpu-multi": _cpu_multi,
     "tiny": _tiny,
 }
 
 
-def select(name: str) -> list[Case]:
-    """The cases of a selection, each shape once: of two layers with the same one, the first."""
+def select(*names: str) -> list[Case]:
+    """The cases of selections, each shape once: of two layers with the same one, the first."""
     found: dict[tuple[object, ...], Case] = {}
-    for case in SELECTIONS[name]():
+    for case in chain.from_iterable(SELECTIONS[name]() for name in names):
         found.setdefault(tuple(v for k, v in vars(case).items() if k != "layer"), case)
     return list(found.values())

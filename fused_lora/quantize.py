@@ -345,7 +345,8 @@ def _scale_blocks(values: Tensor, scales: Tensor, cols: slice, block: int) -> No
         return
     scales = scales[:, cols.start // block : _blocks(cols.stop, block)]
     whole = values.shape[1] // block
-    values[:, : whole * block].unflatten(1, (whole, block)).mul_(scales[:, :whole, None])
+    blocks = values[:, : whole * block].view(len(values), whole, block)
+    blocks.mul_(scales[:, :whole, None])
     values[:, whole * block :].mul_(scales[:, whole:])  # the last one, if it is cut off
 
 

@@ -229,6 +229,35 @@ def test_zeros_of_a_format(format):
     assert values[0].abs().max() <= 0.02 * w.abs().max()  # nested scales: near zero, not zero
 
 
+def test_every_code_of_nf4_fp4_int8_and_fp8():
+    """Against the tables, code by code."""
+    byte = torch.arange(256).to(torch.uint8)
+    for format in ("nf4", "fp4"):
+        weight = QuantizedWeight(
+            format,
+            byte,
+            torch.tensor([1.0, 2.0]),
+            shape=(2, 256),
+            dtype=torch.float32,
+            block=(1, 256),
+            codebook=(table := torch.randn(16)),
+        )
+        nibbles = torch.stack((byte >> 4, byte & 15), dim=1).view(2, 256).int()
+        expected = table[nibbles] * torch.tensor([[1.0], [2.0]])
+        assert torch.equal(weight.dequantize(), expected)
+    for format, codes in (("int8", byte.view(torch.int8)), ("fp8", byte.view(torch.float8_e4m3fn))):
+        weight = QuantizedWeight(
+            format,
+            codes.view(1, 256),
+            torch.tensor([[0.5]]),
+            shape=(1, 256),
+            dtype=torch.float32,
+            block=(0, 0),
+        )
+        expected = codes.to(torch.float32).view(1, 256) * 0.5
+        assert torch.equal(weight.dequantize().nan_to_num(7), expected.nan_to_num(7))
+
+
 def test_nf4_takes_half_a_byte():
     q = quantize_nf4(torch.randn(512, 1024))
     assert q.nbytes / q.numel() == pytest.approx(0.5 + 1 / 64, abs=0.003)
