@@ -207,25 +207,26 @@ class QuantizedWeight(nn.Module):
 
             return dequantize(self.matrix(), dtype)
         N, K = self.shape
+        scales = self._all_scales()
         if self.layout.tiled:
-            return self._tile(slice(0, N), slice(0, K), dtype)
+            return self._tile(slice(0, N), slice(0, K), dtype, scales)
         assert self.codebook is not None
         size = self.layout.block[1]
         values = _unpack(self.codes, self.codebook)[: N * K]
-        values = F.pad(values, (0, -(N * K) % size)).view(-1, size) * self._all_scales()[:, None]
+        values = F.pad(values, (0, -(N * K) % size)).view(-1, size) * scales[:, None]
         return values.view(-1)[: N * K].view(N, K).to(dtype)
 
     def row_tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """W0 some rows at a time, some MB each; whole where blocks go over the ends of rows."""
-        N, K = self.shape
+        (N, K), scales = self.shape, self._all_scales()
         for rows in self._chunks(N, K, dtype):
-            yield rows, self._tile(rows, slice(0, K), dtype)
+            yield rows, self._tile(rows, slice(0, K), dtype, scales)
 
     def column_tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """W0 some columns at a time, as `row_tiles`."""
-        N, K = self.shape
+        (N, K), scales = self.shape, self._all_scales()
         for cols in self._chunks(K, N, dtype):
-            yield cols, self._tile(slice(0, N), cols, dtype)
+            yield cols, self._tile(slice(0, N), cols, dtype, scales)
 
     def _chunks(self, length: int, width: int, dtype: torch.dtype) -> Iterator[slice]:
         size = _CPU_CHUNK_BYTES if self.device.type == "cpu" else _CHUNK_BYTES
@@ -235,21 +236,21 @@ class QuantizedWeight(nn.Module):
         for start in range(0, length, max(step, 1)):
             yield slice(start, min(start + step, length))
 
-    def _tile(self, rows: slice, cols: slice, dtype: torch.dtype) -> Tensor:
-        """W0[rows, cols] for slices that start at the start of a block."""
+    def _tile(self, rows: slice, cols: slice, dtype: torch.dtype, scales: Tensor) -> Tensor:
+        """W0[rows, cols] for slices that start at the start of a block, with all the scales."""
         if not self.layout.tiled:
             return self.dequantize(dtype)
         (N, K), (block_rows, block_cols) = self.shape, self.layout.block
         if self.codebook is None:
-            scales = self.scales.view(_blocks(N, block_rows), _blocks(K, block_cols))
+            scales = scales.view(_blocks(N, block_rows), _blocks(K, block_cols))
             values = _eight_bit_values(self.codes[rows, cols])
             _scale_blocks(values, _spread(scales, rows, block_rows), cols, block_cols)
             return values.to(dtype)
         codes = self.codes.view(N, K // 2)[rows, cols.start // 2 : cols.stop // 2].contiguous()
         blocks = slice(cols.start // block_cols, cols.stop // block_cols)
-        scales = self._all_scales().view(N, K // block_cols)[rows, blocks, None]
-        values = _unpack(codes, self.codebook).view(*scales.shape[:2], block_cols)
-        return values.mul_(scales).view(codes.shape[0], -1).to(dtype)
+        scales = scales.view(N, K // block_cols)[rows, blocks].contiguous()
+        values = _unpack(codes, self.codebook).view(*scales.shape, block_cols)
+        return values.mul_(scales[..., None]).view(codes.shape[0], -1).to(dtype)
 
     def _all_scales(self) -> Tensor:
         """The scales in fp32, flat."""
