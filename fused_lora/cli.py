@@ -80,7 +80,8 @@ def finetune(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = _DEFAULT.device,
     backend: Annotated[str, typer.Option(help="auto, triton, torch.")] = _DEFAULT.backend,
     peft: Annotated[
-        bool, typer.Option("--peft", help="Train PEFT's own model, its layers fused.")
+        bool,
+        typer.Option("--peft", help="Train PEFT's own model, its layers fused (none quantised)."),
     ] = False,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
     resume: Annotated[
@@ -118,13 +119,18 @@ def merge(
     ] = None,
 ) -> None:
     """Write an adapter's model with the adapter merged into its weights, as safetensors."""
-    from .merge import merge_adapter
+    from .merge import merge_adapter, trained_over
 
     try:
         base = merge_adapter(adapter, out, model)
     except (ValueError, TypeError, OSError) as error:
         raise _failed(error) from None
     _say(f"merged: {adapter} into {base}, saved in {out}")
+    if (codes := trained_over(adapter)) is not None:
+        _say(
+            f"warning: it was trained over weights in {codes} and is now in unquantised ones: the "
+            f"model's results differ from those it was trained for by what {codes} rounds"
+        )
 
 
 @app.command()

@@ -44,6 +44,20 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     return model
 
 
+def trained_over(adapter: Path) -> str | None:
+    """The format of the quantised weights that `fused-lora finetune` trained the adapter over.
+
+    None if they were not quantised, or if the folder does not say.
+    """
+    from .finetune import saved_settings
+
+    try:
+        quantize = saved_settings(adapter).quantize
+    except (OSError, ValueError):  # another program's, or of a run that was deleted
+        return None
+    return None if quantize == "none" else quantize
+
+
 def merge_adapter(adapter: Path, out: Path, base: str | None = None) -> str:
     """Writes the model of the adapter in folder ``adapter``, merged, to the new folder ``out``.
 

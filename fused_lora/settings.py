@@ -58,7 +58,9 @@ class Settings:
             raise ValueError(f"quantize: got {self.quantize!r}, wanted none or one of {FORMATS}")
         if self.quantize != "none" and self.peft:
             raise ValueError(
-                "quantize: got peft too, whose own quantised layers are bitsandbytes'; wanted one"
+                "quantize: got peft too, but PEFT's model takes no codes of ours; wanted one of "
+                "them. Adapters are saved in PEFT's format without peft, too; and what PEFT trains "
+                "over bitsandbytes' layers (BitsAndBytesConfig) fused_lora.peft.fuse takes"
             )
         for name in ("model", "data", "device"):
             if not isinstance(getattr(self, name), str):

@@ -1,5 +1,6 @@
 """The benchmark suite: correct providers, rows that say where they come from, a report of them."""
 
+import json
 import os
 import subprocess
 from dataclasses import replace
@@ -8,12 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import measure, rows, run, shapes
+from benchmarks import kinds, measure, rows, run, shapes
+from benchmarks.multi import MULTI
 from benchmarks.providers import CPU_PROVIDERS, EAGER, PROVIDERS
-from benchmarks.shapes import SELECTIONS, Case, select
+from benchmarks.quantized import QUANTIZED
+from benchmarks.shapes import FORMATS, SELECTIONS, Case, select
 
 ROOT = Path(__file__).parents[1]
 TINY = Case("tiny", 5, 48, 32, 4, 0.1, "fp32", "fp32")
+QUANTISED = Case("tiny", 5, 48, 64, 4, 0.0, "fp32", "fp32", "nf4")
+MANY = Case("tiny", 12, 48, 32, 4, 0.0, "fp32", "fp32", adapters=3)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -43,6 +48,8 @@ def test_quick_has_what_the_gpu_plan_asks_for():
                         (c.M, c.N, c.K, c.r, c.dropout, c.dtype) == (M, N, K, r, dropout, "bf16")
                         for c in cases
                     )
+    assert {c.format for c in cases if c.kind == "quantised"} == {"nf4", "fp8"}
+    assert any(c.kind == "multi" and c.ragged for c in cases)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -50,7 +57,7 @@ def test_quick_has_what_the_gpu_plan_asks_for():
 @pytest.mark.parametrize("name", [name for name in PROVIDERS if name != "compile"])
 def test_providers_are_correct(device, name, adapter_dtype, dropout):
     case = replace(TINY, M=70, dtype=adapter_dtype, adapter_dtype="fp32", dropout=dropout)
-    provider, p = PROVIDERS[name], measure.make_problem(case, device)
+    provider, p = PROVIDERS[name], kinds.make_problem(case, device)
     if name == "one_pass" and dropout:
         assert "dropout" in provider.obstacle(p)
     else:
@@ -58,10 +65,46 @@ def test_providers_are_correct(device, name, adapter_dtype, dropout):
         measure.assert_correct(provider, p)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_providers_of_quantised_weights_are_correct(device, name, format):
+    case = replace(QUANTISED, M=20, K=128, format=format)
+    provider, p = QUANTIZED[name], kinds.make_problem(case, device)
+    if why := provider.obstacle(p):
+        assert name == "peft_bnb"
+        pytest.skip(why)
+    measure.assert_correct(provider, p)
+    held = provider.weight_bytes(p)
+    assert held == (p.weight.nbytes if name in ("unquantised", "linear") else p.codes.nbytes)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("name", MULTI)
+def test_providers_of_many_adapters_are_correct(device, name, ragged):
+    case = replace(MANY, ragged=ragged)
+    assert case.rows == ([2, 4, 6] if ragged else [4, 4, 4])
+    provider, p = MULTI[name], kinds.make_problem(case, device)
+    if why := provider.obstacle(p):
+        assert name == "peft"
+        pytest.skip(why)
+    measure.assert_correct(provider, p)
+
+
+@pytest.mark.parametrize("case", [TINY, QUANTISED, MANY], ids=lambda case: case.kind)
+def test_a_check_of_many_providers_finds_the_wrong_one(device, case):
+    """Also with what the others were compared with."""
+    p, known = kinds.make_problem(replace(case, dropout=0.0), device), {}
+    right = kinds.providers_of(case)[0]["fused"]
+    measure.assert_correct(right, p, known)
+    wrong = replace(right, build=lambda p: lambda x: right.build(p)(x) * 1.01)
+    with pytest.raises(AssertionError, match="y: error"):
+        measure.assert_correct(wrong, p, known)
+
+
 @pytest.mark.slow
 def test_compiled_expression_is_correct(device):
     torch._dynamo.reset()
-    measure.assert_correct(PROVIDERS["compile"], measure.make_problem(TINY, device))
+    measure.assert_correct(PROVIDERS["compile"], kinds.make_problem(TINY, device))
 
 
 def test_a_wrong_provider_is_left_out_and_the_file_says_why(device):
@@ -102,29 +145,49 @@ def test_cpu_memory_counts_temporaries_and_not_what_was_there_before():
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """A folder with the rows of a real run of two cases."""
+    """A folder with the rows of a real run of some cases of every kind."""
     folder = tmp_path_factory.mktemp("results")
     cases = [TINY, replace(TINY, dropout=0.0), next(iter(select("tiny")))]
+    cases += [QUANTISED, replace(QUANTISED, format="int8"), MANY, replace(MANY, adapters=12)]
     device = torch.device("cpu")
     environment = rows.environment(device, "perf_counter", "a test")
     path = folder / rows.file_name(environment)
-    providers = [PROVIDERS[name] for name in CPU_PROVIDERS]
+    names = [*CPU_PROVIDERS, "dequantise", "unquantised", "loop", "bmm"]
     options = {"seconds_a_mode": 0.0, "deadline": float("inf"), "resumed": []}
-    assert run.measure_all(cases, providers, path, environment, device, **options)
+    assert run.measure_all(cases, names, path, environment, device, **options)
     return path
 
 
 def test_rows_say_what_and_where(results):
     found = rows.load(results)
-    assert {row["mode"] for row in found} == {*TINY.modes, "overhead"}
-    assert {row["provider"] for row in found} == set(CPU_PROVIDERS)
+    assert {row["mode"] for row in found} == {*TINY.modes, "weight", "overhead"}
+    by_kind = {}
     for row in found:
         assert set(row) == {*rows.ENVIRONMENT, *rows.MEASURED}
         assert row["q20"] <= row["median"] <= row["q80"]
-        assert row["unit"] == ("bytes" if row["mode"] == "memory" else "us")
+        assert row["unit"] == ("bytes" if row["mode"] in ("memory", "weight") else "us")
         assert row["torch"] == torch.__version__
+        kind = Case(**{name: row[name] for name in vars(TINY)}).kind
+        by_kind.setdefault(kind, set()).add(row["provider"])
+    assert by_kind["plain"] == set(CPU_PROVIDERS)
+    assert by_kind["quantised"] == {"fused", "dequantise", "unquantised", "linear"}
+    assert by_kind["multi"] - {"peft"} == {"fused", "loop", "bmm", "linear"}
     (chosen,) = {row["choice"] for row in found if row["provider"] == "fused"}
     assert chosen == "torch library/library"
+
+
+def test_rows_of_before_quantised_weights_and_many_adapters(results, tmp_path):
+    run = json.loads(results.read_text())
+    del run["environment"]["bitsandbytes"]
+    run["rows"] = [row for row in run["rows"] if row["layer"] == "tiny" and row["dropout"]]
+    for row in run["rows"]:
+        for name in ("format", "adapters", "ragged"):
+            del row[name]
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(run))
+    old = rows.load(path)
+    assert old
+    assert {(row["format"], row["adapters"], row["ragged"]) for row in old} == {("none", 1, False)}
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
@@ -169,10 +232,15 @@ def test_report(results, tmp_path):
         "speedup.png",
         "base.png",
         "memory.png",
+        "quantized.png",
+        "memory.png",  # quantized-memory
+        "multi.png",
     ]
     text = written[0].read_text()
     assert f"## {devices[0].device}" in text
     assert "| tiny | 5 | 48 | 32 | 4 | fp32 | 0.1 |" in text
+    assert "| tiny | 5 | 48 | 64 | 4 | nf4 | fp32 |" in text
+    assert "| tiny, 3 adapters | 12 | 48 | 32 | 4 | fp32 | forward+backward |" in text
     assert all(path.stat().st_size > 1000 for path in written[1:])
 
 

@@ -138,9 +138,11 @@ def test_trains_through_the_kernels(settings, tmp_path, device, launches):
     assert run.which_ran().startswith("14 layers: triton")
 
 
-@pytest.mark.parametrize("lora_dropout", [0.0, 0.2])
-def test_resumed_run_is_the_uninterrupted_one(settings, tmp_path, lora_dropout):
-    settings = replace(settings, lora_dropout=lora_dropout, gradient_checkpointing=True)
+@pytest.mark.parametrize(("lora_dropout", "quantize"), [(0.0, "none"), (0.2, "none"), (0.2, "nf4")])
+def test_resumed_run_is_the_uninterrupted_one(settings, tmp_path, lora_dropout, quantize):
+    settings = replace(
+        settings, lora_dropout=lora_dropout, quantize=quantize, gradient_checkpointing=True
+    )
     whole = _train(settings, tmp_path / "whole").history.losses
 
     def stop_after_3(history, rate):
@@ -272,10 +274,13 @@ def _options(settings):
     return [f"--{n.replace('_', '-')}={getattr(settings, n)}" for n in names]
 
 
-def test_command(settings, tmp_path):
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_command(settings, tmp_path, quantize):
     out = str(tmp_path / "out")
-    result = CliRunner().invoke(app, ["finetune", *_options(settings), "--out", out])
+    options = [*_options(settings), "--quantize", quantize]
+    result = CliRunner().invoke(app, ["finetune", *options, "--out", out])
     assert result.exit_code == 0, result.output
+    assert ("that is over the weights in nf4" in result.output) == (quantize == "nf4")
     for part in ("14 layers adapted", "held-out loss before", "step 6/6", "kernels: 14 layers:"):
         assert part in result.output
     assert "largest difference of the logits" in result.output
@@ -334,13 +339,16 @@ def test_interrupted_command_saves_and_says_how_to_go_on(settings, tmp_path):
     assert saved_settings(out).steps == 100_000
 
 
-def test_two_processes_have_the_losses_of_one(settings, tmp_path):
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_two_processes_have_the_losses_of_one(settings, tmp_path, quantize):
     """The same global batch under torchrun, step for step, also in a run that goes on from it."""
+    settings = replace(settings, quantize=quantize)
     out = tmp_path / "two"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     torchrun += ["-m", "--", "fused_lora", "finetune"]  # without the "--" it takes --r for its own
-    for options in ([*_options(settings), "--lora-alpha=8"], ["--resume", "--steps=9"]):
+    first = [*_options(settings), "--lora-alpha=8", f"--quantize={quantize}"]
+    for options in (first, ["--resume", "--steps=9"]):
         done = subprocess.run(
             [*torchrun, *options, f"--out={out}"],
             env=environment,

@@ -106,6 +106,29 @@ def test_merge_command(saved, tmp_path):
     assert "is there already" in again.output.replace("\n", "")
 
 
+def test_merge_command_warns_of_an_adapter_trained_over_codes(saved, tmp_path):
+    """Of one that `fused-lora finetune --quantize nf4` saved; not of others."""
+    from fused_lora.finetune import Run
+    from fused_lora.settings import Settings
+
+    base, *_ = saved
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "a"}\n' * 40)
+    for quantize in ("nf4", "none"):
+        settings = Settings(
+            model=str(base), data=str(data), r=2, steps=1, seq_len=4, held_out=1,
+            quantize=quantize, device="cpu",
+        )  # fmt: skip
+        run = Run(settings, tmp_path / quantize, say=lambda _: None)
+        run.train(lambda history, rate: None)
+        run.save()
+        result = _run("merge", tmp_path / quantize, tmp_path / f"merged-{quantize}")
+        assert result.exit_code == 0, result.output
+        assert ("warning: it was trained over weights in nf4" in result.output) == (
+            quantize == "nf4"
+        )
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
