@@ -34,10 +34,11 @@ def _cases() -> list[Case]:
 
 
 def _calls() -> list[tuple[Case, str, str]]:
+    modes = ("forward", "forward+backward")
     return [
         (case, mode, provider.name)
         for case in _cases()
-        for mode in ("forward", "forward+backward")
+        for mode in (modes[1:] if case.kind == "quantised" else modes)
         if mode in case.modes
         for provider in kinds.choose(case, None, DEVICE)
     ]

@@ -1,7 +1,7 @@
 """The kinds of cases: a plain layer, one over a quantised W0, and many adapters in one batch.
 
 What belongs to a kind is imported where it is used: `run --base` measures older commits, which may
-have no such thing.
+lack what it needs, and then have no providers of it.
 """
 
 from __future__ import annotations
@@ -64,14 +64,17 @@ def expression(p: Problem) -> Callable[[Any], Tensor]:
 
 def providers_of(case: Case) -> tuple[dict[str, Provider], tuple[str, ...]]:
     """Who is measured on such a case, and which of them on a CPU."""
-    if case.kind == "multi":
-        from .multi import CPU_MULTI, MULTI
+    try:
+        if case.kind == "multi":
+            from .multi import CPU_MULTI, MULTI
 
-        return MULTI, CPU_MULTI
-    if case.kind == "quantised":
-        from .quantized import CPU_QUANTIZED, QUANTIZED
+            return MULTI, CPU_MULTI
+        if case.kind == "quantised":
+            from .quantized import CPU_QUANTIZED, QUANTIZED
 
-        return QUANTIZED, CPU_QUANTIZED
+            return QUANTIZED, CPU_QUANTIZED
+    except ImportError:
+        return {}, ()
     return PROVIDERS, CPU_PROVIDERS
 
 

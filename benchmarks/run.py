@@ -33,10 +33,12 @@ def measure_case(
     case: Case, providers: Iterable[Provider], device: torch.device, seconds: float
 ) -> tuple[list[Row], list[Row]]:
     """The rows of one case, and why providers have none."""
+    by_name = {provider.name: provider for provider in providers}
+    if not by_name:
+        return [], [{"provider": "all", **asdict(case), "why": "there is no provider of this kind"}]
     p = kinds.make_problem(case, device)
     known: dict[bool, measure.Expected] = {}
     todo: dict[str, dict[str, measure.Call]] = {}
-    by_name = {provider.name: provider for provider in providers}
     found: list[Row] = []
     left_out: list[Row] = []
     for provider in by_name.values():
