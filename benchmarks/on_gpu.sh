@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The standing GPU plan: all that waits for a GPU, in one call of at most 8 minutes.
 #
-#   bash benchmarks/on_gpu.sh          tests, quick benchmark, compute-sanitizer
+#   bash benchmarks/on_gpu.sh          tests, quick benchmark (of plain layers, quantised ones and
+#                                      many adapters in one batch), compute-sanitizer
 #   bash benchmarks/on_gpu.sh tune     measures every strategy and tile for LoRAFusion's grid and
 #                                      Llama-3.1-8B, in at most 9 minutes; leaves tuned_GPU.json,
 #                                      which ships from fused_lora/tables/GPU.json

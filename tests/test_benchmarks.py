@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,6 +118,15 @@ def test_a_wrong_provider_is_left_out_and_the_file_says_why(device):
     assert {row["provider"] for row in found} == {"addmm"}
     assert [row["provider"] for row in left_out] == [EAGER]
     assert "AssertionError" in left_out[0]["why"]
+
+
+@pytest.mark.parametrize("case", [QUANTISED, MANY], ids=lambda case: case.kind)
+def test_a_commit_without_such_layers_leaves_them_out(monkeypatch, device, case):
+    for module in ("multi", "quantized"):
+        monkeypatch.setitem(sys.modules, f"benchmarks.{module}", None)
+    found, left_out = run.measure_case(case, kinds.choose(case, None, device), device, 0.0)
+    assert not found
+    assert [row["why"] for row in left_out] == ["there is no provider of this kind"]
 
 
 def test_a_measurement_takes_turns_and_has_quantiles(device):
