@@ -32,10 +32,10 @@ _CODE_DTYPES: dict[Format, torch.dtype] = {
     "int8": torch.int8,
     "fp8": FP8,
 }
-# What a call holds of W0 at a time on the PyTorch path, in bytes of x's dtype. On a CPU larger
-# ones fall out of the cache, and their memory goes back to the system and has to be mapped anew.
-_CHUNK_BYTES = 16 << 20
-_CPU_CHUNK_BYTES = 4 << 20
+# Values of W0 that a call holds at a time on the PyTorch path. On a CPU larger chunks fall out of
+# the cache, and their memory goes back to the system and has to be mapped anew.
+_CHUNK = 8 << 20
+_CPU_CHUNK = 1 << 20
 
 # The quantiles of a normal distribution that the paper gives (appendix E), in fp32.
 _NF4 = (
@@ -217,20 +217,19 @@ class QuantizedWeight(nn.Module):
         return values.view(-1)[: N * K].view(N, K).to(dtype)
 
     def row_tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """W0 some rows at a time, some MB each; whole where blocks go over the ends of rows."""
+        """W0 some rows at a time; whole where blocks go over the ends of rows."""
         (N, K), scales = self.shape, self._all_scales()
-        for rows in self._chunks(N, K, dtype):
+        for rows in self._chunks(N, K):
             yield rows, self._tile(rows, slice(0, K), dtype, scales)
 
     def column_tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """W0 some columns at a time, as `row_tiles`."""
         (N, K), scales = self.shape, self._all_scales()
-        for cols in self._chunks(K, N, dtype):
+        for cols in self._chunks(K, N):
             yield cols, self._tile(slice(0, N), cols, dtype, scales)
 
-    def _chunks(self, length: int, width: int, dtype: torch.dtype) -> Iterator[slice]:
-        size = _CPU_CHUNK_BYTES if self.device.type == "cpu" else _CHUNK_BYTES
-        step = max(1, size // max(1, width * dtype.itemsize))
+    def _chunks(self, length: int, width: int) -> Iterator[slice]:
+        step = max(1, (_CPU_CHUNK if self.device.type == "cpu" else _CHUNK) // max(1, width))
         unit = max(*self.layout.block, 1)  # blocks stay whole
         step = length if not self.layout.tiled else -(-step // unit) * unit
         for start in range(0, length, max(step, 1)):

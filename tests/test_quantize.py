@@ -315,7 +315,7 @@ def test_no_whole_weight_on_the_torch_path(name, monkeypatch):
     """The largest tensor made in forward and backward is a tile, not W0."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    monkeypatch.setattr(quantize_module, "_CPU_CHUNK_BYTES", 64 << 10)
+    monkeypatch.setattr(quantize_module, "_CPU_CHUNK", 16 << 10)
     sizes = []
 
     class Watch(TorchDispatchMode):
