@@ -352,10 +352,8 @@ def _scale_blocks(values: Tensor, scales: Tensor, cols: slice, block: int) -> No
 
 def _unpack(codes: Tensor, codebook: Tensor) -> Tensor:
     """The values of packed 4-bit codes, flat, in fp32."""
-    byte = torch.arange(256, device=codes.device)
-    pairs = torch.stack((codebook[byte >> 4], codebook[byte & 15]), dim=-1)
-    # A pair is looked up as one element of 8 bytes: on a CPU five times as fast as rows of two.
-    pairs = pairs.view(torch.int64).view(-1)
+    # By byte, and as one element of 8 bytes: on a CPU five times as fast as rows of two.
+    pairs = torch.cartesian_prod(codebook, codebook).view(torch.int64).view(-1)
     return pairs.index_select(0, codes.view(-1).int()).view(torch.float32)
 
 
