@@ -29,6 +29,10 @@ class Case:
     adapters: int = 1  # in the batch, each with its own rows of x
     ragged: bool = False  # whether adapters have different numbers of rows
 
+    def __post_init__(self) -> None:
+        if self.adapters > 1 and self.format != PLAIN:
+            raise ValueError(f"{self}: many adapters are measured over plain weights")
+
     @property
     def kind(self) -> Kind:
         """What sort of layer it is."""

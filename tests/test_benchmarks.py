@@ -38,6 +38,11 @@ def test_selections_have_each_shape_once(selection):
     assert len({replace(case, layer="") for case in cases}) == len(cases)
 
 
+def test_many_adapters_over_quantised_weights_are_no_case():
+    with pytest.raises(ValueError, match="many adapters are measured over plain weights"):
+        replace(MANY, format="nf4")
+
+
 def test_quick_has_what_the_gpu_plan_asks_for():
     cases = set(select("quick"))
     llama = [(14336, 4096), (4096, 14336), (1024, 4096)]
