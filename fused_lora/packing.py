@@ -34,8 +34,8 @@ def pack(*weights: Tensor | QuantizedWeight) -> tuple[list[Tensor], str]:
             tensors.append(weight)
             words.append("")
             continue
-        layout = [getattr(weight.layout, field) for field in _LAYOUT]
-        words.append(repr((*weight.shape, str(weight.dtype), *layout)))
+        layout = "|".join([f"{getattr(weight.layout, field)}" for field in _LAYOUT])
+        words.append(f"{weight.shape[0]}|{weight.shape[1]}|{weight.dtype}|{layout}")
         parts = [getattr(weight, name) for name in _ABSENT]
         tensors += [part for part in parts if part is not None]
     return tensors, ";".join(words)
@@ -61,9 +61,17 @@ def unpack(tensors: Sequence[Tensor], spec: str) -> list[Tensor | QuantizedWeigh
 @functools.lru_cache(maxsize=1024)
 def _read(word: str) -> tuple[tuple[str, ...], dict[str, Any]]:
     """The tensors that a quantised weight has, and its other attributes."""
-    N, K, dtype, *values = ast.literal_eval(word)
+    N, K, dtype, *values = map(_value, word.split("|"))
     layout = Layout(*values)
     names = _PARTS + (_CODEBOOK if layout.format in ("nf4", "fp4") else ())
     names += _NESTED if layout.nested else ()
     dtype = getattr(torch, dtype.removeprefix("torch."))
     return names, {"shape": torch.Size((N, K)), "dtype": dtype, "layout": layout}
+
+
+def _value(text: str) -> Any:
+    """What ``text`` is as a literal, or a name: itself."""
+    try:
+        return ast.literal_eval(text)
+    except ValueError:
+        return text
