@@ -284,6 +284,12 @@ def test_vmap_says_that_it_loops(layer, x):
 
 
 @pytest.mark.filterwarnings(VMAP_WARNING)
+def test_vmap_of_nothing_is_refused(layer, x):
+    with pytest.raises(RuntimeError, match="fused_lora::lora_linear: got 0 examples under vmap"):
+        vmap(layer)(x[:0])
+
+
+@pytest.mark.filterwarnings(VMAP_WARNING)
 def test_vmap_with_dropout(device, backend, M):
     eye = torch.eye(64, device=device)
 

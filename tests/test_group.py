@@ -375,6 +375,7 @@ def test_opcheck(device, dropout_p, M):
     torch.library.opcheck(lora_linear_group_backward_op, call)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_under_torch_func_each_member_is_on_its_own(launches):
     group = _group((3, 4), 8, SIZES[:2])
     arguments, named = _arguments(group)
