@@ -24,29 +24,30 @@ Shape = Sequence[int]
 Arguments = dict[str, Any]  # an operator's, by name, with shapes in the place of tensors
 
 
-def _forward(x: Shape, lora_A: Shape, lora_B: Shape) -> int:
-    """x W0^T, h = x A^T and h B^T."""
-    M = prod(x[:-1])
-    (N, r), K = lora_B, lora_A[1]
-    return 2 * M * (N * K + r * K + N * r)
+def _forward(M: int, N: int, K: int, ranks: int) -> int:
+    """x W0^T, h = x A^T and h B^T; ``ranks``: the ranks of all M rows, added up."""
+    return 2 * M * N * K + 2 * ranks * (K + N)
 
 
-def _backward(call: Arguments, g: Shape, lora_A: Shape, lora_B: Shape) -> int:
+def _backward(call: Arguments, M: int, N: int, K: int, ranks: int) -> int:
     """dh = g B for dx = g W0 + dh A and for dA = dh^T x; dB = g^T h."""
-    M = prod(g[:-1])
-    (N, r), K = lora_B, lora_A[1]
     need_dx: bool = call["need_dx"]
     need_dA, need_dB = call["x"] is not None, call["h"] is not None
-    products = need_dx * (N * K + r * K) + need_dA * r * K + need_dB * N * r
-    return 2 * M * (products + (need_dx or need_dA) * N * r)
+    per_rank = (need_dx + need_dA) * K + ((need_dx or need_dA) + need_dB) * N
+    return 2 * M * N * K * need_dx + 2 * ranks * per_rank
+
+
+def _sizes(rows: Shape, lora_A: Shape, lora_B: Shape) -> tuple[int, int, int, int]:
+    M = prod(rows[:-1])
+    return M, lora_B[0], lora_A[1], M * lora_A[0]
 
 
 def _lora(call: Arguments) -> int:
-    return _forward(call["x"], call["lora_A"], call["lora_B"])
+    return _forward(*_sizes(call["x"], call["lora_A"], call["lora_B"]))
 
 
 def _lora_backward(call: Arguments) -> int:
-    return _backward(call, call["g"], call["lora_A"], call["lora_B"])
+    return _backward(call, *_sizes(call["g"], call["lora_A"], call["lora_B"]))
 
 
 def _dora(call: Arguments) -> int:
@@ -58,12 +59,12 @@ def _dora(call: Arguments) -> int:
 
 def _group(call: Arguments) -> int:
     members = zip(call["lora_As"], call["lora_Bs"], strict=True)
-    return sum(_forward(call["x"], A, B) for A, B in members)
+    return sum(_forward(*_sizes(call["x"], A, B)) for A, B in members)
 
 
 def _group_backward(call: Arguments) -> int:
     members = zip(call["gs"], call["lora_As"], call["lora_Bs"], strict=True)
-    return sum(_backward(call, g, A, B) for g, A, B in members)
+    return sum(_backward(call, *_sizes(*member)) for member in members)
 
 
 _FORMULAS: dict[str, Callable[[Arguments], int]] = {
