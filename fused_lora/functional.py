@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -17,6 +16,7 @@ from .backends import autocast_enabled
 from .dispatch import Backend, Explanation, checked_call, explain_call, plan
 from .dora import DoRALinearFunction, over_norm, weight_norm
 from .kernels.dropout import Dropout, dropout_threshold
+from .packing import pack
 from .quantize import QuantizedWeight
 from .reference import drawn_mask
 
@@ -97,10 +97,7 @@ def lora_linear(
     _check_options(weight, scaling, dropout_p, backend)
     x, weight, bias = _autocast(x, weight, bias)
     threshold = dropout_threshold(dropout_p)
-    if isinstance(weight, QuantizedWeight):
-        y: Tensor = _eagerly(x, weight, lora_A, lora_B, bias, scaling, threshold, backend)
-        return y
-    if _distributed():
+    if _distributed() and isinstance(weight, Tensor):
         from . import parallel
 
         x = parallel.arrived(x)
@@ -140,7 +137,7 @@ def _on_device(
     if compiling and transformed:  # Dynamo traces neither an operator's formula nor a Function here
         torch._dynamo.graph_break(msg="lora_linear inside of a torch.func transform")
     observed = compiling or transformed or _get_current_dispatch_mode() is not None
-    if not observed or isinstance(weight, QuantizedWeight):
+    if not observed:
         call = checked_call(x, weight, lora_A, lora_B, bias, threshold > 0)
         chosen = plan(call, backend)
         scaling = float(scaling)
@@ -173,12 +170,9 @@ def _on_device(
     # A batched tensor does not say what the transform outside of it differentiates.
     need_h = torch.is_grad_enabled() and (lora_B.requires_grad or transformed)
     apply: Any = ops.lora_linear_op if compiling else ops.LoRALinearOpFunction.apply
-    y = apply(x, weight, lora_A, lora_B, bias, scaling, seed, threshold, backend, need_h)[0]
+    packed = pack(weight)
+    y = apply(x, *packed, lora_A, lora_B, bias, scaling, seed, threshold, backend, need_h)[0]
     return y
-
-
-# A quantised W0 has no operator: torch.compile breaks its graph here and the call runs eagerly.
-_eagerly: Any = _disable_dynamo(_on_device)  # unlike torch.compiler.disable it does not import it
 
 
 def draw_seeds(n: int, device: torch.device, backend: Backend) -> Tensor:

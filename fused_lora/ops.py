@@ -3,12 +3,13 @@
 And for what watches operators in eager mode: dispatch modes (selective checkpointing can name them,
 a FakeTensorMode runs their fakes) and `torch.func`'s transforms. Other eager calls go to
 `LoRALinearFunction` itself, which costs no dispatch. The operators decide their plan when they run,
-on real shapes: a graph with a dynamic M holds no decision that one M made.
+on real shapes: a graph with a dynamic M holds no decision that one M made. A base weight comes as
+`packing.pack` makes it, plain or quantised.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,11 +19,14 @@ from . import backends
 from .autograd import raise_second_derivative
 from .dispatch import Backend, Plan, checked_call, plan
 from .kernels.dropout import Dropout
+from .packing import unpack
+from .quantize import QuantizedWeight
+from .vmap import loop_over_examples
 
 
 def _plan(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -35,7 +39,8 @@ def _plan(
 @torch.library.custom_op("fused_lora::lora_linear", mutates_args=())
 def lora_linear_op(
     x: Tensor,
-    weight: Tensor,
+    weight: Sequence[Tensor],
+    spec: str,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -46,18 +51,18 @@ def lora_linear_op(
     need_h: bool,
 ) -> tuple[Tensor, Tensor]:
     """`lora_linear` with the dropout seed given. h [M, r] comes out empty unless it is needed."""
+    (W,) = unpack(weight, spec)
     dropout = None if seed is None else Dropout(seed, threshold)
-    chosen = _plan(x, weight, lora_A, lora_B, bias, dropout is not None, backend)
-    y, h = backends.forward(
-        x, weight, lora_A, lora_B, bias, scaling, dropout, chosen, need_h=need_h
-    )
+    chosen = _plan(x, W, lora_A, lora_B, bias, dropout is not None, backend)
+    y, h = backends.forward(x, W, lora_A, lora_B, bias, scaling, dropout, chosen, need_h=need_h)
     return y, x.new_empty(0) if h is None else h
 
 
 @lora_linear_op.register_fake
 def _(
     x: Tensor,
-    weight: Tensor,
+    weight: Sequence[Tensor],
+    spec: str,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -67,7 +72,8 @@ def _(
     backend: str,
     need_h: bool,
 ) -> tuple[Tensor, Tensor]:
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    (W,) = unpack(weight, spec)
+    y = x.new_empty((*x.shape[:-1], W.shape[0]))
     return y, x.new_empty((x.shape[:-1].numel(), lora_A.shape[0]) if need_h else 0)
 
 
@@ -75,7 +81,8 @@ def _(
 def lora_linear_backward_op(
     g: Tensor,
     x: Tensor | None,
-    weight: Tensor,
+    weight: Sequence[Tensor],
+    spec: str,
     lora_A: Tensor,
     lora_B: Tensor,
     h: Tensor | None,
@@ -86,12 +93,13 @@ def lora_linear_backward_op(
     need_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx [..., K], dA [r, K] and dB [N, r]; those that are not needed come out empty."""
+    (W,) = unpack(weight, spec)
     dropout = None if seed is None else Dropout(seed, threshold)
     # g has y's M and dtype, which with the weights is all that the forward's plan depended on.
-    like_x = g.new_empty(1).expand(*g.shape[:-1], weight.shape[1])
-    chosen = _plan(like_x, weight, lora_A, lora_B, None, dropout is not None, backend)
+    like_x = g.new_empty(1).expand(*g.shape[:-1], W.shape[1])
+    chosen = _plan(like_x, W, lora_A, lora_B, None, dropout is not None, backend)
     gradients = backends.backward(
-        g, x, weight, lora_A, lora_B, h, scaling, dropout, chosen, need_dx=need_dx
+        g, x, W, lora_A, lora_B, h, scaling, dropout, chosen, need_dx=need_dx
     )
     dx, dA, dB = (g.new_empty(0) if t is None else t for t in gradients)
     return dx, dA, dB
@@ -101,7 +109,8 @@ def lora_linear_backward_op(
 def _(
     g: Tensor,
     x: Tensor | None,
-    weight: Tensor,
+    weight: Sequence[Tensor],
+    spec: str,
     lora_A: Tensor,
     lora_B: Tensor,
     h: Tensor | None,
@@ -113,31 +122,31 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     none = g.new_empty(0)
     return (
-        g.new_empty((*g.shape[:-1], weight.shape[1])) if need_dx else none,
+        g.new_empty((*g.shape[:-1], lora_A.shape[1])) if need_dx else none,
         torch.empty_like(lora_A, memory_format=torch.contiguous_format) if x is not None else none,
         torch.empty_like(lora_B, memory_format=torch.contiguous_format) if h is not None else none,
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, lora_A, lora_B, _, scaling, seed, threshold, backend, need_h = inputs
-    needs_A = ctx.needs_input_grad[2]
-    ctx.save_for_backward(
-        x if needs_A else None, weight, lora_A, lora_B, output[1] if need_h else None, seed
-    )
+    x, weight, spec, lora_A, lora_B, _, scaling, seed, threshold, backend, need_h = inputs
+    needs_A = ctx.needs_input_grad[3]
+    h = output[1] if need_h else None
+    ctx.save_for_backward(x if needs_A else None, lora_A, lora_B, h, seed, *weight)
     ctx.set_materialize_grads(False)
-    ctx.scaling, ctx.threshold, ctx.backend = scaling, threshold, backend
+    ctx.spec, ctx.scaling, ctx.threshold, ctx.backend = spec, scaling, threshold, backend
 
 
 def _backward(
     ctx: Any, g: Tensor, _: Tensor | None, call: Callable[..., Any] = lora_linear_backward_op
-) -> tuple[Tensor | None, ...]:
-    x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
-    needs_x, _, needs_A, needs_B, needs_bias = ctx.needs_input_grad[:5]
+) -> tuple[Any, ...]:
+    x, lora_A, lora_B, h, seed, *weight = ctx.saved_tensors
+    needs_x, _, _, needs_A, needs_B, needs_bias = ctx.needs_input_grad[:6]
     dx, dA, dB = call(
         g,
         x,
         weight,
+        ctx.spec,
         lora_A,
         lora_B,
         h if needs_B else None,
@@ -149,6 +158,7 @@ def _backward(
     )
     return (
         dx if needs_x else None,
+        [None] * len(weight),
         None,
         dA if needs_A else None,
         dB if needs_B else None,
@@ -158,6 +168,8 @@ def _backward(
 
 
 lora_linear_op.register_autograd(_backward, setup_context=_setup_context)
+loop_over_examples(lora_linear_op)
+loop_over_examples(lora_linear_backward_op)
 
 
 class _BackwardOpFunction(torch.autograd.Function):
@@ -196,4 +208,5 @@ class LoRALinearOpFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients in the order of the operator's arguments."""
-        return _backward(ctx, g, None, _BackwardOpFunction.apply)
+        dx, _, *others = _backward(ctx, g, None, _BackwardOpFunction.apply)
+        return dx, None, *others

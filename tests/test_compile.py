@@ -206,10 +206,11 @@ def test_opcheck(device, layout, dropout_p):
     )
     seed = torch.tensor([3], device=device) if dropout_p else None
     dropout = (seed, round(dropout_p * 65536))
-    torch.library.opcheck(lora_linear_op, (x, weight, A, B, p.bias, 0.5, *dropout, "torch", True))
+    torch.library.opcheck(lora_linear_op, (x, [weight], "", A, B, p.bias, 0.5, *dropout, "torch", True))
     h = torch.randn(x.shape[0], 2, device=device)
-    arguments = [t.detach() for t in (p.g, x, weight, A, B)]
-    torch.library.opcheck(lora_linear_backward_op, (*arguments, h, 0.5, *dropout, "torch", True))
+    g, x, weight, A, B = (t.detach() for t in (p.g, x, weight, A, B))
+    arguments = (g, x, [weight], "", A, B, h, 0.5, *dropout, "torch", True)
+    torch.library.opcheck(lora_linear_backward_op, arguments)
 
 
 def _exported(device):
