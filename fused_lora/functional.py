@@ -171,7 +171,7 @@ def _on_device(
     need_h = torch.is_grad_enabled() and (lora_B.requires_grad or transformed)
     apply: Any = ops.lora_linear_op if compiling else ops.LoRALinearOpFunction.apply
     packed = pack(weight)
-    y = apply(x, *packed, lora_A, lora_B, bias, scaling, seed, threshold, backend, need_h)[0]
+    y = apply(x, lora_A, lora_B, bias, *packed, scaling, seed, threshold, backend, need_h)[0]
     return y
 
 

@@ -39,11 +39,11 @@ def _plan(
 @torch.library.custom_op("fused_lora::lora_linear", mutates_args=())
 def lora_linear_op(
     x: Tensor,
-    weight: Sequence[Tensor],
-    spec: str,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
+    weight: Sequence[Tensor],
+    spec: str,
     scaling: float,
     seed: Tensor | None,
     threshold: int,
@@ -61,11 +61,11 @@ def lora_linear_op(
 @lora_linear_op.register_fake
 def _(
     x: Tensor,
-    weight: Sequence[Tensor],
-    spec: str,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
+    weight: Sequence[Tensor],
+    spec: str,
     scaling: float,
     seed: Tensor | None,
     threshold: int,
@@ -81,11 +81,11 @@ def _(
 def lora_linear_backward_op(
     g: Tensor,
     x: Tensor | None,
-    weight: Sequence[Tensor],
-    spec: str,
     lora_A: Tensor,
     lora_B: Tensor,
     h: Tensor | None,
+    weight: Sequence[Tensor],
+    spec: str,
     scaling: float,
     seed: Tensor | None,
     threshold: int,
@@ -109,11 +109,11 @@ def lora_linear_backward_op(
 def _(
     g: Tensor,
     x: Tensor | None,
-    weight: Sequence[Tensor],
-    spec: str,
     lora_A: Tensor,
     lora_B: Tensor,
     h: Tensor | None,
+    weight: Sequence[Tensor],
+    spec: str,
     scaling: float,
     seed: Tensor | None,
     threshold: int,
@@ -129,8 +129,8 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, spec, lora_A, lora_B, _, scaling, seed, threshold, backend, need_h = inputs
-    needs_A = ctx.needs_input_grad[3]
+    x, lora_A, lora_B, _, weight, spec, scaling, seed, threshold, backend, need_h = inputs
+    needs_A = ctx.needs_input_grad[1]  # PyTorch counts here the tensors of weight one by one
     h = output[1] if need_h else None
     ctx.save_for_backward(x if needs_A else None, lora_A, lora_B, h, seed, *weight)
     ctx.set_materialize_grads(False)
@@ -141,15 +141,15 @@ def _backward(
     ctx: Any, g: Tensor, _: Tensor | None, call: Callable[..., Any] = lora_linear_backward_op
 ) -> tuple[Any, ...]:
     x, lora_A, lora_B, h, seed, *weight = ctx.saved_tensors
-    needs_x, _, _, needs_A, needs_B, needs_bias = ctx.needs_input_grad[:6]
+    needs_x, needs_A, needs_B, needs_bias = ctx.needs_input_grad[:4]
     dx, dA, dB = call(
         g,
         x,
-        weight,
-        ctx.spec,
         lora_A,
         lora_B,
         h if needs_B else None,
+        weight,
+        ctx.spec,
         ctx.scaling,
         seed,
         ctx.threshold,
@@ -158,12 +158,11 @@ def _backward(
     )
     return (
         dx if needs_x else None,
-        [None] * len(weight),
-        None,
         dA if needs_A else None,
         dB if needs_B else None,
         g.sum_to_size(g.shape[-1:]) if needs_bias else None,
-        *[None] * 5,
+        [None] * len(weight),
+        *[None] * 6,
     )
 
 
@@ -208,5 +207,4 @@ class LoRALinearOpFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients in the order of the operator's arguments."""
-        dx, _, *others = _backward(ctx, g, None, _BackwardOpFunction.apply)
-        return dx, None, *others
+        return *_backward(ctx, g, None, _BackwardOpFunction.apply)[:4], *[None] * 7

@@ -204,13 +204,12 @@ def test_opcheck(device, layout, dropout_p):
     x, weight, A, B = (
         t.detach().requires_grad_(n != "weight") for t, n in zip(tensors, names, strict=True)
     )
-    seed = torch.tensor([3], device=device) if dropout_p else None
-    dropout = (seed, round(dropout_p * 65536))
-    torch.library.opcheck(lora_linear_op, (x, [weight], "", A, B, p.bias, 0.5, *dropout, "torch", True))
+    rest = ([weight], "", 0.5, None if not dropout_p else torch.tensor([3], device=device))
+    rest += (round(dropout_p * 65536), "torch", True)
+    torch.library.opcheck(lora_linear_op, (x, A, B, p.bias, *rest))
     h = torch.randn(x.shape[0], 2, device=device)
-    g, x, weight, A, B = (t.detach() for t in (p.g, x, weight, A, B))
-    arguments = (g, x, [weight], "", A, B, h, 0.5, *dropout, "torch", True)
-    torch.library.opcheck(lora_linear_backward_op, arguments)
+    g, x, A, B = (t.detach() for t in (p.g, x, A, B))
+    torch.library.opcheck(lora_linear_backward_op, (g, x, A, B, h, *rest))
 
 
 def _exported(device):

@@ -1,6 +1,7 @@
 """Quantised base weights: their bytes, both backends against the fp64 oracle, layers, merging."""
 
 import copy
+import functools
 import io
 import json
 import os
@@ -14,6 +15,8 @@ import pytest
 import torch
 from oracle import check, fused, problem, run
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import fused_lora
 from fused_lora import (
@@ -34,6 +37,8 @@ from fused_lora.kernels import configs
 from fused_lora.kernels.device import INTERPRETED
 from fused_lora.kernels.gemm import gemm_add_lora
 from fused_lora.kernels.quantized import dequantize
+from fused_lora.ops import lora_linear_backward_op, lora_linear_op
+from fused_lora.packing import pack
 from fused_lora.quantize import FORMATS
 
 QUANTIZERS = {
@@ -362,19 +367,225 @@ def test_nf4_of_odd_width_goes_to_torch(device, launches):
 
 
 @every_format
-def test_autocast_and_compile(format):
+def test_autocast(format):
     q = quantize_module.quantize(torch.randn(32, 64), format)
     A, B = torch.randn(4, 64), torch.randn(32, 4)
-    x = torch.randn(3, 64)
     with torch.autocast("cpu", torch.bfloat16):
-        y = lora_linear(x, q, A, B, scaling=1.0)
+        y = lora_linear(torch.randn(3, 64), q, A, B, scaling=1.0)
     assert y.dtype == torch.bfloat16
 
-    def doubled(x):
-        return lora_linear(x * 2, q, A, B, scaling=1.0) * 2
 
-    compiled = torch.compile(doubled, backend="eager")
-    torch.testing.assert_close(compiled(x), doubled(x))
+# --- torch.compile, torch.export, torch.func, dispatch modes
+
+
+class Projection(nn.Module):
+    """A frozen quantised weight and a call of `lora_linear` in the middle of a graph."""
+
+    def __init__(self, p, weight, backend="auto"):
+        super().__init__()
+        self.weight, self.p, self.backend = weight, p, backend
+        self.lora_A, self.lora_B = nn.Parameter(p.lora_A), nn.Parameter(p.lora_B)
+        self.bias = None if p.bias is None else nn.Parameter(p.bias)
+
+    def forward(self, x):
+        y = lora_linear(
+            x * 2,
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            scaling=self.p.scaling,
+            bias=self.bias,
+            dropout_p=self.p.dropout_p,
+            backend=self.backend,
+        )
+        return y * 2
+
+
+def _projection(device, name="nf4", backend="auto", **options):
+    p = problem((3, 5), 32, 64, 4, device=device, **options)
+    return Projection(p, QUANTIZERS[name](p.weight), backend), p
+
+
+def _outcome(call, module, p):
+    """The output and every gradient."""
+    torch.manual_seed(3)
+    x = p.x.detach().requires_grad_()
+    y = call(x)
+    trained = dict(module.named_parameters())
+    trained = {"x": x} | {n: t for n, t in trained.items() if t.requires_grad}
+    grads = torch.autograd.grad(y, list(trained.values()), p.g)
+    return {"y": y.detach()} | dict(zip(trained, grads, strict=True))
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def _equal(got, expected):
+    assert got.keys() == expected.keys()
+    for key, value in expected.items():
+        assert got[key].dtype == value.dtype
+        assert torch.equal(got[key], value), key
+
+
+def _close(got, expected):
+    """To the rounding of a few fp32 sums in another order."""
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
+
+
+@every_quantizer
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_as_eager(device, name, backend, dynamic, launches):
+    module, p = _projection(device, name, backend)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    same = _close if dynamic else _equal  # alpha is on lora_B in a dynamic graph
+    same(_outcome(compiled, module, p), _outcome(module, module, p))
+    assert bool(launches) == (backend == "triton")
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("adapters", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("fresh_compiler")
+def test_int8_compiled_as_eager_in_all_dtypes(dtype, adapters, bias, dropout_p):
+    options = {"dtype": dtype, "adapter_dtype": adapters, "bias": bias, "dropout_p": dropout_p}
+    module, p = _projection("cpu", "int8", **options)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    _equal(_outcome(compiled, module, p), _outcome(module, module, p))
+
+
+@pytest.mark.slow
+@every_quantizer
+@pytest.mark.usefixtures("fresh_compiler")
+def test_inductor(device, name):
+    module, p = _projection(device, name)
+    got = _outcome(torch.compile(module, fullgraph=True, dynamic=True), module, p)
+    _close(got, _outcome(module, module, p))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_nf4_graphs_serve_every_M_and_alpha():
+    layer = FusedLoRALinear.from_linear(quantize_nf4(torch.randn(8, 64)), 2)
+    nn.init.normal_(layer.lora_B)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for M, layer.scaling in ((3, 1.0), (4, 0.5)):
+        compiled(torch.randn(M, 64))
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for M, layer.scaling in ((64, 0.25), (5, 7.5)):
+        x = torch.randn(M, 64)
+        torch.testing.assert_close(compiled(x), layer(x))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_int8_is_refused_while_tracing():
+    module, _ = _projection("cpu", "int8")
+    compiled = torch.compile(module, backend="aot_eager")
+    with pytest.raises(ValueError, match=re.escape("x: got shape [3, 63], wanted [..., 64]")):
+        compiled(torch.randn(3, 63))
+    with pytest.raises(TypeError, match="bias: got dtype torch.float32, wanted x's dtype"):
+        compiled(torch.randn(3, 64).half())
+
+
+def _exported(device, name):
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).to(device)
+    inject(model, 2, 4, "all-linear")
+    for layer in (model[0], model[2]):
+        nn.init.normal_(layer.lora_B)
+        layer.weight = QUANTIZERS[name](layer._parameters.pop("weight").data)
+    model.eval().requires_grad_(False)
+    example = torch.randn(5, 64, device=device)
+    batch = torch.export.Dim("batch")
+    return model, torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
+
+
+@every_quantizer
+def test_export(device, name, tmp_path):
+    model, program = _exported(device, name)
+    x = torch.randn(9, 64, device=device)
+    torch.testing.assert_close(program.module()(x), model(x))
+    torch.export.save(program, tmp_path / "model.pt2")
+    torch.testing.assert_close(torch.export.load(tmp_path / "model.pt2").module()(x), model(x))
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert targets.count("fused_lora.lora_linear.default") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nf4", "int8", "fp8"])
+def test_aot_inductor_package(device, name, tmp_path):
+    model, program = _exported(device, name)
+    file = torch._inductor.aoti_compile_and_package(program, package_path=f"{tmp_path}/model.pt2")
+    x = torch.randn(9, 64, device=device)
+    torch.testing.assert_close(torch._inductor.aoti_load_package(file)(x), model(x))
+
+
+@every_format
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_function_transforms(device, format):
+    module, p = _projection(device, format)
+    trained = {n: t.detach() for n, t in module.named_parameters() if t.requires_grad}
+
+    def loss(trained, x):
+        return torch.func.functional_call(module, trained, (x,)).square().sum()
+
+    module.p.g = 2 * module(p.x).detach()
+    expected = _outcome(module, module, p)
+    got = torch.func.grad(loss)(trained, p.x)
+    expected = {n: expected[n] for n in trained}
+    _close(got, expected)
+    rows = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(trained, p.x)
+    _close({n: t.sum(0) for n, t in rows.items()}, got)
+
+
+@every_format
+def test_selective_checkpointing(device, format, launches):
+    """The layer's operator is saved: its kernels run once forward and once backward."""
+    module, p = _projection(device, format, "triton", dropout_p=0.3)
+    saved = [torch.ops.fused_lora.lora_linear.default, torch.ops.aten.randint.default]
+    context = functools.partial(create_selective_checkpoint_contexts, saved)
+
+    def call(x):
+        return checkpoint(module, x, use_reentrant=False, context_fn=context)
+
+    got = _outcome(call, module, p)
+    ran = list(launches)
+    assert ran.count("gemm_add_lora") == 2
+    launches.clear()
+    _equal(got, _outcome(module, module, p))
+    assert ran == launches
+
+
+@every_format
+def test_fake_tensors(format):
+    module, p = _projection("cpu", format)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        y = module(mode.from_tensor(p.x))
+        y.sum().backward()
+    assert (y.shape, module.lora_A.grad.shape) == ((3, 5, 32), (4, 64))
+
+
+@every_quantizer
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_opcheck(device, name, dropout_p):
+    p = problem(5, 6, 64, 2, device=device)
+    packed = pack(QUANTIZERS[name](p.weight))
+    x, A, B = (t.requires_grad_() for t in (p.x, p.lora_A, p.lora_B))
+    seed = torch.tensor([3], device=device) if dropout_p else None
+    rest = (*packed, 0.5, seed, round(dropout_p * 65536), "torch", True)
+    checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if not name.startswith("fp8"):  # its comparison of inputs does not take this dtype
+        checks.append("test_schema")
+    torch.library.opcheck(lora_linear_op, (x, A, B, p.bias, *rest), test_utils=checks)
+    x, A, B = (t.detach() for t in (x, A, B))
+    h = torch.randn(5, 2, device=device)
+    torch.library.opcheck(lora_linear_backward_op, (p.g, x, A, B, h, *rest), test_utils=checks)
 
 
 # --- layers
