@@ -5,6 +5,7 @@ Lists take no None: a bias, h_i or gradient that is not there is an empty tensor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -87,7 +88,7 @@ def _(
 ) -> list[Tensor]:
     ys = [x.new_empty((*x.shape[:-1], W.shape[0])) for W in weights]
     ranks = sum(A.shape[0] for A in lora_As)
-    return [*ys, x.new_empty((x.shape[:-1].numel(), ranks) if need_h else 0)]
+    return [*ys, x.new_empty((math.prod(x.shape[:-1]), ranks) if need_h else 0)]
 
 
 @torch.library.custom_op("fused_lora::lora_linear_group_backward", mutates_args=())

@@ -9,6 +9,7 @@ on real shapes: a graph with a dynamic M holds no decision that one M made. A ba
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -74,7 +75,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     (W,) = unpack(weight, spec)
     y = x.new_empty((*x.shape[:-1], W.shape[0]))
-    return y, x.new_empty((x.shape[:-1].numel(), lora_A.shape[0]) if need_h else 0)
+    return y, x.new_empty((math.prod(x.shape[:-1]), lora_A.shape[0]) if need_h else 0)
 
 
 @torch.library.custom_op("fused_lora::lora_linear_backward", mutates_args=())

@@ -61,16 +61,16 @@ def test_only_the_wanted_gradients(device, launches):
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_no_recompilation_when_M_changes(compiler, recompiled):
     p = problem(6, 12, 20, 4)
-    A = p.lora_A.requires_grad_()
+    A, B = p.lora_A.requires_grad_(), p.lora_B.requires_grad_()  # so that h comes out too
 
     @torch.compile(backend=compiler, fullgraph=True, dynamic=True)
     def call(x):
-        return lora_linear(x, p.weight, A, p.lora_B, scaling=2.0, dropout_p=0.1)
+        return lora_linear(x, p.weight, A, B, scaling=2.0, dropout_p=0.1)
 
-    call(torch.randn(6, 20)).sum().backward()
+    call(torch.randn(2, 6, 20)).sum().backward()
     before = recompiled()
     for M in (7, 64, 3, 1000):
-        call(torch.randn(M, 20)).sum().backward()
+        call(torch.randn(3, M, 20)).sum().backward()
     assert recompiled() == before
 
 

@@ -339,6 +339,8 @@ def test_compiled_dropout_is_the_same_in_backward(fresh_compiler, compiler):
 def test_compile_does_not_recompile_for_each_M_or_alpha(fresh_compiler):
     group = _group(6, 12, SIZES[:2])
     arguments, named = _arguments(group)
+    for B in arguments[3]:
+        B.requires_grad_()  # so that h comes out too
 
     @torch.compile(backend="aot_eager", fullgraph=True, dynamic=True)
     def call(x, s):
