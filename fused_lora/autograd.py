@@ -13,11 +13,11 @@ from .kernels.dropout import Dropout
 from .quantize import QuantizedWeight
 
 
-def raise_second_derivative() -> NoReturn:
-    """The RuntimeError that second derivatives get."""
+def raise_second_derivative(name: str) -> NoReturn:
+    """The RuntimeError that second derivatives of the function ``name`` get."""
     raise RuntimeError(
-        "lora_linear: its gradients cannot be differentiated again (create_graph=True); "
-        "fused_lora.reference.lora_linear's can"
+        f"{name}: its gradients cannot be differentiated again (create_graph=True); "
+        f"fused_lora.reference.{name}'s can"
     )
 
 
@@ -72,7 +72,7 @@ class LoRALinearFunction(torch.autograd.Function):
         # `once_differentiable` would let this pass where only A and B depend on the second
         # derivative, and leave their share out of it.
         if torch.is_grad_enabled():
-            raise_second_derivative()
+            raise_second_derivative("lora_linear")
         x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
         dropout = Dropout(seed, ctx.threshold) if seed is not None else None
         dx, dA, dB = backends.backward(

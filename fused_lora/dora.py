@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import backends, torch_backend
+from .autograd import raise_second_derivative
 from .dispatch import Plan
 
 
@@ -36,6 +37,30 @@ def weight_norm(
 def over_norm(numerator: Tensor, norm: Tensor) -> Tensor:
     """numerator / norm in the norm's dtype, and 0 for rows of zeros: their y is the bias."""
     return torch.where(norm > 0, numerator.to(norm.dtype) / norm, 0.0)
+
+
+def gradients(
+    g: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    h: Tensor | None,
+    z: Tensor | None,
+    scaling: float,
+    plan: Plan,
+    *,
+    need_dx: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dA, dB and dm for g = dL/dy: dA iff x is given, dB iff h is given, dm iff z is given."""
+    gs, dot = backends.dora_backward(g, over_norm(magnitude, norm), z, plan)
+    dx, dA, dB = backends.backward(
+        gs, x, weight, lora_A, lora_B, h, scaling, None, plan, need_dx=need_dx
+    )
+    dm = None if dot is None else over_norm(dot, norm).to(magnitude.dtype)
+    return dx, dA, dB, dm
 
 
 class DoRALinearFunction(torch.autograd.Function):
@@ -90,24 +115,21 @@ class DoRALinearFunction(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of forward's arguments."""
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "dora_linear: its gradients cannot be differentiated again (create_graph=True); "
-                "fused_lora.reference.dora_linear's can"
-            )
+            raise_second_derivative("dora_linear")
         x, weight, lora_A, lora_B, magnitude, norm, h, z = ctx.saved_tensors
-        gs, dot = backends.dora_backward(g, over_norm(magnitude, norm), z, ctx.plan)
-        dx, dA, dB = backends.backward(
-            gs,
+        dx, dA, dB, dm = gradients(
+            g,
             x,
             weight,
             lora_A,
             lora_B,
+            magnitude,
+            norm,
             h,
+            z,
             ctx.scaling,
-            None,
             ctx.plan,
             need_dx=ctx.needs_input_grad[0],
         )
-        dm = None if dot is None else over_norm(dot, norm).to(magnitude.dtype)
         dbias = g.sum_to_size(g.shape[-1:]) if ctx.needs_input_grad[6] else None
         return dx, None, dA, dB, dm, None, dbias, None, None

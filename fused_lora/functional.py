@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from . import backends, checks, ops, torch_backend
+from . import backends, checks, dora_ops, ops, torch_backend
 from .autograd import LoRALinearFunction
 from .backends import autocast_enabled
 from .dispatch import Backend, Explanation, checked_call, explain_call, plan
-from .dora import DoRALinearFunction, over_norm, weight_norm
+from .dora import DoRALinearFunction, weight_norm
 from .kernels.dropout import Dropout, dropout_threshold
 from .packing import pack
 from .quantize import QuantizedWeight
@@ -132,12 +132,7 @@ def _on_device(
 
     ``shard``: which part of the logical x this one is. Each part gets a dropout mask of its own.
     """
-    compiling = torch.compiler.is_compiling()
-    transformed = torch._C._are_functorch_transforms_active()
-    if compiling and transformed:  # Dynamo traces neither an operator's formula nor a Function here
-        torch._dynamo.graph_break(msg="lora_linear inside of a torch.func transform")
-    observed = compiling or transformed or _get_current_dispatch_mode() is not None
-    if not observed:
+    if not _observed():
         call = checked_call(x, weight, lora_A, lora_B, bias, threshold > 0)
         chosen = plan(call, backend)
         scaling = float(scaling)
@@ -163,16 +158,34 @@ def _on_device(
         return y
     checks.check_tensors(x, weight, lora_A, lora_B, bias)
     seed = _draw_seed(x.device, backend, shard or 0) if threshold else None
-    if compiling and not _is_constant(scaling):
-        # An operator's float is a constant of the graph: each alpha would recompile.
-        lora_B = lora_B.to(torch.promote_types(lora_B.dtype, torch.float32)) * scaling
-        scaling = 1.0
-    # A batched tensor does not say what the transform outside of it differentiates.
-    need_h = torch.is_grad_enabled() and (lora_B.requires_grad or transformed)
+    lora_B, scaling = scaled(lora_B, scaling)
+    compiling = torch.compiler.is_compiling()
     apply: Any = ops.lora_linear_op if compiling else ops.LoRALinearOpFunction.apply
-    packed = pack(weight)
-    y = apply(x, lora_A, lora_B, bias, *packed, scaling, seed, threshold, backend, need_h)[0]
+    rest = (*pack(weight), scaling, seed, threshold, backend, _is_trained(lora_B))
+    y = apply(x, lora_A, lora_B, bias, *rest)[0]
     return y
+
+
+def _observed() -> bool:
+    """Whether the call has to be an operator: somebody traces, transforms or watches it."""
+    compiling = torch.compiler.is_compiling()
+    transformed = torch._C._are_functorch_transforms_active()
+    if compiling and transformed:  # Dynamo traces neither an operator's formula nor a Function here
+        torch._dynamo.graph_break(msg="fused_lora inside of a torch.func transform")
+    return compiling or transformed or _get_current_dispatch_mode() is not None
+
+
+def _is_trained(tensor: Tensor) -> bool:
+    # A batched tensor does not say what the transform outside of it differentiates.
+    transformed = torch._C._are_functorch_transforms_active()
+    return torch.is_grad_enabled() and (tensor.requires_grad or transformed)
+
+
+def scaled(lora_B: Tensor, scaling: float) -> tuple[Tensor, float]:
+    """The two for an operator, whose float is a graph's constant: each alpha would recompile."""
+    if not torch.compiler.is_compiling() or _is_constant(scaling):
+        return lora_B, float(scaling)
+    return lora_B.to(torch.promote_types(lora_B.dtype, torch.float32)) * scaling, 1.0
 
 
 def draw_seeds(n: int, device: torch.device, backend: Backend) -> Tensor:
@@ -243,7 +256,8 @@ def dora_linear(
             raise TypeError("x, weight, ...: got a DTensor, which dora_linear does not take yet")
     exact_weight = weight
     x, weight, bias = _autocast(x, weight, bias)
-    if torch.compiler.is_compiling():
+    observed = _observed()
+    if observed:
         checks.check_tensors(x, weight, lora_A, lora_B, bias)
     else:
         chosen = plan(checked_call(x, weight, lora_A, lora_B, bias, False), backend)
@@ -254,15 +268,17 @@ def dora_linear(
         return base + dora_linear(
             dropped, exact_weight, lora_A, lora_B, magnitude, scaling=scaling, backend=backend
         )
-    if torch.compiler.is_compiling():
-        # The compiler fuses what is left; it needs no operator of its own.
-        norm = torch_backend.weight_norm(exact_weight, lora_A, lora_B, scaling)
-        z = lora_linear(x, weight, lora_A, lora_B, scaling=scaling, backend=backend)
-        scaled = z * over_norm(magnitude, norm)
-        return (scaled if bias is None else scaled + bias).to(z.dtype)
+    if observed:
+        lora_B, scaling = scaled(lora_B, scaling)
+        packed = pack(weight) if weight is exact_weight else pack(weight, exact_weight)
+        compiling = torch.compiler.is_compiling()
+        apply: Any = dora_ops.dora_linear_op if compiling else dora_ops.DoRALinearOpFunction.apply
+        rest = (*packed, scaling, backend, _is_trained(lora_B), _is_trained(magnitude))
+        y: Tensor = apply(x, lora_A, lora_B, magnitude, bias, *rest)[0]
+        return y
     with torch.no_grad():
         norm = weight_norm(exact_weight, lora_A, lora_B, scaling, chosen)
-    y: Tensor = DoRALinearFunction.apply(
+    y = DoRALinearFunction.apply(
         x, weight, lora_A, lora_B, magnitude, norm, bias, float(scaling), chosen
     )
     return y

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import backends, checks
 from .dispatch import Backend, Plan, checked_call, plan
-from .functional import _autocast, _check_options, _is_constant, draw_seeds, lora_linear
+from .functional import _autocast, _check_options, draw_seeds, lora_linear, scaled
 from .group_ops import dropouts_of, lora_linear_group_op, plan_of_all
 from .kernels.configs import MAX_GROUP
 from .kernels.dropout import dropout_threshold
@@ -216,8 +216,7 @@ def _traced(x: Tensor, members: Sequence[tuple[Any, ...]], backend: Backend) -> 
         _check_options(W, s, p, backend)
         x, W, bias = _autocast(x, W, bias)
         checks.check_tensors(x, W, A, B, bias)
-        if not _is_constant(s):
-            B, s = B.to(torch.promote_types(B.dtype, torch.float32)) * s, 1.0
+        B, s = scaled(B, s)
         cast.append((W, A, B, x.new_empty(0) if bias is None else bias, s, dropout_threshold(p)))
     ys: list[Tensor] = []
     for first in range(0, len(cast), MAX_GROUP):

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .autograd import raise_second_derivative
+from .differentiable import differentiable
 from .dispatch import Backend, Plan, checked_call, plan
 from .kernels.dropout import Dropout
 from .packing import unpack
 from .quantize import QuantizedWeight
-from .vmap import loop_over_examples
 
 
 def _plan(
@@ -138,9 +137,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.spec, ctx.scaling, ctx.threshold, ctx.backend = spec, scaling, threshold, backend
 
 
-def _backward(
-    ctx: Any, g: Tensor, _: Tensor | None, call: Callable[..., Any] = lora_linear_backward_op
-) -> tuple[Any, ...]:
+def _backward(ctx: Any, call: Callable[..., Any], g: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     x, lora_A, lora_B, h, seed, *weight = ctx.saved_tensors
     needs_x, needs_A, needs_B, needs_bias = ctx.needs_input_grad[:4]
     dx, dA, dB = call(
@@ -167,45 +164,6 @@ def _backward(
     )
 
 
-lora_linear_op.register_autograd(_backward, setup_context=_setup_context)
-loop_over_examples(lora_linear_op)
-loop_over_examples(lora_linear_backward_op)
-
-
-class _BackwardOpFunction(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        gradients: tuple[Tensor, Tensor, Tensor] = lora_linear_backward_op(*args)
-        return gradients
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise_second_derivative()
-
-
-class LoRALinearOpFunction(torch.autograd.Function):
-    """`lora_linear_op` for dispatch modes and `torch.func`: vmap runs it once for each example.
-
-    The operator's own autograd formula serves no transform, and gives forward-mode AD zeros; a
-    Function refuses forward mode.
-    """
-
-    generate_vmap_rule = True
-    setup_context = staticmethod(_setup_context)
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        """The operator's arguments and results."""
-        outputs: tuple[Tensor, Tensor] = lora_linear_op(*args)
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients in the order of the operator's arguments."""
-        return *_backward(ctx, g, None, _BackwardOpFunction.apply)[:4], *[None] * 7
+LoRALinearOpFunction: Any = differentiable(
+    lora_linear_op, lora_linear_backward_op, _setup_context, _backward
+)

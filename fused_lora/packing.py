@@ -7,8 +7,10 @@ so that one layer and a group use the same two functions.
 
 from __future__ import annotations
 
+import ast
 import functools
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from .quantize import Layout, QuantizedWeight
 _PARTS = ("codes", "scales")
 _CODEBOOK = ("codebook",)
 _NESTED = ("nested_scales", "nested_codebook", "nested_offset")
+_LAYOUT = [field.name for field in fields(Layout)]
 _ABSENT: dict[str, Any] = dict.fromkeys((*_PARTS, *_CODEBOOK, *_NESTED))
 
 
@@ -31,9 +34,8 @@ def pack(*weights: Tensor | QuantizedWeight) -> tuple[list[Tensor], str]:
             tensors.append(weight)
             words.append("")
             continue
-        (N, K), layout = weight.shape, weight.layout
-        flags = f"{layout.block[0]} {layout.block[1]} {int(layout.nested)} {int(layout.tiled)}"
-        words.append(f"{layout.format} {weight.dtype} {N} {K} {flags}")
+        layout = [getattr(weight.layout, field) for field in _LAYOUT]
+        words.append(repr((*weight.shape, str(weight.dtype), *layout)))
         parts = [getattr(weight, name) for name in _ABSENT]
         tensors += [part for part in parts if part is not None]
     return tensors, ";".join(words)
@@ -59,12 +61,9 @@ def unpack(tensors: Sequence[Tensor], spec: str) -> list[Tensor | QuantizedWeigh
 @functools.lru_cache(maxsize=1024)
 def _read(word: str) -> tuple[tuple[str, ...], dict[str, Any]]:
     """The tensors that a quantised weight has, and its other attributes."""
-    format, dtype, *numbers = word.split(" ")
-    N, K, rows, cols, nested, tiled = map(int, numbers)
-    names = _PARTS + (_CODEBOOK if format in ("nf4", "fp4") else ()) + (_NESTED if nested else ())
-    facts = {
-        "shape": torch.Size((N, K)),
-        "dtype": getattr(torch, dtype.removeprefix("torch.")),
-        "layout": Layout(format, (rows, cols), bool(nested), bool(tiled)),  # type: ignore[arg-type]
-    }
-    return names, facts
+    N, K, dtype, *values = ast.literal_eval(word)
+    layout = Layout(*values)
+    names = _PARTS + (_CODEBOOK if layout.format in ("nf4", "fp4") else ())
+    names += _NESTED if layout.nested else ()
+    dtype = getattr(torch, dtype.removeprefix("torch."))
+    return names, {"shape": torch.Size((N, K)), "dtype": dtype, "layout": layout}

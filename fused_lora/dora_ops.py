@@ -1,0 +1,178 @@
+"""DoRA's registered operators, as ops.py has LoRA's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .differentiable import differentiable
+from .dora import gradients, over_norm, weight_norm
+from .ops import _plan
+from .packing import pack, unpack
+
+
+@torch.library.custom_op("fused_lora::dora_linear", mutates_args=())
+def dora_linear_op(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None,
+    weights: Sequence[Tensor],
+    spec: str,
+    scaling: float,
+    backend: str,
+    need_h: bool,
+    need_z: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`dora_linear` without dropout, and the norm [N], h [M, r] and z [M, N] for its backward.
+
+    ``weights``: W0 and, if autocast has cast it, the W0 of the norm. h and z come out empty unless
+    they are needed.
+    """
+    W: Any
+    W, *exact = unpack(weights, spec)
+    of_norm: Any = exact[0] if exact else W
+    chosen = _plan(x, W, lora_A, lora_B, bias, False, backend)
+    norm = weight_norm(of_norm, lora_A, lora_B, scaling, chosen)
+    column_scale = over_norm(magnitude, norm)
+    y, h, z = backends.dora_forward(
+        x, W, lora_A, lora_B, column_scale, bias, scaling, chosen, need_h=need_h, need_z=need_z
+    )
+    return y, norm, x.new_empty(0) if h is None else h, x.new_empty(0) if z is None else z
+
+
+@dora_linear_op.register_fake
+def _(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None,
+    weights: Sequence[Tensor],
+    spec: str,
+    scaling: float,
+    backend: str,
+    need_h: bool,
+    need_z: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    exact = unpack(weights, spec)[-1]
+    N, r = lora_B.shape
+    M = math.prod(x.shape[:-1])
+    return (
+        x.new_empty((*x.shape[:-1], N)),
+        x.new_empty(N, dtype=torch.promote_types(exact.dtype, torch.float32)),
+        x.new_empty((M, r) if need_h else 0),
+        x.new_empty((M, N) if need_z else 0),
+    )
+
+
+@torch.library.custom_op("fused_lora::dora_linear_backward", mutates_args=())
+def dora_linear_backward_op(
+    g: Tensor,
+    x: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    h: Tensor | None,
+    z: Tensor | None,
+    weight: Sequence[Tensor],
+    spec: str,
+    scaling: float,
+    backend: str,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx [..., K], dA [r, K], dB [N, r] and dm [N]; those that are not needed come out empty."""
+    W: Any
+    (W,) = unpack(weight, spec)
+    like_x = g.new_empty(1).expand(*g.shape[:-1], lora_A.shape[1])
+    chosen = _plan(like_x, W, lora_A, lora_B, None, False, backend)
+    found = gradients(
+        g, x, W, lora_A, lora_B, magnitude, norm, h, z, scaling, chosen, need_dx=need_dx
+    )
+    dx, dA, dB, dm = (g.new_empty(0) if t is None else t for t in found)
+    return dx, dA, dB, dm
+
+
+@dora_linear_backward_op.register_fake
+def _(
+    g: Tensor,
+    x: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    h: Tensor | None,
+    z: Tensor | None,
+    weight: Sequence[Tensor],
+    spec: str,
+    scaling: float,
+    backend: str,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def gradient(needed: bool, like: Tensor) -> Tensor:
+        if not needed:
+            return g.new_empty(0)
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+    dx = g.new_empty((*g.shape[:-1], lora_A.shape[1]) if need_dx else 0)
+    dA, dB = gradient(x is not None, lora_A), gradient(h is not None, lora_B)
+    return dx, dA, dB, gradient(z is not None, magnitude)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, lora_A, lora_B, magnitude, _, weights, spec, scaling, backend, need_h, need_z = inputs
+    _, norm, h, z = output
+    ctx.set_materialize_grads(False)
+    weight, ctx.spec = pack(unpack(weights, spec)[0])
+    ctx.save_for_backward(
+        x if ctx.needs_input_grad[1] else None,
+        lora_A,
+        lora_B,
+        magnitude,
+        norm,
+        h if need_h else None,
+        z if need_z else None,
+        *weight,
+    )
+    ctx.weights, ctx.scaling, ctx.backend = len(weights), scaling, backend
+
+
+def _backward(ctx: Any, call: Callable[..., Any], g: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+    x, lora_A, lora_B, magnitude, norm, h, z, *weight = ctx.saved_tensors
+    needs_x, needs_A, needs_B, needs_m, needs_bias = ctx.needs_input_grad[:5]
+    dx, dA, dB, dm = call(
+        g,
+        x,
+        lora_A,
+        lora_B,
+        magnitude,
+        norm,
+        h if needs_B else None,
+        z if needs_m else None,
+        weight,
+        ctx.spec,
+        ctx.scaling,
+        ctx.backend,
+        needs_x,
+    )
+    return (
+        dx if needs_x else None,
+        dA if needs_A else None,
+        dB if needs_B else None,
+        dm if needs_m else None,
+        g.sum_to_size(g.shape[-1:]) if needs_bias else None,
+        [None] * ctx.weights,
+        *[None] * 5,
+    )
+
+
+DoRALinearOpFunction: Any = differentiable(
+    dora_linear_op, dora_linear_backward_op, _setup_context, _backward
+)
