@@ -158,7 +158,7 @@ def _on_device(
         return y
     checks.check_tensors(x, weight, lora_A, lora_B, bias)
     seed = _draw_seed(x.device, backend, shard or 0) if threshold else None
-    lora_B, scaling = scaled(lora_B, scaling)
+    lora_B, scaling = _fold_scaling(lora_B, scaling)
     compiling = torch.compiler.is_compiling()
     apply: Any = ops.lora_linear_op if compiling else ops.LoRALinearOpFunction.apply
     rest = (*pack(weight), scaling, seed, threshold, backend, _is_trained(lora_B))
@@ -181,7 +181,7 @@ def _is_trained(tensor: Tensor) -> bool:
     return torch.is_grad_enabled() and (tensor.requires_grad or transformed)
 
 
-def scaled(lora_B: Tensor, scaling: float) -> tuple[Tensor, float]:
+def _fold_scaling(lora_B: Tensor, scaling: float) -> tuple[Tensor, float]:
     """The two for an operator, whose float is a graph's constant: each alpha would recompile."""
     if not torch.compiler.is_compiling() or _is_constant(scaling):
         return lora_B, float(scaling)
@@ -269,7 +269,7 @@ def dora_linear(
             dropped, exact_weight, lora_A, lora_B, magnitude, scaling=scaling, backend=backend
         )
     if observed:
-        lora_B, scaling = scaled(lora_B, scaling)
+        lora_B, scaling = _fold_scaling(lora_B, scaling)
         packed = pack(weight) if weight is exact_weight else pack(weight, exact_weight)
         compiling = torch.compiler.is_compiling()
         apply: Any = dora_ops.dora_linear_op if compiling else dora_ops.DoRALinearOpFunction.apply

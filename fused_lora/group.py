@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import backends, checks
 from .dispatch import Backend, Plan, checked_call, plan
-from .functional import _autocast, _check_options, draw_seeds, lora_linear, scaled
+from .functional import _autocast, _check_options, _fold_scaling, draw_seeds, lora_linear
 from .group_ops import dropouts_of, lora_linear_group_op, plan_of_all
 from .kernels.configs import MAX_GROUP
 from .kernels.dropout import dropout_threshold
@@ -216,7 +216,7 @@ def _traced(x: Tensor, members: Sequence[tuple[Any, ...]], backend: Backend) -> 
         _check_options(W, s, p, backend)
         x, W, bias = _autocast(x, W, bias)
         checks.check_tensors(x, W, A, B, bias)
-        B, s = scaled(B, s)
+        B, s = _fold_scaling(B, s)
         cast.append((W, A, B, x.new_empty(0) if bias is None else bias, s, dropout_threshold(p)))
     ys: list[Tensor] = []
     for first in range(0, len(cast), MAX_GROUP):
