@@ -31,7 +31,8 @@ def weight_norm(
         from .kernels import dora
 
         return dora.weight_norm(weight, lora_A, lora_B, scale=scaling)
-    return torch_backend.weight_norm(weight, lora_A, lora_B, scaling)
+    with backends._no_autocast(weight.device):
+        return torch_backend.weight_norm(weight, lora_A, lora_B, scaling)
 
 
 def over_norm(numerator: Tensor, norm: Tensor) -> Tensor:
