@@ -106,9 +106,29 @@ def backward(
     return None if dx is None else dx.view(*g.shape[:-1], dx.shape[-1]), dA, dB
 
 
+def base_forward(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """x W0^T + bias [..., N] with no adapter: a tile of W0 at a time, on a GPU all in a scratch."""
+    with _no_autocast(x.device):
+        y = torch_backend.base(_as_matrix(x), _for_cublas(weight, x), bias)
+    return _shaped_as(x, y)
+
+
+def base_backward(g: Tensor, weight: QuantizedWeight) -> Tensor:
+    """g W0 [..., K], as `base_forward`."""
+    g2 = _as_matrix(g)
+    dx = g.new_zeros((g2.shape[0], weight.shape[1]))
+    with _no_autocast(g.device):
+        torch_backend.add_base_dx(dx, g2, _for_cublas(weight, g))
+    return dx.view(*g.shape[:-1], dx.shape[-1])
+
+
+def _for_cublas(weight: QuantizedWeight, x: Tensor) -> Tensor | QuantizedWeight:
+    return weight.dequantize(x.dtype) if x.is_cuda else weight
+
+
 def dora_forward(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor,
     lora_B: Tensor,
     column_scale: Tensor,
@@ -154,7 +174,7 @@ def dora_backward(
 
 def forward_group(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | QuantizedWeight],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -166,7 +186,7 @@ def forward_group(
     arguments = (_as_matrix(x), weights, lora_As, lora_Bs, biases, scalings, dropouts)
     with _no_autocast(x.device):
         if plan.backend == "triton":
-            ys, h = _kernels().forward_group(*arguments)
+            ys, h = _kernels().forward_group(*arguments, plan)
         else:
             ys, h = torch_backend.forward_group(*arguments)
     return [_shaped_as(x, y) for y in ys], h
@@ -175,7 +195,7 @@ def forward_group(
 def backward_group(
     gs: Sequence[Tensor],
     x: Tensor | None,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | QuantizedWeight],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     hs: Sequence[Tensor | None],

@@ -19,17 +19,20 @@ import torch
 from torch import Tensor
 
 from . import backends, torch_backend
+from .autograd import raise_second_derivative
 from .dispatch import Plan
+from .quantize import QuantizedWeight
 
 
 def weight_norm(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, plan: Plan
+    weight: Tensor | QuantizedWeight, lora_A: Tensor, lora_B: Tensor, scaling: float, plan: Plan
 ) -> Tensor:
     """||W0 + scaling * B A|| of each row, [N], in fp32 or better, computed anew in each call."""
     if plan.backend == "triton":
         from .kernels import dora
 
-        return dora.weight_norm(weight, lora_A, lora_B, scale=scaling)
+        w = weight if isinstance(weight, Tensor) else weight.matrix()
+        return dora.weight_norm(w, lora_A, lora_B, scale=scaling)
     return torch_backend.weight_norm(weight, lora_A, lora_B, scaling)
 
 
@@ -50,7 +53,7 @@ class DoRALinearFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | QuantizedWeight,
         lora_A: Tensor,
         lora_B: Tensor,
         magnitude: Tensor,
@@ -75,7 +78,7 @@ class DoRALinearFunction(torch.autograd.Function):
         )
         ctx.save_for_backward(
             x if needs_A else None,
-            weight if needs_x else None,
+            weight if needs_x and isinstance(weight, Tensor) else None,
             lora_A,
             lora_B,
             magnitude,
@@ -83,6 +86,7 @@ class DoRALinearFunction(torch.autograd.Function):
             h,
             z,
         )
+        ctx.quantized = weight if needs_x and isinstance(weight, QuantizedWeight) else None
         ctx.scaling, ctx.plan = scaling, plan
         return y
 
@@ -90,16 +94,13 @@ class DoRALinearFunction(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of forward's arguments."""
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "dora_linear: its gradients cannot be differentiated again (create_graph=True); "
-                "fused_lora.reference.dora_linear's can"
-            )
+            raise_second_derivative("dora_linear")
         x, weight, lora_A, lora_B, magnitude, norm, h, z = ctx.saved_tensors
         gs, dot = backends.dora_backward(g, over_norm(magnitude, norm), z, ctx.plan)
         dx, dA, dB = backends.backward(
             gs,
             x,
-            weight,
+            weight if ctx.quantized is None else ctx.quantized,
             lora_A,
             lora_B,
             h,

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import backends, checks, ops, torch_backend
-from .autograd import LoRALinearFunction
+from .autograd import LoRALinearFunction, QuantizedLinearFunction
 from .backends import autocast_enabled
 from .dispatch import Backend, Explanation, checked_call, explain_call, plan
 from .dora import DoRALinearFunction, over_norm, weight_norm
@@ -209,7 +209,7 @@ def _check_magnitude(weight: Weight, magnitude: object) -> None:
 
 def dora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude: Tensor,
@@ -226,7 +226,8 @@ def dora_linear(
     memory; a row of zeros, where PEFT gives NaN, has y = bias.
 
     Args:
-        x, weight, lora_A, lora_B, bias, scaling, backend: as for `lora_linear`.
+        x, weight, lora_A, lora_B, bias, scaling, backend: as for `lora_linear`. The norm of a
+            `QuantizedWeight` (QDoRA) is that of its values before they are rounded to x's dtype.
         magnitude: m [N], any floating dtype; its gradient has the same.
         dropout_p: in [0, 1). As PEFT defines it, dropout here is on x in front of W0 too:
             y = W0 (x - x_d) + bias + DoRA(x_d), x_d = `F.dropout`(x). That is a second product
@@ -240,13 +241,30 @@ def dora_linear(
     """
     _check_options(weight, scaling, dropout_p, backend)
     if isinstance(weight, QuantizedWeight):
-        raise TypeError("weight: is quantised, which dora_linear does not take yet")
+        quantized_y: Tensor = _dora_eagerly(
+            x, weight, lora_A, lora_B, magnitude, scaling, bias, dropout_p, backend
+        )
+        return quantized_y
     if _distributed():
         from . import parallel
 
         x = parallel.arrived(x)
         if parallel.has_dtensor(x, weight, lora_A, lora_B, magnitude, bias):
             raise TypeError("x, weight, ...: got a DTensor, which dora_linear does not take yet")
+    return _dora_on_device(x, weight, lora_A, lora_B, magnitude, scaling, bias, dropout_p, backend)
+
+
+def _dora_on_device(
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    backend: Backend,
+) -> Tensor:
     exact_weight = weight
     x, weight, bias = _autocast(x, weight, bias)
     if torch.compiler.is_compiling():
@@ -256,7 +274,10 @@ def dora_linear(
     _check_magnitude(weight, magnitude)
     if dropout_p > 0.0:
         dropped = F.dropout(x, dropout_p)
-        base = F.linear(x - dropped, weight, bias)
+        linear: Any = F.linear
+        if isinstance(weight, QuantizedWeight):
+            linear = QuantizedLinearFunction.apply
+        base: Tensor = linear(x - dropped, weight, bias)
         return base + dora_linear(
             dropped, exact_weight, lora_A, lora_B, magnitude, scaling=scaling, backend=backend
         )
@@ -272,6 +293,9 @@ def dora_linear(
         x, weight, lora_A, lora_B, magnitude, norm, bias, float(scaling), chosen
     )
     return y
+
+
+_dora_eagerly: Any = _disable_dynamo(_dora_on_device)
 
 
 def explain(

@@ -24,9 +24,15 @@ def dropouts_of(seeds: Tensor | None, thresholds: Sequence[int]) -> list[Dropout
 
 
 def plan_of_all(plans: Sequence[Plan]) -> Plan:
-    """The kernels if every member can take them; h is always made first."""
-    on_kernels = all(p.backend == "triton" for p in plans)
-    return Plan("triton", "split", "split") if on_kernels else Plan("torch", "library", "library")
+    """The kernels if every member can take them; h is always made first.
+
+    "in_loop", which is a matter of M, if a quantised member would take it on its own. The one
+    launch for dx reads values: there each quantised member has a scratch tensor.
+    """
+    if any(p.backend == "torch" for p in plans):
+        return Plan("torch", "library", "library")
+    in_loop = any(p.strategy == "in_loop" for p in plans)
+    return Plan("triton", "in_loop" if in_loop else "split", "split")
 
 
 def _plan(
