@@ -158,19 +158,21 @@ def lora_linear_group(
     Raises what `lora_linear` does, with the number of the member; TypeError for what is no list,
     ValueError if there is no member, or not the same number of everything.
 
-    Under torch.func's transforms, dispatch modes and for tensor subclasses such as DTensor each
-    member is a call of its own.
+    Under torch.func's transforms, dispatch modes, for tensor subclasses such as DTensor, and where
+    torch.compile traces quantised members, each member is a call of its own.
 
     The members are one node of the graph: a backward pass through one output alone frees what the
     others need too, unless it is told to retain the graph.
     """
     members = _members(weights, lora_As, lora_Bs, scalings, biases, dropout_ps)
-    if _special((x, *weights, *lora_As, *lora_Bs)):
+    compiling = torch.compiler.is_compiling()
+    quantized = any(isinstance(weight, QuantizedWeight) for weight in weights)
+    if _special((x, *weights, *lora_As, *lora_Bs)) or (compiling and quantized):
         return tuple(
             lora_linear(x, W, A, B, scaling=s, bias=bias, dropout_p=p, backend=backend)
             for W, A, B, s, bias, p in members
         )
-    if torch.compiler.is_compiling():
+    if compiling:
         return _traced(x, members, backend)
     x_cast, cast, _, chosen = _checked(x, members, backend)
     ys: tuple[Tensor, ...] = ()
@@ -341,26 +343,56 @@ def forward_together(modules: Iterable[nn.Module], x: Tensor) -> tuple[Tensor, .
     if they differ in their backend.
     """
     modules = list(modules)
-    layers = [m for m in modules if type(m) is FusedLoRALinear and not m.merged]
-    alone = (
-        len(modules) == 1
-        or len(layers) < len(modules)
-        or len({layer.backend for layer in layers}) != 1
-        or any(layer.lora_magnitude_vector is not None for layer in layers)
-        or any(is_hooked(layer) for layer in layers)
-    )
-    if alone:
+    if _why_alone(modules) is not None:
         return tuple(module(x) for module in modules)
-    return lora_linear_group(
-        x,
+    weights, options = _together(modules)
+    return lora_linear_group(x, *weights, **options)
+
+
+def explain_together(modules: Mapping[str, nn.Module], x: Tensor) -> Explanation:
+    """Which backend and strategy `forward_together` takes for x, and why."""
+    why = _why_alone(list(modules.values()))
+    if why is None:
+        weights, options = _together(modules.values())
+        return explain_group(x, *weights, **options)
+    adapted = {name: m for name, m in modules.items() if isinstance(m, FusedLoRALinear)}
+    found = {name: layer.explain(x) for name, layer in adapted.items()}
+    if len(found) == len(modules) == 1:
+        return next(iter(found.values()))
+    on_kernels = bool(found) and all(each.backend == "triton" for each in found.values())
+    reasons = {"group": f"not taken: {why}"}
+    for name in modules:
+        reasons[name] = str(found[name]).partition("\n")[0] if name in found else "has no adapter"
+    backend: Any = "triton" if on_kernels else "torch"
+    return Explanation(backend, "one by one", "one by one", reasons)
+
+
+def _why_alone(modules: Sequence[nn.Module]) -> str | None:
+    if len(modules) == 1:
+        return "there is one layer"
+    layers = [m for m in modules if type(m) is FusedLoRALinear and not m.merged]
+    if len(layers) < len(modules):
+        return "not every layer is a FusedLoRALinear that is not merged"
+    if len({layer.backend for layer in layers}) > 1:
+        return "the layers differ in their backend"
+    if any(layer.lora_magnitude_vector is not None for layer in layers):
+        return "a layer has DoRA"
+    return "a layer has hooks" if any(is_hooked(layer) for layer in layers) else None
+
+
+def _together(layers: Iterable[Any]) -> tuple[tuple[list[Any], ...], dict[str, Any]]:
+    """The arguments of `lora_linear_group` that the layers stand for."""
+    layers = list(layers)
+    return (
         [layer.weight for layer in layers],
         [layer.lora_A for layer in layers],
         [layer.lora_B for layer in layers],
-        scalings=[layer.scaling for layer in layers],
-        biases=[layer.bias for layer in layers],
-        dropout_ps=[layer.lora_dropout if layer.training else 0.0 for layer in layers],
-        backend=layers[0].backend,
-    )
+    ), {
+        "scalings": [layer.scaling for layer in layers],
+        "biases": [layer.bias for layer in layers],
+        "dropout_ps": [layer.lora_dropout if layer.training else 0.0 for layer in layers],
+        "backend": layers[0].backend,
+    }
 
 
 class FusedLoRAGroup(nn.ModuleDict):
@@ -388,3 +420,7 @@ class FusedLoRAGroup(nn.ModuleDict):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [..., in_features] -> the outputs [..., out_features_i] in the order of the names."""
         return forward_together(self.values(), x)
+
+    def explain(self, x: Tensor) -> Explanation:
+        """Which backend and strategy `forward` takes for x, and why; computes nothing."""
+        return explain_together(dict(self.items()), x)

@@ -103,7 +103,7 @@ def inject(
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
     if type(model) is nn.Linear:
         raise ValueError("model: got an nn.Linear itself; use FusedLoRALinear.from_linear")
-    if any(type(module).__module__.startswith("peft.tuners") for module in model.modules()):
+    if has_peft_layers(model):
         raise ValueError(
             "model: has PEFT's adapters already; wanted a plain model "
             "(fused_lora.peft.fuse makes PEFT's layers fast)"
@@ -212,6 +212,11 @@ def _change(linear: nn.Module, layer: FusedLoRALinear) -> Tensor:
     if layer.lora_A_init is not None and layer.lora_B_init is not None:
         now += layer.scaling * layer.lora_B_init.float() @ layer.lora_A_init.float()
     return torch.stack(((now - original).norm(), original.norm())).double().square().cpu()
+
+
+def has_peft_layers(model: nn.Module) -> bool:
+    """Whether PEFT has put adapters in."""
+    return any(type(module).__module__.startswith("peft.tuners") for module in model.modules())
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks, foreign
-from .dispatch import Backend
+from .dispatch import Backend, Explanation
 from .dora import over_norm
-from .functional import dora_linear, lora_linear
+from .functional import dora_linear, explain, lora_linear
 from .initial import check_init, initial_values
 from .quantize import Format, QuantizedWeight, quantize
 from .torch_backend import weight_norm
@@ -280,17 +280,36 @@ class FusedLoRALinear(nn.Module):
             shared = self.shared_input.output(self, x)
             if shared is not None:
                 return shared
-        dropout_p = self.lora_dropout if self.training else 0.0
-        adapter = (self.lora_A, self.lora_B)
-        options: dict[str, Any] = {
-            "scaling": self.scaling,
-            "bias": self.bias,
-            "dropout_p": dropout_p,
-            "backend": self.backend,
-        }
+        adapter, options = (self.lora_A, self.lora_B), self._options()
         if self.lora_magnitude_vector is not None:
             return dora_linear(x, self.weight, *adapter, self.lora_magnitude_vector, **options)
         return lora_linear(x, self.weight, *adapter, **options)
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "scaling": self.scaling,
+            "bias": self.bias,
+            "dropout_p": self.lora_dropout if self.training else 0.0,
+            "backend": self.backend,
+        }
+
+    def explain(self, x: Tensor) -> Explanation:
+        """Which backend and strategy `forward` takes for x, and why; computes nothing.
+
+        `fused_lora.explain` with the layer's own tensors; raises what that does.
+        """
+        if self.merged:
+            reasons = {"library": "taken: the adapter is merged into the weight"}
+            return Explanation("torch", "library", "library", reasons)
+        adapter, magnitude = (self.lora_A, self.lora_B), self.lora_magnitude_vector
+        found = explain(x, self.weight, *adapter, magnitude=magnitude, **self._options())
+        if self.shared_input is not None:
+            members = len(self.shared_input.members)
+            found.reasons["group"] = (
+                f"one of {members} layers that are computed together when they are called one "
+                "after another with the same tensor: see lora_linear_group"
+            )
+        return found
 
     @torch.no_grad()
     def _product(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
