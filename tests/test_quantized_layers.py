@@ -81,9 +81,8 @@ def _dora_problem(*shape, quantizer, **options):
     weight = QUANTIZERS[quantizer](p.weight)
     p = replace(p, weight=weight.dequantize())
     magnitude = (torch.rand(weight.shape[0]) + 0.5).to(p.x.device, p.lora_A.dtype)
-    return DoRAProblem(
-        **{f.name: getattr(p, f.name) for f in fields(p)}, magnitude=magnitude
-    ), weight
+    given = {f.name: getattr(p, f.name) for f in fields(p)}
+    return DoRAProblem(**given, magnitude=magnitude), weight
 
 
 def _dora_expression(p, **options):
@@ -378,7 +377,7 @@ def test_a_group_over_nf4_saves_no_weight():
     problems, weights = _group(9, 64, MIXED["nf4, nf4, nf4"])
     shapes = []
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: shapes.append(t.shape) or t, lambda t: t
+        lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t
     ):
         lora_linear_group(
             problems[0].x.requires_grad_(),
@@ -387,7 +386,8 @@ def test_a_group_over_nf4_saves_no_weight():
             [p.lora_B.requires_grad_() for p in problems],
             scalings=1.0,
         )
-    assert not {p.weight.shape for p in problems} & set(shapes)
+    assert (9, 64) in shapes
+    assert (77, 64) not in shapes
 
 
 def test_a_group_over_nf4_compiles():
@@ -508,18 +508,20 @@ def test_loftq_alternates_codes_and_components(turns, lora_alpha):
 
 def test_loftq_of_peft_has_the_same_numbers(monkeypatch):
     """PEFT wants a GPU for it and leaves the scaling out."""
-    pytest.importorskip("bitsandbytes")
+    bnb = pytest.importorskip("bitsandbytes")
     loftq_utils = pytest.importorskip("peft.utils.loftq_utils")
     from fused_lora.initial import initial_values
 
-    move = Tensor.to
+    def on_the_cpu(move):
+        def to(tensor, *args, **kwargs):
+            kwargs |= {"device": "cpu"} if "device" in kwargs else {}
+            return move(tensor, *("cpu" if a == "cuda" else a for a in args), **kwargs)
 
-    def on_the_cpu(tensor, *args, **kwargs):
-        kwargs = {k: v for k, v in kwargs.items() if k != "device"}
-        return move(tensor, *("cpu" if a == "cuda" else a for a in args), **kwargs)
+        return to
 
     weight = _decaying(64, 128)
-    monkeypatch.setattr(Tensor, "to", on_the_cpu)
+    for kind in (Tensor, bnb.nn.Params4bit, bnb.nn.Int8Params):
+        monkeypatch.setattr(kind, "to", on_the_cpu(kind.to))
     for num_bits, like, turns in (
         (4, quantize_nf4(weight, double_quant=False), 1),
         (4, quantize_nf4(weight, double_quant=False), 3),
@@ -566,7 +568,8 @@ def test_residual_adapters_over_nf4_go_with_the_original_model(tmp_path, init, u
     model = copy.deepcopy(net)
     inject(model, 8, 16, ["0"], quantize="int8", init_lora_weights=init, use_dora=use_dora)
     with torch.no_grad():
-        model[0].lora_B += 0.1 * torch.randn_like(model[0].lora_B)
+        model[0].lora_A += 0.3 * torch.randn_like(model[0].lora_A)
+        model[0].lora_B += 0.3 * torch.randn_like(model[0].lora_B)
     save_adapter(model, tmp_path)
     loaded = copy.deepcopy(net)
     load_adapter(loaded, tmp_path)
