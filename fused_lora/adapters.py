@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .files import write_atomically
-from .inject import has_peft_layers, inject, match_modules, per_layer
+from .inject import has_peft_layers, inject, is_linear, match_modules, per_layer
 from .linear import FusedLoRALinear
 
 CONFIG_NAME = "adapter_config.json"
@@ -143,7 +143,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     linears = {
         path: module
         for path, module in model.named_modules()
-        if type(module) is nn.Linear or isinstance(module, FusedLoRALinear)
+        if is_linear(module) or isinstance(module, FusedLoRALinear)
     }
     if layers:
         ranks = {path: layer.r for path, layer in layers.items()}

@@ -119,7 +119,7 @@ def inject(
     if adapted:
         more = len(adapted) - 1
         raise ValueError(f"model: has adapters already, at {adapted[0]} and {more} more")
-    linears = {path for path, module in modules.items() if _is_linear(module)}
+    linears = {path for path, module in modules.items() if is_linear(module)}
 
     matched = match_modules(model, target_modules, exclude_modules)
     layers = [path for path in matched if path in linears]
@@ -219,7 +219,8 @@ def has_peft_layers(model: nn.Module) -> bool:
     return any(type(module).__module__.startswith("peft.tuners") for module in model.modules())
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether `inject` can replace it: an `nn.Linear`, or a quantised one of others."""
     return type(module) is nn.Linear or foreign.is_quantized(module)
 
 
@@ -283,4 +284,4 @@ def _without_output_head(model: nn.Module, modules: dict[str, nn.Module]) -> lis
     """Every linear layer but the one that transformers calls the output embeddings."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
-    return [path for path, m in modules.items() if _is_linear(m) and m is not head]
+    return [path for path, m in modules.items() if is_linear(m) and m is not head]

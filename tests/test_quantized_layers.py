@@ -17,6 +17,7 @@ from fused_lora import (
     QuantizedWeight,
     dora_linear,
     explain,
+    explain_group,
     inject,
     load_adapter,
     lora_linear_group,
@@ -32,7 +33,7 @@ from fused_lora import quantize as quantize_module
 from fused_lora import torch_backend as torch_path
 from fused_lora.dispatch import Plan
 from fused_lora.dora import DoRALinearFunction, weight_norm
-from fused_lora.group import LoRALinearGroupFunction, explain_group
+from fused_lora.group import LoRALinearGroupFunction
 from fused_lora.kernels import dora as kernels
 from fused_lora.kernels.dropout import dropout_threshold
 from fused_lora.quantize import FORMATS
