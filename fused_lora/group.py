@@ -25,6 +25,7 @@ from .group_ops import dropouts_of, lora_linear_group_op, plan_of_all
 from .kernels.configs import MAX_GROUP
 from .kernels.dropout import dropout_threshold
 from .linear import FusedLoRALinear
+from .packing import pack
 from .quantize import QuantizedWeight
 
 
@@ -158,21 +159,19 @@ def lora_linear_group(
     Raises what `lora_linear` does, with the number of the member; TypeError for what is no list,
     ValueError if there is no member, or not the same number of everything.
 
-    Under torch.func's transforms, dispatch modes, for tensor subclasses such as DTensor, and where
-    torch.compile traces quantised members, each member is a call of its own.
+    Under torch.func's transforms, dispatch modes and for tensor subclasses such as DTensor each
+    member is a call of its own.
 
     The members are one node of the graph: a backward pass through one output alone frees what the
     others need too, unless it is told to retain the graph.
     """
     members = _members(weights, lora_As, lora_Bs, scalings, biases, dropout_ps)
-    compiling = torch.compiler.is_compiling()
-    quantized = any(isinstance(weight, QuantizedWeight) for weight in weights)
-    if _special((x, *weights, *lora_As, *lora_Bs)) or (compiling and quantized):
+    if _special((x, *weights, *lora_As, *lora_Bs)):
         return tuple(
             lora_linear(x, W, A, B, scaling=s, bias=bias, dropout_p=p, backend=backend)
             for W, A, B, s, bias, p in members
         )
-    if compiling:
+    if torch.compiler.is_compiling():
         return _traced(x, members, backend)
     x_cast, cast, _, chosen = _checked(x, members, backend)
     ys: tuple[Tensor, ...] = ()
@@ -319,9 +318,8 @@ def _traced(x: Tensor, members: Sequence[_Member], backend: Backend) -> tuple[Te
         )
         seeds = draw_seeds(len(thresholds), x.device, backend) if any(thresholds) else None
         need_h = torch.is_grad_enabled() and any([B.requires_grad for B in Bs])
-        ys += lora_linear_group_op(
-            x, weights, As, Bs, biases, scalings, seeds, thresholds, backend, need_h
-        )[:-1]
+        rest = (*pack(*weights), scalings, seeds, thresholds, backend, need_h)
+        ys += lora_linear_group_op(x, As, Bs, biases, *rest)[:-1]
     return tuple(ys)
 
 

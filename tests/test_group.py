@@ -25,6 +25,7 @@ from fused_lora.kernels import configs
 from fused_lora.kernels.device import INTERPRETED
 from fused_lora.kernels.dropout import Dropout, dropout_threshold
 from fused_lora.kernels.group import gemm_group
+from fused_lora.packing import pack
 
 DTYPES = [
     pytest.param(torch.float32, id="fp32"),
@@ -366,11 +367,12 @@ def test_opcheck(device, dropout_p, M):
         t.requires_grad_()
     seeds = torch.tensor([3, 4], device=device) if dropout_p else None
     dropout = (seeds, [round(dropout_p * 65536)] * 2)
-    call = (x, weights, As, Bs, biases, [0.5, 2.0], *dropout, "torch", True)
+    packed = pack(*weights)
+    call = (x, As, Bs, biases, *packed, [0.5, 2.0], *dropout, "torch", True)
     torch.library.opcheck(lora_linear_group_op, call)
-    detached = [[t.detach() for t in ts] for ts in (weights, As, Bs)]
+    detached = [[t.detach() for t in ts] for ts in (As, Bs)]
     gs, h = [p.g for p in group], torch.randn(M, 5, device=device)
-    call = (gs, x.detach(), *detached, h, [0.5, 2.0], *dropout, "torch", True)
+    call = (gs, x.detach(), *detached, h, *packed, [0.5, 2.0], *dropout, "torch", True)
     torch.library.opcheck(lora_linear_group_backward_op, call)
 
 

@@ -34,8 +34,10 @@ from fused_lora import torch_backend as torch_path
 from fused_lora.dispatch import Plan
 from fused_lora.dora import DoRALinearFunction, weight_norm
 from fused_lora.group import LoRALinearGroupFunction
+from fused_lora.group_ops import lora_linear_group_backward_op, lora_linear_group_op
 from fused_lora.kernels import dora as kernels
 from fused_lora.kernels.dropout import dropout_threshold
+from fused_lora.packing import pack
 from fused_lora.quantize import FORMATS
 
 QUANTIZERS = {
@@ -391,16 +393,42 @@ def test_a_group_over_nf4_saves_no_weight():
     assert (77, 64) not in shapes
 
 
-def test_a_group_over_nf4_compiles():
+@both_backends
+def test_a_group_over_nf4_compiles(device, backend, launches):
     torch._dynamo.reset()
+    problems, weights = _group(9, 64, MIXED["nf4, plain, int8"], device=device)
+
+    def call(group):
+        return lora_linear_group(
+            group[0].x * 2,
+            weights,
+            [p.lora_A for p in group],
+            [p.lora_B for p in group],
+            scalings=1.5,
+            biases=[p.bias for p in group],
+            backend=backend,
+        )
+
+    expected = _run_group(call, problems)
+    del launches[:]
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    for name, tensor in _run_group(compiled, problems).items():
+        torch.testing.assert_close(tensor, expected[name])
+    assert launches.count("gemm_group") == (backend == "triton")
+
+
+def test_group_operators_over_nf4_and_others():
     problems, weights = _group(9, 64, MIXED["nf4, plain, int8"])
-    As, Bs = [p.lora_A for p in problems], [p.lora_B for p in problems]
-
-    def call(x):
-        return lora_linear_group(x * 2, weights, As, Bs, scalings=1.5)
-
-    compiled = torch.compile(call, backend="aot_eager")
-    torch.testing.assert_close(compiled(problems[0].x), call(problems[0].x))
+    x = problems[0].x
+    As = [p.lora_A.requires_grad_() for p in problems]
+    Bs = [p.lora_B.requires_grad_() for p in problems]
+    rest = (*pack(*weights), [0.5, 1.0, 2.0], None, [0, 0, 0], "torch", True)
+    biases = [p.bias for p in problems]
+    torch.library.opcheck(lora_linear_group_op, (x.requires_grad_(), As, Bs, biases, *rest))
+    detached = [[t.detach() for t in ts] for ts in (As, Bs)]
+    h = torch.randn(9, sum(len(A) for A in As))
+    call = ([p.g for p in problems], x.detach(), *detached, h, *rest)
+    torch.library.opcheck(lora_linear_group_backward_op, call)
 
 
 def test_a_group_over_nf4_is_explained():
