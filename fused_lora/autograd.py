@@ -13,11 +13,11 @@ from .kernels.dropout import Dropout
 from .quantize import QuantizedWeight
 
 
-def raise_second_derivative(name: str = "lora_linear") -> NoReturn:
+def raise_second_derivative() -> NoReturn:
     """The RuntimeError that second derivatives get."""
     raise RuntimeError(
-        f"{name}: its gradients cannot be differentiated again (create_graph=True); "
-        f"fused_lora.reference.{name}'s can"
+        "lora_linear: its gradients cannot be differentiated again (create_graph=True); "
+        "fused_lora.reference.lora_linear's can"
     )
 
 
@@ -89,24 +89,3 @@ class LoRALinearFunction(torch.autograd.Function):
         )
         dbias = g.sum_to_size(g.shape[-1:]) if ctx.needs_input_grad[4] else None
         return dx, None, dA, dB, dbias, None, None, None, None
-
-
-class QuantizedLinearFunction(torch.autograd.Function):
-    """y = x W0^T + bias over a quantised W0: its values are made again for x's gradient.
-
-    Differentiable once, as `LoRALinearFunction`.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-        """x [..., K], weight [N, K], bias [N] or None -> y [..., N]."""
-        ctx.weight = weight
-        return backends.base_forward(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients in the order of forward's arguments."""
-        if torch.is_grad_enabled():
-            raise_second_derivative("dora_linear")
-        dx = backends.base_backward(g, ctx.weight) if ctx.needs_input_grad[0] else None
-        return dx, None, g.sum_to_size(g.shape[-1:]) if ctx.needs_input_grad[2] else None

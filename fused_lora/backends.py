@@ -106,26 +106,6 @@ def backward(
     return None if dx is None else dx.view(*g.shape[:-1], dx.shape[-1]), dA, dB
 
 
-def base_forward(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-    """x W0^T + bias [..., N] with no adapter: a tile of W0 at a time, on a GPU all in a scratch."""
-    with _no_autocast(x.device):
-        y = torch_backend.base(_as_matrix(x), _for_cublas(weight, x), bias)
-    return _shaped_as(x, y)
-
-
-def base_backward(g: Tensor, weight: QuantizedWeight) -> Tensor:
-    """g W0 [..., K], as `base_forward`."""
-    g2 = _as_matrix(g)
-    dx = g.new_zeros((g2.shape[0], weight.shape[1]))
-    with _no_autocast(g.device):
-        torch_backend.add_base_dx(dx, g2, _for_cublas(weight, g))
-    return dx.view(*g.shape[:-1], dx.shape[-1])
-
-
-def _for_cublas(weight: QuantizedWeight, x: Tensor) -> Tensor | QuantizedWeight:
-    return weight.dequantize(x.dtype) if x.is_cuda else weight
-
-
 def dora_forward(
     x: Tensor,
     weight: Tensor | QuantizedWeight,

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from . import backends, torch_backend
-from .autograd import raise_second_derivative
 from .dispatch import Plan
 from .quantize import QuantizedWeight
 
@@ -94,7 +93,10 @@ class DoRALinearFunction(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of forward's arguments."""
         if torch.is_grad_enabled():
-            raise_second_derivative("dora_linear")
+            raise RuntimeError(
+                "dora_linear: its gradients cannot be differentiated again (create_graph=True); "
+                "fused_lora.reference.dora_linear's can"
+            )
         x, weight, lora_A, lora_B, magnitude, norm, h, z = ctx.saved_tensors
         gs, dot = backends.dora_backward(g, over_norm(magnitude, norm), z, ctx.plan)
         dx, dA, dB = backends.backward(

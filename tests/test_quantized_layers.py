@@ -217,7 +217,7 @@ def test_dora_over_nf4_is_not_differentiated_twice():
     p.x.requires_grad_()
     for options in ({}, {"dropout_p": 0.5}):
         y = _dora(weight, "torch", **options)(p)
-        with pytest.raises(RuntimeError, match="dora_linear: .*cannot be differentiated again"):
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
             torch.autograd.grad(y.sum(), p.x, create_graph=True)
 
 
