@@ -144,7 +144,7 @@ def inject(
     ranks = per_layer("rank_pattern", rank_pattern or {}, r, layers)
     alphas = per_layer("alpha_pattern", alpha_pattern or {}, lora_alpha, layers)
     replacements: dict[nn.Module, FusedLoRALinear] = {}
-    squares = torch.zeros(2, dtype=torch.float64)
+    changes: list[tuple[float, float]] = []
     for path in layers:
         linear = modules[path]
         if linear not in replacements:
@@ -160,7 +160,7 @@ def inject(
                 backend=backend,
                 quantize=quantize,
             )
-            squares += _change(linear, replacements[linear])
+            changes += _change(linear, replacements[linear])
     model.requires_grad_(False)
     for path in layers:
         parent, _, name = path.rpartition(".")
@@ -177,7 +177,7 @@ def inject(
         total=_count(model),
         adapted=sum(layer.weight.numel() for layer in replacements.values()),
         groups=found,
-        quantization_error=math.sqrt(squares[0] / squares[1]) if squares[1] else None,
+        quantization_error=_relative(changes) if changes else None,
     )
 
 
@@ -197,21 +197,25 @@ def _arguments(layer: FusedLoRALinear, x: Tensor) -> sharing.Arguments | None:
 
 
 @torch.no_grad()
-def _change(linear: nn.Module, layer: FusedLoRALinear) -> Tensor:
-    """||W - W0||^2 and ||W||^2 if W0 is codes that were made here of W, else 0 and 0."""
-    nothing = torch.zeros(2, dtype=torch.float64)
+def _change(linear: nn.Module, layer: FusedLoRALinear) -> list[tuple[float, float]]:
+    """||W - W0|| and ||W|| if W0 is codes that were made here of W."""
     if not isinstance(layer.weight, QuantizedWeight):
-        return nothing
+        return []
     if isinstance(linear, nn.Linear) and not foreign.is_quantized(linear):
         original = linear.weight.float()
     elif layer.lora_A_init is None:
-        return nothing  # taken as it was
+        return []  # taken as it was
     else:
         original = foreign.read(linear).dequantize(torch.float32)
     now = layer.weight.dequantize(torch.float32)
     if layer.lora_A_init is not None and layer.lora_B_init is not None:
         now += layer.scaling * layer.lora_B_init.float() @ layer.lora_A_init.float()
-    return torch.stack(((now - original).norm(), original.norm())).double().square().cpu()
+    return [((now - original).norm().item(), original.norm().item())]
+
+
+def _relative(changes: list[tuple[float, float]]) -> float:
+    change, size = (math.hypot(*norms) for norms in zip(*changes, strict=True))
+    return change / size if size else 0.0
 
 
 def has_peft_layers(model: nn.Module) -> bool:
