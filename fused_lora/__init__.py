@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from . import reference
+from . import flops, reference
 from .attention import FusedLoRAAttention
 from .autograd import LoRALinearFunction
 from .dispatch import Explanation
@@ -18,6 +18,8 @@ from .quantize import QuantizedWeight, quantize_fp4, quantize_fp8, quantize_int8
 from .schedule import schedule
 
 __version__ = "0.1.0"
+
+flops.install()
 
 __all__ = [
     "Explanation",
