@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from math import prod
@@ -21,92 +21,72 @@ import torch
 _COUNTER = "torch.utils.flop_counter"
 
 Shape = Sequence[int]
+Arguments = dict[str, Any]  # an operator's, by name, with shapes in the place of tensors
 
 
 def _forward(x: Shape, lora_A: Shape, lora_B: Shape) -> int:
     """x W0^T, h = x A^T and h B^T."""
-    M, (r, K), N = prod(x[:-1]), lora_A, lora_B[0]
+    M: int = prod(x[:-1])
+    (r, K), N = lora_A, lora_B[0]
     return 2 * M * (N * K + r * K + N * r)
 
 
-def _backward(
-    g: Shape, lora_A: Shape, lora_B: Shape, *, need_dx: bool, need_A: bool, need_B: bool
-) -> int:
+def _backward(call: Arguments, g: Shape, lora_A: Shape, lora_B: Shape) -> int:
     """dh = g B for dx = g W0 + dh A and for dA = dh^T x; dB = g^T h."""
-    M, (r, K), N = prod(g[:-1]), lora_A, lora_B[0]
-    products = need_dx * (N * K + r * K) + need_A * r * K + need_B * N * r
-    return 2 * M * (products + (need_dx or need_A) * N * r)
+    M: int = prod(g[:-1])
+    (r, K), N = lora_A, lora_B[0]
+    need_dx, need_dA, need_dB = call["need_dx"], call["x"] is not None, call["h"] is not None
+    products = need_dx * (N * K + r * K) + need_dA * r * K + need_dB * N * r
+    return 2 * M * (products + (need_dx or need_dA) * N * r)
 
 
-def lora_linear(x: Shape, lora_A: Shape, lora_B: Shape, *_: Any, out_shape: Any) -> int:
-    """Of `ops.lora_linear_op`."""
-    return _forward(x, lora_A, lora_B)
+def _lora(call: Arguments) -> int:
+    return _forward(call["x"], call["lora_A"], call["lora_B"])
 
 
-def lora_linear_backward(
-    g: Shape, x: Shape | None, lora_A: Shape, lora_B: Shape, h: Shape | None, *rest: Any, **_: Any
-) -> int:
-    """Of `ops.lora_linear_backward_op`; its last argument is need_dx."""
-    needs = {"need_dx": rest[-1], "need_A": x is not None, "need_B": h is not None}
-    return _backward(g, lora_A, lora_B, **needs)
+def _lora_backward(call: Arguments) -> int:
+    return _backward(call, call["g"], call["lora_A"], call["lora_B"])
 
 
-def dora_linear(x: Shape, lora_A: Shape, lora_B: Shape, *_: Any, out_shape: Any) -> int:
-    """Of `dora_ops.dora_linear_op`: B A for the norm too."""
-    return _forward(x, lora_A, lora_B) + 2 * prod(lora_A) * lora_B[0]
+def _dora(call: Arguments) -> int:
+    """B A for the norm too."""
+    return _lora(call) + 2 * prod(call["lora_A"]) * call["lora_B"][0]
 
 
-def dora_linear_backward(
-    g: Shape,
-    x: Shape | None,
-    lora_A: Shape,
-    lora_B: Shape,
-    magnitude: Shape,
-    norm: Shape,
-    h: Shape | None,
-    *rest: Any,
-    out_shape: Any,
-) -> int:
-    """Of `dora_ops.dora_linear_backward_op`."""
-    return lora_linear_backward(g, x, lora_A, lora_B, h, *rest)
+def _group(call: Arguments) -> int:
+    members = zip(call["lora_As"], call["lora_Bs"], strict=True)
+    return sum(_forward(call["x"], A, B) for A, B in members)
 
 
-def lora_linear_group(
-    x: Shape, weights: Any, lora_As: Sequence[Shape], lora_Bs: Sequence[Shape], *_: Any, **__: Any
-) -> int:
-    """Of `group_ops.lora_linear_group_op`."""
-    return sum(_forward(x, A, B) for A, B in zip(lora_As, lora_Bs, strict=True))
+def _group_backward(call: Arguments) -> int:
+    members = zip(call["gs"], call["lora_As"], call["lora_Bs"], strict=True)
+    return sum(_backward(call, g, A, B) for g, A, B in members)
 
 
-def lora_linear_group_backward(
-    gs: Sequence[Shape],
-    x: Shape | None,
-    weights: Any,
-    lora_As: Sequence[Shape],
-    lora_Bs: Sequence[Shape],
-    h: Shape | None,
-    *rest: Any,
-    out_shape: Any,
-) -> int:
-    """Of `group_ops.lora_linear_group_backward_op`."""
-    needs = {"need_dx": rest[-1], "need_A": x is not None, "need_B": h is not None}
-    return sum(_backward(*member, **needs) for member in zip(gs, lora_As, lora_Bs, strict=True))
-
-
-_FORMULAS = (
-    lora_linear,
-    lora_linear_backward,
-    dora_linear,
-    dora_linear_backward,
-    lora_linear_group,
-    lora_linear_group_backward,
-)
+_FORMULAS: dict[str, Callable[[Arguments], int]] = {
+    "lora_linear": _lora,
+    "lora_linear_backward": _lora_backward,
+    "dora_linear": _dora,
+    "dora_linear_backward": _lora_backward,
+    "lora_linear_group": _group,
+    "lora_linear_group_backward": _group_backward,
+}
 
 
 def _register(counter: ModuleType) -> None:
-    for formula in _FORMULAS:
-        operator = getattr(torch.ops.fused_lora, formula.__name__)
-        counter.register_flop_formula(operator)(formula)
+    for name, formula in _FORMULAS.items():
+        operator = getattr(torch.ops.fused_lora, name)
+        names = [argument.name for argument in operator.default._schema.arguments]
+
+        def count(
+            *values: Any,
+            out_shape: Any,
+            formula: Callable[[Arguments], int] = formula,
+            names: list[str] = names,
+        ) -> int:
+            return formula(dict(zip(names, values, strict=True)))
+
+        counter.register_flop_formula(operator)(count)
 
 
 class _OnImport(MetaPathFinder):
