@@ -26,16 +26,17 @@ Arguments = dict[str, Any]  # an operator's, by name, with shapes in the place o
 
 def _forward(x: Shape, lora_A: Shape, lora_B: Shape) -> int:
     """x W0^T, h = x A^T and h B^T."""
-    M: int = prod(x[:-1])
-    (r, K), N = lora_A, lora_B[0]
+    M = prod(x[:-1])
+    (N, r), K = lora_B, lora_A[1]
     return 2 * M * (N * K + r * K + N * r)
 
 
 def _backward(call: Arguments, g: Shape, lora_A: Shape, lora_B: Shape) -> int:
     """dh = g B for dx = g W0 + dh A and for dA = dh^T x; dB = g^T h."""
-    M: int = prod(g[:-1])
-    (r, K), N = lora_A, lora_B[0]
-    need_dx, need_dA, need_dB = call["need_dx"], call["x"] is not None, call["h"] is not None
+    M = prod(g[:-1])
+    (N, r), K = lora_B, lora_A[1]
+    need_dx: bool = call["need_dx"]
+    need_dA, need_dB = call["x"] is not None, call["h"] is not None
     products = need_dx * (N * K + r * K) + need_dA * r * K + need_dB * N * r
     return 2 * M * (products + (need_dx or need_dA) * N * r)
 
@@ -50,7 +51,9 @@ def _lora_backward(call: Arguments) -> int:
 
 def _dora(call: Arguments) -> int:
     """B A for the norm too."""
-    return _lora(call) + 2 * prod(call["lora_A"]) * call["lora_B"][0]
+    N, r = call["lora_B"]
+    product: int = 2 * N * r * call["lora_A"][1]
+    return _lora(call) + product
 
 
 def _group(call: Arguments) -> int:
