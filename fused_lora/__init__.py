@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from . import interrupt as interrupt  # before all that takes long
-from . import reference
+from . import interrupt as interrupt  # isort: skip  # before all that takes long
+from . import flops, reference
 from .attention import FusedLoRAAttention
 from .autograd import LoRALinearFunction
 from .dispatch import Explanation
@@ -19,6 +19,8 @@ from .quantize import QuantizedWeight, quantize_fp4, quantize_fp8, quantize_int8
 from .schedule import schedule
 
 __version__ = "0.1.0"
+
+flops.install()
 
 __all__ = [
     "Explanation",

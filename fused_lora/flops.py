@@ -1,0 +1,120 @@
+"""What our operators count in PyTorch's `FlopCounterMode`: their products, 2 M N K each.
+
+A product that only makes a tile's h again, or a norm's sum of squares, is no product of the maths
+and counts nothing, as for PyTorch's own operators. torch.utils.flop_counter imports Triton, which
+`import fused_lora` does not; so the formulas are registered when somebody imports it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from math import prod
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_COUNTER = "torch.utils.flop_counter"
+
+Shape = Sequence[int]
+Arguments = dict[str, Any]  # an operator's, by name, with shapes in the place of tensors
+
+
+def _forward(x: Shape, lora_A: Shape, lora_B: Shape) -> int:
+    """x W0^T, h = x A^T and h B^T."""
+    M = prod(x[:-1])
+    (N, r), K = lora_B, lora_A[1]
+    return 2 * M * (N * K + r * K + N * r)
+
+
+def _backward(call: Arguments, g: Shape, lora_A: Shape, lora_B: Shape) -> int:
+    """dh = g B for dx = g W0 + dh A and for dA = dh^T x; dB = g^T h."""
+    M = prod(g[:-1])
+    (N, r), K = lora_B, lora_A[1]
+    need_dx: bool = call["need_dx"]
+    need_dA, need_dB = call["x"] is not None, call["h"] is not None
+    products = need_dx * (N * K + r * K) + need_dA * r * K + need_dB * N * r
+    return 2 * M * (products + (need_dx or need_dA) * N * r)
+
+
+def _lora(call: Arguments) -> int:
+    return _forward(call["x"], call["lora_A"], call["lora_B"])
+
+
+def _lora_backward(call: Arguments) -> int:
+    return _backward(call, call["g"], call["lora_A"], call["lora_B"])
+
+
+def _dora(call: Arguments) -> int:
+    """B A for the norm too."""
+    N, r = call["lora_B"]
+    product: int = 2 * N * r * call["lora_A"][1]
+    return _lora(call) + product
+
+
+def _group(call: Arguments) -> int:
+    members = zip(call["lora_As"], call["lora_Bs"], strict=True)
+    return sum(_forward(call["x"], A, B) for A, B in members)
+
+
+def _group_backward(call: Arguments) -> int:
+    members = zip(call["gs"], call["lora_As"], call["lora_Bs"], strict=True)
+    return sum(_backward(call, g, A, B) for g, A, B in members)
+
+
+_FORMULAS: dict[str, Callable[[Arguments], int]] = {
+    "lora_linear": _lora,
+    "lora_linear_backward": _lora_backward,
+    "dora_linear": _dora,
+    "dora_linear_backward": _lora_backward,
+    "lora_linear_group": _group,
+    "lora_linear_group_backward": _group_backward,
+}
+
+
+def _register(counter: ModuleType) -> None:
+    for name, formula in _FORMULAS.items():
+        operator = getattr(torch.ops.fused_lora, name)
+        names = [argument.name for argument in operator.default._schema.arguments]
+
+        def count(
+            *values: Any,
+            out_shape: Any,
+            formula: Callable[[Arguments], int] = formula,
+            names: list[str] = names,
+        ) -> int:
+            return formula(dict(zip(names, values, strict=True)))
+
+        counter.register_flop_formula(operator)(count)
+
+
+class _OnImport(MetaPathFinder):
+    """Registers the formulas once PyTorch's module is imported, and is gone then."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        assert spec is not None
+        loader: Any = spec.loader
+        run = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            run(module)
+            _register(module)
+
+        loader.exec_module = exec_module
+        return spec
+
+
+def install() -> None:
+    """Makes FlopCounterMode know our operators; they are registered already."""
+    if _COUNTER in sys.modules:
+        _register(sys.modules[_COUNTER])
+    else:
+        sys.meta_path.insert(0, _OnImport())
