@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from . import interrupt as interrupt  # before all that takes long
+from . import interrupt as interrupt  # isort: skip  # before all that takes long
 from . import reference
 from .attention import FusedLoRAAttention
 from .autograd import LoRALinearFunction
