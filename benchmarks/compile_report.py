@@ -189,7 +189,7 @@ def _operands(kind: Kind, dtype: str, r: int, dropout: bool) -> list[tuple[str, 
     operands = [("fp32", False, False)]
     if kind != "plain":
         operands += [("fp32", True, False)]  # dx, which never has DoRA
-    if kind in ("one_pass", "second") and not dropout:
+    if kind in ("one_pass", "second", "quantized") and not dropout:
         operands += [("fp32", False, True)]
     return operands + [(dtype, False, False)] * sampled
 

@@ -93,7 +93,9 @@ def _others() -> Iterator[Case]:
         if whole:
             x4, A4 = normal(M, whole), normal(r, whole)
             quantised = quantize_nf4(normal(N, whole))
-            calls["nf4"] = partial(lora_linear, x4, quantised, A4, Bs[0], scaling=1.0)
+            adapted = (x4, quantised, A4, Bs[0])
+            calls["nf4"] = partial(lora_linear, *adapted, scaling=1.0)
+            calls["nf4 dora"] = partial(dora_linear, *adapted, normal(N).abs() + 0.5, scaling=1.0)
             leaves += [x4, A4]
         for leaf in leaves:
             leaf.requires_grad_()

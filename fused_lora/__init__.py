@@ -2,12 +2,13 @@
 
 from typing import Any
 
+from . import interrupt as interrupt  # isort: skip  # before all that takes long
 from . import flops, reference
 from .attention import FusedLoRAAttention
 from .autograd import LoRALinearFunction
 from .dispatch import Explanation
 from .functional import dora_linear, explain, lora_linear
-from .group import FusedLoRAGroup, LoRALinearGroupFunction, lora_linear_group
+from .group import FusedLoRAGroup, LoRALinearGroupFunction, explain_group, lora_linear_group
 from .inject import InjectReport, inject
 from .linear import FusedLoRALinear
 from .loraplus import lora_plus_param_groups
@@ -33,6 +34,7 @@ __all__ = [
     "QuantizedWeight",
     "dora_linear",
     "explain",
+    "explain_group",
     "explain_multi",
     "inject",
     "load_adapter",

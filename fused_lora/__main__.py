@@ -2,6 +2,8 @@
 
 import sys
 
+from .interrupt import restore
+
 
 def main() -> None:
     """Runs the command line, or says what it needs."""
@@ -9,6 +11,7 @@ def main() -> None:
         from .cli import main as run
     except ModuleNotFoundError as error:
         sys.exit(f"fused-lora: needs {error.name}: pip install 'fused-lora[demo]'")
+    restore()
     run()
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .files import write_atomically
-from .inject import inject, match_modules, per_layer
+from .inject import has_peft_layers, inject, is_linear, match_modules, per_layer
 from .linear import FusedLoRALinear
 
 CONFIG_NAME = "adapter_config.json"
@@ -74,18 +74,20 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Each file is written beside its place and moved there: one that exists is whole. A module that
     is reached at several paths is saved under the first.
 
-    A layer initialised by "pissa" or "olora" has a residual for its base weight, which the files do
-    not hold. It is saved as what it has learnt, relative to the original weight: [A; A_init] and
-    [B, -B_init] of rank 2 r, as PEFT's ``path_initial_model_for_weight_conversion`` does. So it
-    loads into the original model, and not into one made of residuals.
+    A layer initialised by "pissa", "olora" or "loftq" has a residual for its base weight, which the
+    files do not hold. It is saved as what it has learnt, relative to the original weight:
+    [A; A_init] and [B, -B_init] of rank 2 r, as PEFT's ``path_initial_model_for_weight_conversion``
+    does. So it loads into the original model, and not into one made of residuals.
 
     Raises:
-        TypeError, ValueError: model is no module, has no adapters, has merged ones, or ones that
-            differ in dropout or rsLoRA, which PEFT's format has one value for.
+        TypeError, ValueError: model is no module, has no adapters (or PEFT's), merged ones, or ones
+            that differ in dropout or rsLoRA, which PEFT's format has one value for.
         OSError: the folder cannot be made or written.
     """
     layers = _layers(model)
     if not layers:
+        if has_peft_layers(model):
+            raise ValueError("model: has PEFT's adapters; call its own save_pretrained")
         raise ValueError("model: has no FusedLoRALinear; wanted one made with fused_lora.inject")
     merged = [path for path, layer in layers.items() if layer.merged]
     if merged:
@@ -119,6 +121,11 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             model is unchanged then.
     """
     layers = _layers(model)
+    if not layers and has_peft_layers(model):
+        raise ValueError(
+            "model: has PEFT's adapters; wanted a plain model, or one made with fused_lora.inject "
+            "(for this one call its own load_adapter, then fused_lora.peft.fuse)"
+        )
     merged = [path for path, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(f"model: {merged[0]} is merged; call unmerge() before loading")
@@ -136,13 +143,19 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     linears = {
         path: module
         for path, module in model.named_modules()
-        if type(module) is nn.Linear or isinstance(module, FusedLoRALinear)
+        if is_linear(module) or isinstance(module, FusedLoRALinear)
     }
     if layers:
         ranks = {path: layer.r for path, layer in layers.items()}
     else:
         matched = match_modules(model, config["target_modules"], config["exclude_modules"])
         paths = [path for path in matched if path in linears]
+        if not paths:
+            names = sorted({path.rpartition(".")[2] for path in linears})
+            raise ValueError(
+                f"{CONFIG_NAME}: target_modules: {config['target_modules']!r} matches no nn.Linear "
+                f"of the model, which has {names}; is it the adapter's base model?"
+            )
         ranks = per_layer("rank_pattern", config["rank_pattern"], config["r"], paths)
     expected = {path: (ranks[path], linears[path]) for path in ranks}
     _check_tensors(tensors, expected, config["use_dora"])

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks
-from .dispatch import Backend
-from .group import forward_together
+from .dispatch import Backend, Explanation
+from .group import explain_together, forward_together
 from .linear import FusedLoRALinear
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -247,11 +247,7 @@ class FusedLoRAAttention(nn.Module):
 
         Raises TypeError or ValueError unless shapes and dtypes fit together.
         """
-        if key is None:
-            if value is not None:
-                raise ValueError("value: was given without a key")
-            key = query
-        value = key if value is None else value
+        key, value = _or_query(query, key, value)
         unbatched, L, S, B = self._check(query, key, value)
         masks = [
             _as_4d("key_padding_mask", key_padding_mask, (B, 1, 1, S), unbatched),
@@ -289,11 +285,34 @@ class FusedLoRAAttention(nn.Module):
             if not isinstance(layer, FusedLoRALinear):
                 outputs[name] = layer(x)
                 continue
-            layers = {n: self.get_submodule(n) for n, t in inputs.items() if t is x}
-            adapted = {n: m for n, m in layers.items() if isinstance(m, FusedLoRALinear)}
+            adapted = self._adapted(inputs, x)
             ys = forward_together(adapted.values(), x)
             outputs |= dict(zip(adapted, ys, strict=True))
         return [outputs[name] for name in inputs]
+
+    def _adapted(self, inputs: dict[str, Tensor], x: Tensor) -> dict[str, nn.Module]:
+        """The projections of x that have adapters: they run together."""
+        layers = {name: self.get_submodule(name) for name, t in inputs.items() if t is x}
+        return {name: m for name, m in layers.items() if isinstance(m, FusedLoRALinear)}
+
+    def explain(
+        self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None
+    ) -> dict[str, Explanation]:
+        """Which backend and strategy each projection with an adapter takes, and why.
+
+        By the names of the projections that run together, such as "q_proj, k_proj, v_proj". The
+        arguments are `forward`'s; computes nothing.
+        """
+        key, value = _or_query(query, key, value)
+        self._check(query, key, value)
+        inputs = {"q_proj": query, "k_proj": key, "v_proj": value}
+        inputs["out_proj"] = query.new_empty((*query.shape[:-1], self.num_heads * self.head_dim))
+        found: dict[str, Explanation] = {}
+        for x in inputs.values():
+            adapted = self._adapted(inputs, x)
+            if adapted and ", ".join(adapted) not in found:
+                found[", ".join(adapted)] = explain_together(adapted, x)
+        return found
 
     def _split_heads(self, t: Tensor, unbatched: bool) -> Tensor:
         """[..., H * D] -> [B, H, length, D], a view."""
@@ -331,6 +350,15 @@ class FusedLoRAAttention(nn.Module):
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
             f"dropout={self.dropout}, batch_first={self.batch_first}"
         )
+
+
+def _or_query(query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Tensor, Tensor]:
+    """key and value as `forward` takes them."""
+    if key is None:
+        if value is not None:
+            raise ValueError("value: was given without a key")
+        key = query
+    return key, key if value is None else value
 
 
 def _frozen(weight: Tensor, bias: Tensor | None) -> nn.Linear:

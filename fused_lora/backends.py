@@ -108,7 +108,7 @@ def backward(
 
 def dora_forward(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor,
     lora_B: Tensor,
     column_scale: Tensor,
@@ -154,7 +154,7 @@ def dora_backward(
 
 def forward_group(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | QuantizedWeight],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -166,7 +166,7 @@ def forward_group(
     arguments = (_as_matrix(x), weights, lora_As, lora_Bs, biases, scalings, dropouts)
     with _no_autocast(x.device):
         if plan.backend == "triton":
-            ys, h = _kernels().forward_group(*arguments)
+            ys, h = _kernels().forward_group(*arguments, plan)
         else:
             ys, h = torch_backend.forward_group(*arguments)
     return [_shaped_as(x, y) for y in ys], h
@@ -175,7 +175,7 @@ def forward_group(
 def backward_group(
     gs: Sequence[Tensor],
     x: Tensor | None,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | QuantizedWeight],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     hs: Sequence[Tensor | None],

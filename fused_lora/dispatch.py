@@ -331,8 +331,7 @@ def explain_call(call: Call, backend: Backend, operands: Operands) -> Explanatio
         if chosen.composed:
             reasons["autograd"] = f"PyTorch's own nodes: up to {MAX_COMPOSED_M} rows they cost less"
         if call.quantized is not None:
-            tiles = "some rows or columns" if call.quantized.tiled else "the whole of it"
-            reasons["quantised W0"] = f"{call.quantized.format}, made values {tiles} at a time"
+            reasons["quantised W0"] = describe_quantized(call.quantized, chosen)
         return Explanation(chosen.backend, chosen.strategy, chosen.strategy_dx, reasons)
     device = device_info(call.device)
     seconds = predicted_seconds(call, device)
@@ -352,12 +351,19 @@ def explain_call(call: Call, backend: Backend, operands: Operands) -> Explanatio
         reasons[strategy] = f"{verdict}: {why}"
     flops, bandwidth = ceilings(device)
     if call.quantized is not None:
-        how = "tiles become values in the K loop"
-        if chosen.strategy != "in_loop":
-            how = "turned into values once, in a scratch tensor"
-        reasons["quantised W0"] = f"{call.quantized.format}, {how}"
+        reasons["quantised W0"] = describe_quantized(call.quantized, chosen)
     reasons["model"] = f"ceilings of {flops / 1e12:.0f} TFLOP/s and {bandwidth / 1e12:.1f} TB/s"
     return Explanation(chosen.backend, chosen.strategy, chosen.strategy_dx, reasons)
+
+
+def describe_quantized(layout: Layout, chosen: Plan) -> str:
+    """A quantised W0's format, and how a plan's forward turns its codes into values."""
+    if chosen.backend == "torch":
+        tiles = "some rows or columns" if layout.tiled else "the whole of it"
+        return f"{layout.format}, made values {tiles} at a time"
+    if chosen.strategy == "in_loop":
+        return f"{layout.format}, tiles become values in the K loop"
+    return f"{layout.format}, turned into values once, in a scratch tensor"
 
 
 def _strategy_obstacle(

@@ -21,16 +21,18 @@ from torch import Tensor
 from . import backends, torch_backend
 from .autograd import raise_second_derivative
 from .dispatch import Plan
+from .quantize import QuantizedWeight
 
 
 def weight_norm(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, plan: Plan
+    weight: Tensor | QuantizedWeight, lora_A: Tensor, lora_B: Tensor, scaling: float, plan: Plan
 ) -> Tensor:
     """||W0 + scaling * B A|| of each row, [N], in fp32 or better, computed anew in each call."""
     if plan.backend == "triton":
         from .kernels import dora
 
-        return dora.weight_norm(weight, lora_A, lora_B, scale=scaling)
+        w = weight if isinstance(weight, Tensor) else weight.matrix()
+        return dora.weight_norm(w, lora_A, lora_B, scale=scaling)
     with backends._no_autocast(weight.device):
         return torch_backend.weight_norm(weight, lora_A, lora_B, scaling)
 
@@ -43,7 +45,7 @@ def over_norm(numerator: Tensor, norm: Tensor) -> Tensor:
 def gradients(
     g: Tensor,
     x: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude: Tensor,
@@ -76,7 +78,7 @@ class DoRALinearFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | QuantizedWeight,
         lora_A: Tensor,
         lora_B: Tensor,
         magnitude: Tensor,
@@ -101,7 +103,7 @@ class DoRALinearFunction(torch.autograd.Function):
         )
         ctx.save_for_backward(
             x if needs_A else None,
-            weight if needs_x else None,
+            weight if needs_x and isinstance(weight, Tensor) else None,
             lora_A,
             lora_B,
             magnitude,
@@ -109,6 +111,7 @@ class DoRALinearFunction(torch.autograd.Function):
             h,
             z,
         )
+        ctx.quantized = weight if needs_x and isinstance(weight, QuantizedWeight) else None
         ctx.scaling, ctx.plan = scaling, plan
         return y
 
@@ -121,7 +124,7 @@ class DoRALinearFunction(torch.autograd.Function):
         dx, dA, dB, dm = gradients(
             g,
             x,
-            weight,
+            weight if ctx.quantized is None else ctx.quantized,
             lora_A,
             lora_B,
             magnitude,

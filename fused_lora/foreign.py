@@ -65,7 +65,7 @@ def _four_bit(linear: Any) -> QuantizedWeight:
     N, K = state.shape
     return QuantizedWeight(
         state.quant_type,
-        weight.data.view(torch.uint8).view(-1),  # quant_storage may be a wider dtype
+        weight.detach().view(torch.uint8).view(-1),  # quant_storage may be a wider dtype
         state.absmax if nested else state.absmax.float(),
         shape=(N, K),
         dtype=state.dtype,
@@ -85,7 +85,7 @@ def _int8(linear: Any) -> QuantizedWeight:
         )
     return QuantizedWeight(
         "int8",
-        linear.weight.data,
+        linear.weight.detach(),
         absmax.float() / 127.0,
         shape=(linear.out_features, linear.in_features),
         dtype=torch.float16 if linear.bias is None else linear.bias.dtype,

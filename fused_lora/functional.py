@@ -216,7 +216,7 @@ def _check_magnitude(weight: Weight, magnitude: object) -> None:
 
 def dora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude: Tensor,
@@ -233,7 +233,8 @@ def dora_linear(
     memory; a row of zeros, where PEFT gives NaN, has y = bias.
 
     Args:
-        x, weight, lora_A, lora_B, bias, scaling, backend: as for `lora_linear`.
+        x, weight, lora_A, lora_B, bias, scaling, backend: as for `lora_linear`. The norm of a
+            `QuantizedWeight` (QDoRA) is that of its values before they are rounded to x's dtype.
         magnitude: m [N], any floating dtype; its gradient has the same.
         dropout_p: in [0, 1). As PEFT defines it, dropout here is on x in front of W0 too:
             y = W0 (x - x_d) + bias + DoRA(x_d), x_d = `F.dropout`(x). That is a second product
@@ -246,9 +247,7 @@ def dora_linear(
         TypeError, ValueError, RuntimeError: as `lora_linear`; TypeError for a DTensor.
     """
     _check_options(weight, scaling, dropout_p, backend)
-    if isinstance(weight, QuantizedWeight):
-        raise TypeError("weight: is quantised, which dora_linear does not take yet")
-    if _distributed():
+    if _distributed() and isinstance(weight, Tensor):
         from . import parallel
 
         x = parallel.arrived(x)
@@ -264,7 +263,14 @@ def dora_linear(
     _check_magnitude(weight, magnitude)
     if dropout_p > 0.0:
         dropped = F.dropout(x, dropout_p)
-        base = F.linear(x - dropped, weight, bias)
+        if isinstance(weight, QuantizedWeight):
+            # By what reads codes: with an adapter that counts 0 times and gets no gradient.
+            frozen = (lora_A.detach(), lora_B.detach())
+            base = lora_linear(
+                x - dropped, weight, *frozen, scaling=0.0, bias=bias, backend=backend
+            )
+        else:
+            base = F.linear(x - dropped, weight, bias)
         return base + dora_linear(
             dropped, exact_weight, lora_A, lora_B, magnitude, scaling=scaling, backend=backend
         )

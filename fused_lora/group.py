@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import backends, checks
-from .dispatch import Backend, Plan, checked_call, plan
-from .functional import _autocast, _check_options, _fold_scaling, draw_seeds, lora_linear
+from .dispatch import (
+    Backend,
+    Call,
+    Explanation,
+    Plan,
+    checked_call,
+    describe_quantized,
+    explain_call,
+    plan,
+)
+from .functional import Weight, _autocast, _check_options, _fold_scaling, draw_seeds, lora_linear
 from .group_ops import dropouts_of, lora_linear_group_op, plan_of_all
 from .kernels.configs import MAX_GROUP
 from .kernels.dropout import dropout_threshold
 from .linear import FusedLoRALinear
+from .packing import pack
 from .quantize import QuantizedWeight
 
 
@@ -33,7 +43,7 @@ class LoRALinearGroupFunction(torch.autograd.Function):
         seeds: Tensor | None,
         thresholds: Sequence[int],
         plan: Plan,
-        *tensors: Tensor | None,
+        *tensors: Tensor | QuantizedWeight | None,
     ) -> tuple[Tensor, ...]:
         """``tensors``: every weight, then every lora_A, every lora_B, every bias (or None).
 
@@ -48,10 +58,11 @@ class LoRALinearGroupFunction(torch.autograd.Function):
             x if any(needs_A) else None,
             h if any(needs_B) else None,
             seeds if needs_x or any(needs_A) else None,
-            *(weights if needs_x else [None] * n),
+            *(W if needs_x and isinstance(W, Tensor) else None for W in weights),
             *As,
             *Bs,
         )
+        ctx.quantized = [W if needs_x and isinstance(W, QuantizedWeight) else None for W in weights]
         ctx.set_materialize_grads(False)
         ctx.scalings, ctx.thresholds, ctx.plan = scalings, thresholds, plan
         return tuple(ys)
@@ -79,7 +90,7 @@ class LoRALinearGroupFunction(torch.autograd.Function):
             dx, live_dAs, live_dBs = backends.backward_group(
                 [grads[i] for i in live],  # type: ignore[misc]  # they are tensors
                 x if any(needs_A[i] for i in live) else None,
-                [weights[i] for i in live],
+                [weights[i] if ctx.quantized[i] is None else ctx.quantized[i] for i in live],
                 [As[i] for i in live],
                 [Bs[i] for i in live],
                 [hs[i] if needs_B[i] else None for i in live],
@@ -108,11 +119,11 @@ def _needs(ctx: Any, n: int) -> tuple[bool, list[bool], list[bool], list[bool]]:
 
 def lora_linear_group(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     *,
-    scalings: Sequence[float],
+    scalings: float | Sequence[float],
     biases: Sequence[Tensor | None] | None = None,
     dropout_ps: Sequence[float] | None = None,
     backend: Backend = "auto",
@@ -130,17 +141,23 @@ def lora_linear_group(
     Dropout gives each member its own mask, that is its own D_i o x, and different scalings a
     factor of its own: h_i is then made in a launch a member; with dropout dA_i too. dx stays one.
 
+    Members may be quantised, in any formats beside each other. The base products turn their codes
+    into values in the K loop or in a scratch tensor that goes before the next one is made. On the
+    kernels' path dx, being one launch, has the scratches of all quantised members at a time; on
+    PyTorch's there is never more than a tile.
+
     Args:
         x: input [..., K], shared.
         weights, lora_As, lora_Bs: each member's, as for `lora_linear`; N_i and r_i may differ.
-        scalings, biases, dropout_ps: one for each member; no biases and no dropout by default.
+        scalings: one for each member, or one number for all.
+        biases, dropout_ps: one for each member; none by default.
         backend: as for `lora_linear`. More than 3 members run as several groups.
 
     Returns:
         The y_i [..., N_i] in x's dtype.
 
-    Raises what `lora_linear` does, with the number of the member; ValueError if there is no member,
-    or not the same number of everything.
+    Raises what `lora_linear` does, with the number of the member; TypeError for what is no list,
+    ValueError if there is no member, or not the same number of everything.
 
     Under torch.func's transforms, dispatch modes and for tensor subclasses such as DTensor each
     member is a call of its own.
@@ -148,24 +165,7 @@ def lora_linear_group(
     The members are one node of the graph: a backward pass through one output alone frees what the
     others need too, unless it is told to retain the graph.
     """
-    n = len(weights)
-    biases = [None] * n if biases is None else biases
-    dropout_ps = [0.0] * n if dropout_ps is None else dropout_ps
-    named = {
-        "lora_As": lora_As,
-        "lora_Bs": lora_Bs,
-        "scalings": scalings,
-        "biases": biases,
-        "dropout_ps": dropout_ps,
-    }
-    if n == 0:
-        raise ValueError("weights: got none, wanted at least one member")
-    for name, values in named.items():
-        if len(values) != n:
-            raise ValueError(f"{name}: got {len(values)}, wanted {n}, one for each of weights")
-    if any(isinstance(weight, QuantizedWeight) for weight in weights):
-        raise TypeError("weights: got a QuantizedWeight, which lora_linear_group does not take yet")
-    members = list(zip(weights, lora_As, lora_Bs, scalings, biases, dropout_ps, strict=True))
+    members = _members(weights, lora_As, lora_Bs, scalings, biases, dropout_ps)
     if _special((x, *weights, *lora_As, *lora_Bs)):
         return tuple(
             lora_linear(x, W, A, B, scaling=s, bias=bias, dropout_p=p, backend=backend)
@@ -173,31 +173,123 @@ def lora_linear_group(
         )
     if torch.compiler.is_compiling():
         return _traced(x, members, backend)
-    cast, plans = [], []
-    x_cast = x
-    for i, (W, A, B, s, bias, p) in enumerate(members):
-        try:
-            _check_options(W, s, p, backend)
-            x_cast, W, bias = _autocast(x_cast, W, bias)
-            call = checked_call(x_cast, W, A, B, bias, dropout_threshold(p) > 0)
-            plans.append(plan(call, backend))
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise type(error)(f"member {i}: {error}") from None
-        cast.append((W, A, B, bias))
-    chosen = plan_of_all(plans)
+    x_cast, cast, _, chosen = _checked(x, members, backend)
     ys: tuple[Tensor, ...] = ()
-    for first in range(0, n, MAX_GROUP):
-        part = slice(first, first + MAX_GROUP)
-        thresholds = [dropout_threshold(p) for p in dropout_ps[part]]
+    for first in range(0, len(members), MAX_GROUP):
+        part = cast[first : first + MAX_GROUP]
+        thresholds = [dropout_threshold(member.dropout_p) for member in part]
         ys += LoRALinearGroupFunction.apply(
             x_cast,
-            [float(s) for s in scalings[part]],
+            [float(member.scaling) for member in part],
             draw_seeds(len(thresholds), x.device, backend) if any(thresholds) else None,
             thresholds,
             chosen,
-            *(tensor for kind in zip(*cast[part], strict=True) for tensor in kind),
+            *(member.weight for member in part),
+            *(member.lora_A for member in part),
+            *(member.lora_B for member in part),
+            *(member.bias for member in part),
         )
     return ys
+
+
+class _Member(NamedTuple):
+    weight: Weight
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    bias: Tensor | None
+    dropout_p: float
+
+
+def _members(
+    weights: Sequence[Weight],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: float | Sequence[float],
+    biases: Sequence[Tensor | None] | None,
+    dropout_ps: Sequence[float] | None,
+) -> list[_Member]:
+    n = len(weights) if hasattr(weights, "__len__") else 0
+    lists: dict[str, Any] = {
+        "weights": weights,
+        "lora_As": lora_As,
+        "lora_Bs": lora_Bs,
+        "scalings": scalings if hasattr(scalings, "__len__") else [scalings] * n,
+        "biases": [None] * n if biases is None else biases,
+        "dropout_ps": [0.0] * n if dropout_ps is None else dropout_ps,
+    }
+    for name, values in lists.items():
+        if not hasattr(values, "__len__"):
+            raise TypeError(f"{name}: got {type(values).__name__}, wanted a list of one a member")
+        if len(values) != n:
+            raise ValueError(f"{name}: got {len(values)}, wanted {n}, one for each of weights")
+    if n == 0:
+        raise ValueError("weights: got none, wanted at least one member")
+    return [_Member(*values) for values in zip(*lists.values(), strict=True)]
+
+
+def _checked(
+    x: Tensor, members: Sequence[_Member], backend: Backend
+) -> tuple[Tensor, list[_Member], list[Call], Plan]:
+    """x and the members as autocast would have them, each one's call, and the decision for all."""
+    cast: list[_Member] = []
+    calls: list[Call] = []
+    plans: list[Plan] = []
+    x_cast = x
+    for i, member in enumerate(members):
+        try:
+            _check_options(member.weight, member.scaling, member.dropout_p, backend)
+            x_cast, W, bias = _autocast(x_cast, member.weight, member.bias)
+            dropout = dropout_threshold(member.dropout_p) > 0
+            calls.append(checked_call(x_cast, W, member.lora_A, member.lora_B, bias, dropout))
+            plans.append(plan(calls[-1], backend))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise type(error)(f"member {i}: {error}") from None
+        cast.append(member._replace(weight=W, bias=bias))
+    return x_cast, cast, calls, plan_of_all(plans)
+
+
+def explain_group(
+    x: Tensor,
+    weights: Sequence[Weight],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    *,
+    scalings: float | Sequence[float] = 1.0,
+    biases: Sequence[Tensor | None] | None = None,
+    dropout_ps: Sequence[float] | None = None,
+    backend: Backend = "auto",
+) -> Explanation:
+    """Which backend and strategy `lora_linear_group` takes for these arguments, and why.
+
+    Takes and raises what it does; computes nothing.
+    """
+    members = _members(weights, lora_As, lora_Bs, scalings, biases, dropout_ps)
+    _, cast, calls, chosen = _checked(x, members, backend)
+    on_kernels = chosen.backend == "triton"
+    reasons: dict[str, str] = {}
+    if on_kernels:
+        reasons["torch"] = "not taken: the kernels take every member"
+    for i, call in enumerate(calls):
+        why = {} if on_kernels else explain_call(call, backend, ()).reasons
+        if "triton" in why:
+            reasons["triton"] = f"{why['triton']} (member {i})"
+            break
+    reasons["h"] = "one product for all members: x is read once"
+    if any(call.dropout for call in calls):
+        reasons["h"] = "a product for each member: dropout gives each a mask of its own"
+    elif on_kernels and len({member.scaling for member in cast}) > 1:
+        reasons["h"] = "a product for each member: their scalings differ"
+    reasons["dx"] = "one tensor, each member added to it in place"
+    if on_kernels:
+        reasons["dx"] = f"one launch for {min(len(calls), MAX_GROUP)} members"
+        if any(call.quantized for call in calls):
+            reasons["dx"] += ", with the values of all that are quantised in scratch tensors"
+    for i, call in enumerate(calls):
+        if call.quantized is not None:
+            how = describe_quantized(call.quantized, chosen)
+            reasons[f"quantised W0 of member {i}"] = how
+    return Explanation(chosen.backend, chosen.strategy, chosen.strategy_dx, reasons)
 
 
 def _special(tensors: Sequence[Any]) -> bool:
@@ -209,7 +301,7 @@ def _special(tensors: Sequence[Any]) -> bool:
     )
 
 
-def _traced(x: Tensor, members: Sequence[tuple[Any, ...]], backend: Backend) -> tuple[Tensor, ...]:
+def _traced(x: Tensor, members: Sequence[_Member], backend: Backend) -> tuple[Tensor, ...]:
     """By the registered operator, as `lora_linear` does it."""
     cast = []
     for W, A, B, s, bias, p in members:
@@ -225,9 +317,8 @@ def _traced(x: Tensor, members: Sequence[tuple[Any, ...]], backend: Backend) -> 
         )
         seeds = draw_seeds(len(thresholds), x.device, backend) if any(thresholds) else None
         need_h = torch.is_grad_enabled() and any([B.requires_grad for B in Bs])
-        ys += lora_linear_group_op(
-            x, weights, As, Bs, biases, scalings, seeds, thresholds, backend, need_h
-        )[:-1]
+        rest = (*pack(*weights), scalings, seeds, thresholds, backend, need_h)
+        ys += lora_linear_group_op(x, As, Bs, biases, *rest)[:-1]
     return tuple(ys)
 
 
@@ -249,27 +340,56 @@ def forward_together(modules: Iterable[nn.Module], x: Tensor) -> tuple[Tensor, .
     if they differ in their backend.
     """
     modules = list(modules)
-    layers = [m for m in modules if type(m) is FusedLoRALinear and not m.merged]
-    alone = (
-        len(modules) == 1
-        or len(layers) < len(modules)
-        or len({layer.backend for layer in layers}) != 1
-        or any(layer.lora_magnitude_vector is not None for layer in layers)
-        or any(isinstance(layer.weight, QuantizedWeight) for layer in layers)
-        or any(is_hooked(layer) for layer in layers)
-    )
-    if alone:
+    if _why_alone(modules) is not None:
         return tuple(module(x) for module in modules)
-    return lora_linear_group(
-        x,
-        [layer.weight for layer in layers if isinstance(layer.weight, Tensor)],  # all of them
+    weights, options = _together(modules)
+    return lora_linear_group(x, *weights, **options)
+
+
+def explain_together(modules: Mapping[str, nn.Module], x: Tensor) -> Explanation:
+    """Which backend and strategy `forward_together` takes for x, and why."""
+    why = _why_alone(list(modules.values()))
+    if why is None:
+        weights, options = _together(modules.values())
+        return explain_group(x, *weights, **options)
+    adapted = {name: m for name, m in modules.items() if isinstance(m, FusedLoRALinear)}
+    found = {name: layer.explain(x) for name, layer in adapted.items()}
+    if len(found) == len(modules) == 1:
+        return next(iter(found.values()))
+    on_kernels = bool(found) and all(each.backend == "triton" for each in found.values())
+    reasons = {"group": f"not taken: {why}"}
+    for name in modules:
+        reasons[name] = str(found[name]).partition("\n")[0] if name in found else "has no adapter"
+    backend: Any = "triton" if on_kernels else "torch"
+    return Explanation(backend, "one by one", "one by one", reasons)
+
+
+def _why_alone(modules: Sequence[nn.Module]) -> str | None:
+    if len(modules) == 1:
+        return "there is one layer"
+    layers = [m for m in modules if type(m) is FusedLoRALinear and not m.merged]
+    if len(layers) < len(modules):
+        return "not every layer is a FusedLoRALinear that is not merged"
+    if len({layer.backend for layer in layers}) > 1:
+        return "the layers differ in their backend"
+    if any(layer.lora_magnitude_vector is not None for layer in layers):
+        return "a layer has DoRA"
+    return "a layer has hooks" if any(is_hooked(layer) for layer in layers) else None
+
+
+def _together(layers: Iterable[Any]) -> tuple[tuple[list[Any], ...], dict[str, Any]]:
+    """The arguments of `lora_linear_group` that the layers stand for."""
+    layers = list(layers)
+    return (
+        [layer.weight for layer in layers],
         [layer.lora_A for layer in layers],
         [layer.lora_B for layer in layers],
-        scalings=[layer.scaling for layer in layers],
-        biases=[layer.bias for layer in layers],
-        dropout_ps=[layer.lora_dropout if layer.training else 0.0 for layer in layers],
-        backend=layers[0].backend,
-    )
+    ), {
+        "scalings": [layer.scaling for layer in layers],
+        "biases": [layer.bias for layer in layers],
+        "dropout_ps": [layer.lora_dropout if layer.training else 0.0 for layer in layers],
+        "backend": layers[0].backend,
+    }
 
 
 class FusedLoRAGroup(nn.ModuleDict):
@@ -297,3 +417,7 @@ class FusedLoRAGroup(nn.ModuleDict):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [..., in_features] -> the outputs [..., out_features_i] in the order of the names."""
         return forward_together(self.values(), x)
+
+    def explain(self, x: Tensor) -> Explanation:
+        """Which backend and strategy `forward` takes for x, and why; computes nothing."""
+        return explain_together(dict(self.items()), x)

@@ -1,6 +1,7 @@
 """The group's registered operators, as ops.py has the single layer's.
 
-Lists take no None: a bias, h_i or gradient that is not there is an empty tensor.
+Lists take no None: a bias, h_i or gradient that is not there is an empty tensor. The weights come
+as `packing.pack` makes them, plain or quantised.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor
 from . import backends
 from .dispatch import Backend, Plan, checked_call, plan
 from .kernels.dropout import Dropout
+from .packing import unpack
+from .quantize import QuantizedWeight
 
 
 def dropouts_of(seeds: Tensor | None, thresholds: Sequence[int]) -> list[Dropout | None]:
@@ -25,14 +28,20 @@ def dropouts_of(seeds: Tensor | None, thresholds: Sequence[int]) -> list[Dropout
 
 
 def plan_of_all(plans: Sequence[Plan]) -> Plan:
-    """The kernels if every member can take them; h is always made first."""
-    on_kernels = all(p.backend == "triton" for p in plans)
-    return Plan("triton", "split", "split") if on_kernels else Plan("torch", "library", "library")
+    """The kernels if every member can take them; h is always made first.
+
+    "in_loop", which is a matter of M, if a quantised member would take it on its own. The one
+    launch for dx reads values: there each quantised member has a scratch tensor.
+    """
+    if any(p.backend == "torch" for p in plans):
+        return Plan("torch", "library", "library")
+    in_loop = any(p.strategy == "in_loop" for p in plans)
+    return Plan("triton", "in_loop" if in_loop else "split", "split")
 
 
 def _plan(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | QuantizedWeight],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     thresholds: Sequence[int],
@@ -54,10 +63,11 @@ def _present(tensors: Sequence[Tensor]) -> list[Tensor | None]:
 @torch.library.custom_op("fused_lora::lora_linear_group", mutates_args=())
 def lora_linear_group_op(
     x: Tensor,
-    weights: Sequence[Tensor],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     biases: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    spec: str,
     scalings: Sequence[float],
     seeds: Tensor | None,
     thresholds: Sequence[int],
@@ -65,10 +75,11 @@ def lora_linear_group_op(
     need_h: bool,
 ) -> list[Tensor]:
     """Every y_i, and the h_i side by side [M, sum r_i], empty unless they are needed."""
-    chosen = _plan(x, weights, lora_As, lora_Bs, thresholds, backend)
+    Ws = unpack(weights, spec)
+    chosen = _plan(x, Ws, lora_As, lora_Bs, thresholds, backend)
     dropouts = dropouts_of(seeds, thresholds)
     ys, h = backends.forward_group(
-        x, weights, lora_As, lora_Bs, _present(biases), scalings, dropouts, chosen
+        x, Ws, lora_As, lora_Bs, _present(biases), scalings, dropouts, chosen
     )
     return [*ys, h if need_h else x.new_empty(0)]
 
@@ -76,17 +87,18 @@ def lora_linear_group_op(
 @lora_linear_group_op.register_fake
 def _(
     x: Tensor,
-    weights: Sequence[Tensor],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     biases: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    spec: str,
     scalings: Sequence[float],
     seeds: Tensor | None,
     thresholds: Sequence[int],
     backend: str,
     need_h: bool,
 ) -> list[Tensor]:
-    ys = [x.new_empty((*x.shape[:-1], W.shape[0])) for W in weights]
+    ys = [x.new_empty((*x.shape[:-1], B.shape[0])) for B in lora_Bs]
     ranks = sum(A.shape[0] for A in lora_As)
     return [*ys, x.new_empty((math.prod(x.shape[:-1]), ranks) if need_h else 0)]
 
@@ -95,10 +107,11 @@ def _(
 def lora_linear_group_backward_op(
     gs: Sequence[Tensor],
     x: Tensor | None,
-    weights: Sequence[Tensor],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     h: Tensor | None,
+    weights: Sequence[Tensor],
+    spec: str,
     scalings: Sequence[float],
     seeds: Tensor | None,
     thresholds: Sequence[int],
@@ -107,12 +120,13 @@ def lora_linear_group_backward_op(
 ) -> list[Tensor]:
     """dx, every dA_i and every dB_i; those that are not needed come out empty."""
     n = len(gs)
-    like_x = gs[0].new_empty(1).expand(*gs[0].shape[:-1], weights[0].shape[1])
-    chosen = _plan(like_x, weights, lora_As, lora_Bs, thresholds, backend)
+    Ws = unpack(weights, spec)
+    like_x = gs[0].new_empty(1).expand(*gs[0].shape[:-1], lora_As[0].shape[1])
+    chosen = _plan(like_x, Ws, lora_As, lora_Bs, thresholds, backend)
     hs = [None] * n if h is None else h.split_with_sizes([len(A) for A in lora_As], dim=1)
     dropouts = dropouts_of(seeds, thresholds)
     dx, dAs, dBs = backends.backward_group(
-        gs, x, weights, lora_As, lora_Bs, hs, scalings, dropouts, chosen, need_dx=need_dx
+        gs, x, Ws, lora_As, lora_Bs, hs, scalings, dropouts, chosen, need_dx=need_dx
     )
     if not any(dropouts):  # then they are rows of one matrix; an operator's outputs share nothing
         dAs = [None if dA is None else dA.clone() for dA in dAs]
@@ -123,10 +137,11 @@ def lora_linear_group_backward_op(
 def _(
     gs: Sequence[Tensor],
     x: Tensor | None,
-    weights: Sequence[Tensor],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     h: Tensor | None,
+    weights: Sequence[Tensor],
+    spec: str,
     scalings: Sequence[float],
     seeds: Tensor | None,
     thresholds: Sequence[int],
@@ -141,31 +156,32 @@ def _(
             for t in tensors
         ]
 
-    dx = gs[0].new_empty((*gs[0].shape[:-1], weights[0].shape[1]) if need_dx else 0)
+    dx = gs[0].new_empty((*gs[0].shape[:-1], lora_As[0].shape[1]) if need_dx else 0)
     return [dx, *gradients(lora_As, x is not None), *gradients(lora_Bs, h is not None)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, As, Bs, _, scalings, seeds, thresholds, backend, need_h = inputs
+    x, As, Bs, _, weights, spec, scalings, seeds, thresholds, backend, need_h = inputs
     ctx.save_for_backward(x, output[-1] if need_h else None, seeds, *weights, *As, *Bs)
     ctx.set_materialize_grads(False)
-    ctx.scalings, ctx.thresholds, ctx.backend = scalings, thresholds, backend
+    ctx.spec, ctx.scalings, ctx.thresholds, ctx.backend = spec, scalings, thresholds, backend
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     n = len(ctx.scalings)
     x, h, seeds, *tensors = ctx.saved_tensors
-    weights, As, Bs = (tensors[i * n : (i + 1) * n] for i in range(3))
-    needs_x, _, needs_A, needs_B, needs_bias = ctx.needs_input_grad[:5]
-    like_y = [(*x.shape[:-1], W.shape[0]) for W in weights]
+    weights, As, Bs = tensors[: -2 * n], tensors[-2 * n : -n], tensors[-n:]
+    needs_x, needs_A, needs_B, needs_bias = ctx.needs_input_grad[:4]
+    like_y = [(*x.shape[:-1], B.shape[0]) for B in Bs]
     gs = [x.new_zeros(s) if g is None else g for g, s in zip(grads, like_y, strict=False)]
     dx, *others = lora_linear_group_backward_op(
         gs,
         x if any(needs_A) else None,
-        weights,
         As,
         Bs,
         h if any(needs_B) else None,
+        weights,
+        ctx.spec,
         ctx.scalings,
         seeds,
         ctx.thresholds,
@@ -174,14 +190,14 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     )
     return (
         dx if needs_x else None,
-        [None] * n,
         [dA if needs else None for dA, needs in zip(others[:n], needs_A, strict=True)],
         [dB if needs else None for dB, needs in zip(others[n:], needs_B, strict=True)],
         [
             g.sum_to_size(g.shape[-1:]) if needs else None
             for g, needs in zip(gs, needs_bias, strict=True)
         ],
-        *[None] * 5,
+        [None] * len(weights),
+        *[None] * 6,
     )
 
 

@@ -8,8 +8,13 @@
     "pissa_niter_N"   the same by a randomised SVD with N iterations, which is much faster
     "olora"       A, B = the first rows of R and columns of Q, W0 = Q R
                   (https://arxiv.org/abs/2406.01775)
+    "loftq"       A, B = the r principal components of W0 - Q(W0), the error of quantised codes
+                  (https://arxiv.org/abs/2310.08659)
+    "loftq_niter_N"  the same in N turns, each with the codes of W0 - scaling * B A
 
-The last three leave the residual W0 - scaling * B A for the base weight.
+The last five leave the residual W0 - scaling * B A for the base weight, over a quantised one in its
+own format (QPiSSA): W0 is the weight before it was quantised, or what its codes stand for. "loftq"
+needs the former. Its scaling * B A is the error's best approximation; PEFT leaves the scaling out.
 """
 
 from __future__ import annotations
@@ -23,8 +28,8 @@ from torch import Tensor, nn
 
 from .quantize import QuantizedWeight
 
-_RESIDUAL = re.compile(r"pissa|pissa_niter_\d+|olora")
-_NAMES = '"gaussian", "orthogonal", "pissa", "pissa_niter_<N>", "olora"'
+_RESIDUAL = re.compile(r"pissa|pissa_niter_\d+|olora|loftq|loftq_niter_[1-9]\d*")
+_NAMES = '"gaussian", "orthogonal", "pissa", "pissa_niter_<N>", "olora", "loftq"'
 
 
 class Initial(NamedTuple):
@@ -32,7 +37,8 @@ class Initial(NamedTuple):
 
     lora_A: Tensor  # [r, K]
     lora_B: Tensor  # [N, r]
-    weight: Tensor | None  # [N, K]: the residual, new storage; None if the base weight stays
+    # [N, K]: the residual, new storage; None if the base weight stays
+    weight: Tensor | QuantizedWeight | None
 
 
 def check_init(init: object, r: int, out_features: int, in_features: int) -> None:
@@ -60,18 +66,23 @@ def check_init(init: object, r: int, out_features: int, in_features: int) -> Non
 
 @torch.no_grad()
 def initial_values(
-    init: bool | str, weight: Tensor | QuantizedWeight, r: int, scaling: float
+    init: bool | str,
+    weight: Tensor | QuantizedWeight,
+    r: int,
+    scaling: float,
+    original: Tensor | None = None,
 ) -> Initial:
     """A, B and, for the residual kinds, a new base weight, all in ``weight``'s dtype.
 
-    Draws what PEFT draws, in its order, on the CPU; the randomised SVD alone draws on ``weight``'s
-    device. Decompositions run in fp32 or better.
+    ``original``: [N, K], what a quantised ``weight`` was made of, or what it stands for together
+    with an adapter. Draws what PEFT draws, in its order, on the CPU; the randomised SVD alone draws
+    on ``weight``'s device. Decompositions run in fp32 or better.
     """
     N, K = weight.shape
     # Both nn.Linears' own draws are made whatever comes after, as in PEFT.
     lora_A = nn.Linear(K, r, bias=False, device="cpu").weight.detach()
     lora_B = nn.Linear(r, N, bias=False, device="cpu").weight.detach()
-    residual = None
+    residual: Tensor | QuantizedWeight | None = None
     if init is True or init == "gaussian":
         if init is True:
             nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
@@ -83,17 +94,31 @@ def initial_values(
         lora_A = (torch.randn(K, r // 2, device="cpu") @ q[0::2]).t() / 10.0
         lora_B = torch.randn(r // 2, N, device="cpu").t() @ q[1::2] / 10.0
     elif isinstance(init, str):
-        if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter):
+        if type(weight) not in (Tensor, nn.Parameter, QuantizedWeight):
             raise RuntimeError(
                 f"weight: is a {type(weight).__name__}, and init_lora_weights={init!r} decomposes "
                 "all of it; initialise before the model is sharded"
             )
-        exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        decompose = _olora if init == "olora" else _pissa
-        lora_A, lora_B = decompose(init, exact, r, scaling)
-        residual = (exact - scaling * lora_B @ lora_A).to(weight.dtype)
+        exact = _exact(weight if original is None else original)
+        if init.startswith("loftq"):
+            assert isinstance(weight, QuantizedWeight)
+            lora_A, lora_B, residual = _loftq(init, exact, weight, r, scaling)
+        else:
+            decompose = _olora if init == "olora" else _pissa
+            lora_A, lora_B = decompose(init, exact, r, scaling)
+            rest = exact - scaling * lora_B @ lora_A
+            if isinstance(weight, QuantizedWeight):
+                residual = weight.requantize(rest)
+            else:
+                residual = rest.to(weight.dtype)
     # PEFT brings adapters to the base's dtype first, and to float32 after.
     return Initial(lora_A.to(weight.dtype), lora_B.to(weight.dtype), residual)
+
+
+def _exact(weight: Tensor | QuantizedWeight) -> Tensor:
+    """The values in fp32 or better."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
 
 
 def _pissa(init: str, weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
@@ -109,3 +134,16 @@ def _pissa(init: str, weight: Tensor, r: int, scaling: float) -> tuple[Tensor, T
 def _olora(init: str, weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
     Q, R = torch.linalg.qr(weight)
     return R[:r], Q[:, :r]
+
+
+def _loftq(
+    init: str, weight: Tensor, like: QuantizedWeight, r: int, scaling: float
+) -> tuple[Tensor, Tensor, QuantizedWeight]:
+    """Codes in the format of ``like``, and the principal components of what they are wrong by."""
+    turns = int(init.rpartition("_")[2]) if init != "loftq" else 1
+    rest = weight
+    for _ in range(turns):
+        codes = like.requantize(rest)
+        lora_A, lora_B = _pissa("pissa", weight - codes.dequantize(weight.dtype), r, scaling)
+        rest = weight - scaling * lora_B @ lora_A
+    return lora_A, lora_B, codes

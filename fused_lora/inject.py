@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ class InjectReport:
     total: int  # all parameters, the adapters' included, shared ones counted once
     adapted: int  # parameters of the replaced weights: what full fine-tuning of them would train
     groups: tuple[tuple[str, ...], ...] = ()  # paths of layers that are computed together
+    # ||W - W0|| / ||W|| over all weights W that were put into codes W0, or W0 + scaling * B A where
+    # the adapter starts with a part of them; None if there are none.
+    quantization_error: float | None = None
 
     @property
     def saved(self) -> float:
@@ -38,6 +42,11 @@ class InjectReport:
             f"{self.total:,} ({self.trainable / self.total:.2%}); instead of {self.adapted:,} "
             f"in those layers' weights, {self.saved:.1%} saved"
         ]
+        if self.quantization_error is not None:
+            lines.append(
+                f"  quantised: the weights, with what adapters start with of them, differ from the "
+                f"original ones by {self.quantization_error:.2%} of their norm"
+            )
         lines += [f"  skipped {path}: {why}" for path, why in self.skipped.items()]
         lines += sharing.describe_groups(self.groups)
         return "\n".join(lines)
@@ -64,7 +73,8 @@ def inject(
     """Replaces matching `nn.Linear`s with `FusedLoRALinear`s in place and freezes everything else.
 
     Args:
-        model: any module. Its weights are shared, not copied ("pissa" and "olora" make new ones).
+        model: any module. Its weights are shared, not copied ("pissa", "olora" and ``quantize``
+            make new ones).
         target_modules: PEFT's rules. A list of names matches a module whose path is a name or ends
             in "." + name; a string is a regular expression for the whole path, or "all-linear" for
             every `nn.Linear` but the output head (`get_output_embeddings`, where there is one).
@@ -77,6 +87,8 @@ def inject(
             families of transformers' models where they are known to: see `fused_lora.peft.fuse`.
         quantize: "nf4" (QLoRA), "fp4", "int8" or "fp8": the adapted layers get their weights in
             codes. Layers that bitsandbytes or torchao quantised are taken as they are, without it.
+            With "pissa" (QPiSSA), "olora" or "loftq" the codes are those of the residual; the
+            report says by how much W0 changes in all.
 
     Returns:
         The report: which layers, what was skipped and why, and the numbers of parameters.
@@ -91,7 +103,7 @@ def inject(
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
     if type(model) is nn.Linear:
         raise ValueError("model: got an nn.Linear itself; use FusedLoRALinear.from_linear")
-    if any(type(module).__module__.startswith("peft.tuners") for module in model.modules()):
+    if has_peft_layers(model):
         raise ValueError(
             "model: has PEFT's adapters already; wanted a plain model "
             "(fused_lora.peft.fuse makes PEFT's layers fast)"
@@ -107,7 +119,7 @@ def inject(
     if adapted:
         more = len(adapted) - 1
         raise ValueError(f"model: has adapters already, at {adapted[0]} and {more} more")
-    linears = {path for path, module in modules.items() if _is_linear(module)}
+    linears = {path for path, module in modules.items() if is_linear(module)}
 
     matched = match_modules(model, target_modules, exclude_modules)
     layers = [path for path in matched if path in linears]
@@ -132,6 +144,7 @@ def inject(
     ranks = per_layer("rank_pattern", rank_pattern or {}, r, layers)
     alphas = per_layer("alpha_pattern", alpha_pattern or {}, lora_alpha, layers)
     replacements: dict[nn.Module, FusedLoRALinear] = {}
+    changes: list[tuple[float, float]] = []
     for path in layers:
         linear = modules[path]
         if linear not in replacements:
@@ -147,13 +160,12 @@ def inject(
                 backend=backend,
                 quantize=quantize,
             )
+            changes += _change(linear, replacements[linear])
     model.requires_grad_(False)
     for path in layers:
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, replacements[modules[path]])
-    found = tuple(sharing.find_groups(model, FusedLoRALinear)) if groups else ()
-    if any(isinstance(layer.weight, QuantizedWeight) for layer in replacements.values()):
-        found = ()  # each reads its own codes
+    found = tuple(sharing.find_groups(model, (FusedLoRALinear,))) if groups else ()
     for paths in found:
         group = sharing.SharedInput([model.get_submodule(path) for path in paths], _arguments)
         for layer in group.members:
@@ -165,14 +177,13 @@ def inject(
         total=_count(model),
         adapted=sum(layer.weight.numel() for layer in replacements.values()),
         groups=found,
+        quantization_error=_relative(changes) if changes else None,
     )
 
 
 def _arguments(layer: FusedLoRALinear, x: Tensor) -> sharing.Arguments | None:
-    """What the layer passes to `lora_linear` for any x; None if merged, DoRA or quantised."""
+    """What the layer passes to `lora_linear` for any x; None if merged or DoRA."""
     if layer.merged or layer.lora_magnitude_vector is not None:
-        return None
-    if isinstance(layer.weight, QuantizedWeight):
         return None
     return sharing.Arguments(
         layer.weight,
@@ -185,7 +196,35 @@ def _arguments(layer: FusedLoRALinear, x: Tensor) -> sharing.Arguments | None:
     )
 
 
-def _is_linear(module: nn.Module) -> bool:
+@torch.no_grad()
+def _change(linear: nn.Module, layer: FusedLoRALinear) -> list[tuple[float, float]]:
+    """||W - W0|| and ||W|| if W0 is codes that were made here of W."""
+    if not isinstance(layer.weight, QuantizedWeight):
+        return []
+    if isinstance(linear, nn.Linear) and not foreign.is_quantized(linear):
+        original = linear.weight.float()
+    elif layer.lora_A_init is None:
+        return []  # taken as it was
+    else:
+        original = foreign.read(linear).dequantize(torch.float32)
+    now = layer.weight.dequantize(torch.float32)
+    if layer.lora_A_init is not None and layer.lora_B_init is not None:
+        now += layer.scaling * layer.lora_B_init.float() @ layer.lora_A_init.float()
+    return [((now - original).norm().item(), original.norm().item())]
+
+
+def _relative(changes: list[tuple[float, float]]) -> float:
+    change, size = (math.hypot(*norms) for norms in zip(*changes, strict=True))
+    return change / size if size else 0.0
+
+
+def has_peft_layers(model: nn.Module) -> bool:
+    """Whether PEFT has put adapters in."""
+    return any(type(module).__module__.startswith("peft.tuners") for module in model.modules())
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `inject` can replace it: an `nn.Linear`, or a quantised one of others."""
     return type(module) is nn.Linear or foreign.is_quantized(module)
 
 
@@ -249,4 +288,4 @@ def _without_output_head(model: nn.Module, modules: dict[str, nn.Module]) -> lis
     """Every linear layer but the one that transformers calls the output embeddings."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
-    return [path for path, m in modules.items() if _is_linear(m) and m is not head]
+    return [path for path, m in modules.items() if is_linear(m) and m is not head]

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks, foreign
-from .dispatch import Backend
+from .dispatch import Backend, Explanation
 from .dora import over_norm
-from .functional import dora_linear, lora_linear
+from .functional import dora_linear, explain, lora_linear
 from .initial import check_init, initial_values
 from .quantize import Format, QuantizedWeight, quantize
 from .torch_backend import weight_norm
@@ -38,7 +38,8 @@ class FusedLoRALinear(nn.Module):
         adapter_dtype: of ``lora_A`` and ``lora_B``. None follows PEFT: float32 over a bf16 or fp16
             base, the base's own dtype otherwise.
         init_lora_weights: True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_<N>" or
-            "olora", as in PEFT and with its numbers from the same seed (see `fused_lora.initial`).
+            "olora", as in PEFT and with its numbers from the same seed (see `fused_lora.initial`);
+            and "loftq", where `from_linear` quantises the weight.
         use_dora: y = m / ||W0 + scaling * B A|| o (x W0^T + scaling * x A^T B^T) + bias instead
             (https://arxiv.org/abs/2402.09353), see `dora_linear`. With lora_dropout, training costs
             a second product with W0, as in PEFT.
@@ -50,9 +51,9 @@ class FusedLoRALinear(nn.Module):
         lora_A [r, K], lora_B [N, r]: trainable parameters, and with use_dora
             lora_magnitude_vector m [N] (None without), which starts as the norm itself.
         scaling: float. merged: whether the adapter is added into ``weight``.
-        lora_A_init, lora_B_init: buffers, None but after "pissa" and "olora". There ``weight`` is
-            the residual W0 - scaling * B_init A_init in storage of its own, and these two are what
-            brings W0 back.
+        lora_A_init, lora_B_init: buffers, None but after "pissa", "olora" and "loftq". There
+            ``weight`` is the residual W0 - scaling * B_init A_init in storage of its own, and these
+            two are what brings W0 back; if it is quantised, but for the error of its codes.
 
     The state dict has `nn.Linear`'s keys plus those of the adapter and of the buffers that are not
     None; a plain `nn.Linear`'s loads and leaves the adapter as it is, except into a layer
@@ -126,10 +127,12 @@ class FusedLoRALinear(nn.Module):
                 bias. A weight in codes is read as it is. x is not quantised, whatever the layer's
                 own library does with it.
             quantize: "nf4", "fp4", "int8" or "fp8": the layer gets ``linear``'s weight in codes.
+                "pissa" and "olora" start from the weight itself, and put the rest of it into codes;
+                over a weight that is in codes already, from what these stand for.
 
         Raises TypeError for any other layer: a subclass may compute something else. ValueError for
         one that its library has not quantised yet, if ``quantize`` is asked of one that is, and for
-        DoRA, "pissa" and "olora" over a quantised weight.
+        "loftq" without it.
         """
         weight = _base_weight(linear, quantize)
         layer = cls.__new__(cls)
@@ -144,6 +147,7 @@ class FusedLoRALinear(nn.Module):
             init_lora_weights,
             use_dora,
             backend,
+            original=linear.weight if quantize and isinstance(linear, nn.Linear) else None,
         )
         return layer.train(linear.training)
 
@@ -159,6 +163,7 @@ class FusedLoRALinear(nn.Module):
         init_lora_weights: bool | str,
         use_dora: bool,
         backend: Backend,
+        original: Tensor | None = None,  # what a quantised weight was made of just now
     ) -> None:
         super().__init__()
         checks.check_rank(r)
@@ -171,8 +176,8 @@ class FusedLoRALinear(nn.Module):
         checks.check_dtype("adapter_dtype", adapter_dtype)
         self.out_features, self.in_features = weight.shape
         check_init(init_lora_weights, r, self.out_features, self.in_features)
-        if isinstance(weight, QuantizedWeight):
-            _check_quantized(init_lora_weights, use_dora)
+        if isinstance(init_lora_weights, str) and init_lora_weights.startswith("loftq"):
+            _check_loftq(weight, original)
         self.r = r
         self.lora_alpha = lora_alpha
         self.lora_dropout = float(lora_dropout)
@@ -201,7 +206,7 @@ class FusedLoRALinear(nn.Module):
         self.register_buffer("merged_scale", None, persistent=False)  # DoRA's m / norm, if merged
         self.register_buffer("lora_A_init", None)
         self.register_buffer("lora_B_init", None)
-        self.reset_lora_parameters()
+        self._start(original)
 
     @staticmethod
     def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
@@ -212,28 +217,45 @@ class FusedLoRALinear(nn.Module):
     def reset_lora_parameters(self) -> None:
         """Starts the adapter afresh, as ``init_lora_weights`` says.
 
-        A ``weight`` that is a residual is made W0 again first, exact up to rounding in its dtype.
-        On the meta device nothing happens. Raises RuntimeError if merged, or if the weight is a
-        DTensor and the start depends on its values ("pissa", "olora", use_dora).
+        A ``weight`` that is a residual is made W0 again first, exact up to rounding in its dtype or
+        the error of its codes. On the meta device nothing happens. Raises RuntimeError if merged,
+        or if the weight is a DTensor and the start depends on its values ("pissa", "olora",
+        use_dora).
         """
         if self.merged:
             raise RuntimeError("FusedLoRALinear is merged: call unmerge() before the reset")
+        original = None
+        if self.lora_A_init is not None and self.lora_B_init is not None:
+            if self._is_sharded():
+                raise RuntimeError("weight: is sharded, and the start depends on all of it")
+            product = self._product(self.lora_A_init, self.lora_B_init)
+            if isinstance(self.weight, QuantizedWeight):
+                original = self.weight.dequantize(product.dtype) + product
+                self.weight = self.weight.requantize(original)
+            else:
+                self._set_weight(self.weight.to(product.dtype) + product)
+            self.lora_A_init = self.lora_B_init = None
+        self._start(original)
+
+    def _is_sharded(self) -> bool:
+        return type(self.weight) not in (nn.Parameter, QuantizedWeight)
+
+    @torch.no_grad()
+    def _start(self, original: Tensor | None) -> None:
+        """``original``: of which a quantised weight has the codes, where it is known."""
         if self.weight.device.type == "meta":
             return
-        if type(self.weight) is not nn.Parameter and (
-            self.use_dora or self.lora_A_init is not None
-        ):
+        if self.use_dora and self._is_sharded():
             raise RuntimeError("weight: is sharded, and the start depends on all of it")
-        if self.lora_A_init is not None and self.lora_B_init is not None:
-            product = self._product(self.lora_A_init, self.lora_B_init)
-            self._set_weight(self._plain().to(product.dtype) + product)
-            self.lora_A_init = self.lora_B_init = None
-        start = initial_values(self.init_lora_weights, self.weight, self.r, self.scaling)
+        start = initial_values(self.init_lora_weights, self.weight, self.r, self.scaling, original)
         _fill(self.lora_A, start.lora_A)
         _fill(self.lora_B, start.lora_B)
         if start.weight is not None:
             # Not in place: the storage may be another layer's too.
-            self._plain().data = start.weight
+            if isinstance(start.weight, QuantizedWeight):
+                self.weight = start.weight
+            else:
+                self._plain().data = start.weight
             self.lora_A_init, self.lora_B_init = self.lora_A.clone(), self.lora_B.clone()
         if self.lora_magnitude_vector is not None:
             # PEFT's is rounded to the base's dtype; this one starts at W0 x in any.
@@ -258,17 +280,36 @@ class FusedLoRALinear(nn.Module):
             shared = self.shared_input.output(self, x)
             if shared is not None:
                 return shared
-        dropout_p = self.lora_dropout if self.training else 0.0
-        adapter = (self.lora_A, self.lora_B)
-        options: dict[str, Any] = {
+        adapter, options = (self.lora_A, self.lora_B), self._options()
+        if self.lora_magnitude_vector is not None:
+            return dora_linear(x, self.weight, *adapter, self.lora_magnitude_vector, **options)
+        return lora_linear(x, self.weight, *adapter, **options)
+
+    def _options(self) -> dict[str, Any]:
+        return {
             "scaling": self.scaling,
             "bias": self.bias,
-            "dropout_p": dropout_p,
+            "dropout_p": self.lora_dropout if self.training else 0.0,
             "backend": self.backend,
         }
-        if self.lora_magnitude_vector is not None:
-            return dora_linear(x, self._plain(), *adapter, self.lora_magnitude_vector, **options)
-        return lora_linear(x, self.weight, *adapter, **options)
+
+    def explain(self, x: Tensor) -> Explanation:
+        """Which backend and strategy `forward` takes for x, and why; computes nothing.
+
+        `fused_lora.explain` with the layer's own tensors; raises what that does.
+        """
+        if self.merged:
+            reasons = {"library": "taken: the adapter is merged into the weight"}
+            return Explanation("torch", "library", "library", reasons)
+        adapter, magnitude = (self.lora_A, self.lora_B), self.lora_magnitude_vector
+        found = explain(x, self.weight, *adapter, magnitude=magnitude, **self._options())
+        if self.shared_input is not None:
+            members = len(self.shared_input.members)
+            found.reasons["group"] = (
+                f"one of {members} layers that are computed together when they are called one "
+                "after another with the same tensor: see lora_linear_group"
+            )
+        return found
 
     @torch.no_grad()
     def _product(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
@@ -281,7 +322,7 @@ class FusedLoRALinear(nn.Module):
         return self.weight
 
     def _norm(self) -> Tensor:
-        return weight_norm(self._plain(), self.lora_A, self.lora_B, self.scaling)
+        return weight_norm(self.weight, self.lora_A, self.lora_B, self.scaling)
 
     @torch.no_grad()
     def _set_weight(self, value: Tensor) -> None:
@@ -301,6 +342,8 @@ class FusedLoRALinear(nn.Module):
 
     def _merge_quantized(self, weight: QuantizedWeight, requantize: bool) -> float:
         merged = weight.dequantize(torch.float32) + self._product(self.lora_A, self.lora_B)
+        if self.lora_magnitude_vector is not None:
+            merged *= over_norm(self.lora_magnitude_vector, self._norm())[:, None]
         values = merged.to(weight.dtype)
         if not torch.isfinite(values).all():
             raise ValueError("lora_A, lora_B: W0 + scaling * B A has values that are not finite")
@@ -318,7 +361,7 @@ class FusedLoRALinear(nn.Module):
 
         ``weight`` gets new storage: layers that shared the old one are not changed. Raises
         ValueError, and merges nothing, if the result is not finite in the weight's dtype or has
-        DoRA rows of magnitude 0, which could not be brought back.
+        DoRA rows of magnitude 0, which could not be brought back (of a quantised weight they are).
 
         A quantised weight becomes a plain parameter in its dtype, or with ``requantize`` a
         quantised one again. Returns the error that this makes, ||Q(W) - W|| / ||W|| over the merged
@@ -381,6 +424,8 @@ class FusedLoRALinear(nn.Module):
             error_msgs.append(f"{prefix or 'the layer '}is merged: call unmerge() before loading")
             return
         holds = {name for name in (*_ADAPTER, "weight") if prefix + name in state_dict}
+        if prefix + "weight.codes" in state_dict:
+            holds.add("weight")
         if "lora_A_init" in holds and self.lora_A_init is None:
             self.lora_A_init = torch.empty_like(self.lora_A)
             self.lora_B_init = torch.empty_like(self.lora_B)
@@ -443,11 +488,10 @@ def _base_weight(
     return linear
 
 
-def _check_quantized(init_lora_weights: bool | str, use_dora: bool) -> None:
-    if use_dora:
-        raise ValueError("use_dora: the base weight is quantised, and its norm is not read yet")
-    if isinstance(init_lora_weights, str) and init_lora_weights.startswith(("pissa", "olora")):
+def _check_loftq(weight: Tensor | QuantizedWeight, original: Tensor | None) -> None:
+    if original is None:
+        got = weight.layout.format if isinstance(weight, QuantizedWeight) else weight.dtype
         raise ValueError(
-            f"init_lora_weights: got {init_lora_weights!r}, which changes the base weight, and "
-            "that is quantised"
+            'init_lora_weights: "loftq" starts from the error of codes; wanted a plain nn.Linear '
+            f'and quantize="nf4", ..., got a weight in {got}'
         )

@@ -51,26 +51,14 @@ class _FusedForward:
         if args or kwargs or obstacle(self) is not None or not _fits(self, x):
             y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return y
-        if isinstance(self, _OVER_CODES):
-            y = _quantized(self, x)
-            return y
         if self.fused_lora_group is not None and not torch.compiler.is_compiling():
             shared: Tensor | None = self.fused_lora_group.output(self, x)
             if shared is not None:
                 return shared
-        call = _plain_arguments(self)
-        base, adapter = (x, call.weight), (call.lora_A, call.lora_B)
-        options: dict[str, Any] = {
-            "scaling": call.scaling,
-            "bias": call.bias,
-            "dropout_p": call.dropout_p,
-            "backend": call.backend,
-        }
-        first = _active(self)[0]
-        if first in self.lora_variant:  # DoRA, or `obstacle` had said so
-            magnitude = self.lora_magnitude_vector[first].weight
-            return dora_linear(*base, *adapter, magnitude, **options)
-        return lora_linear(*base, *adapter, **options)
+        if isinstance(self, _OVER_CODES):
+            y = _quantized(self, x)
+            return y
+        return _fused(self, x, _plain_arguments(self))
 
 
 class FusedPeftLinear(_FusedForward, peft_lora.Linear):  # type: ignore[misc]  # peft is untyped
@@ -114,19 +102,27 @@ def _read(base: nn.Module) -> QuantizedWeight:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _quantized(layer: Any, x: Tensor) -> Tensor:
     """In the base layer's compute dtype, where it has one, and back, as bitsandbytes'."""
-    weight = _read(layer.base_layer)
-    dtype = getattr(layer.base_layer, "compute_dtype", None) or x.dtype
-    call = _arguments(layer, weight, dtype)
-    return lora_linear(
-        x.to(dtype),
-        weight,
-        call.lora_A,
-        call.lora_B,
-        scaling=call.scaling,
-        bias=call.bias,
-        dropout_p=call.dropout_p,
-        backend=call.backend,
-    ).to(x.dtype)
+    dtype = _compute_dtype(layer, x)
+    return _fused(layer, x.to(dtype), _arguments(layer, _read(layer.base_layer), dtype)).to(x.dtype)
+
+
+def _compute_dtype(layer: Any, x: Tensor) -> torch.dtype:
+    return getattr(layer.base_layer, "compute_dtype", None) or x.dtype
+
+
+def _fused(layer: Any, x: Tensor, call: Arguments) -> Tensor:
+    base, adapter = (x, call.weight), (call.lora_A, call.lora_B)
+    options: dict[str, Any] = {
+        "scaling": call.scaling,
+        "bias": call.bias,
+        "dropout_p": call.dropout_p,
+        "backend": call.backend,
+    }
+    first = _active(layer)[0]
+    if first in layer.lora_variant:  # DoRA, or `obstacle` had said so
+        magnitude = layer.lora_magnitude_vector[first].weight
+        return dora_linear(*base, *adapter, magnitude, **options)
+    return lora_linear(*base, *adapter, **options)
 
 
 def _plain_arguments(layer: FusedPeftLinear) -> Arguments:
@@ -161,9 +157,16 @@ def _lasting_arguments(layer: FusedPeftLinear, x: Tensor) -> Arguments | None:
         return None
     adapters = _active(layer)
     first = adapters[0]
-    one = len(adapters) == 1 and first not in layer.lora_variant
-    one = one and layer.lora_B[first].bias is None
-    return _plain_arguments(layer) if one and type(layer.base_layer) is nn.Linear else None
+    if len(adapters) > 1 or first in layer.lora_variant or layer.lora_B[first].bias is not None:
+        return None
+    base = layer.base_layer
+    if not isinstance(layer, _OVER_CODES):
+        return _plain_arguments(layer) if type(base) is nn.Linear else None
+    # Where x and y are cast nowhere on the way, and the bias neither.
+    casts = {_compute_dtype(layer, x), x.dtype if base.bias is None else base.bias.dtype}
+    if autocast_enabled(x.device):
+        casts = {torch.get_autocast_dtype(x.device.type)}
+    return _arguments(layer, _read(base), x.dtype) if casts == {x.dtype} else None
 
 
 def _takes_batch(layer: FusedPeftLinear, x: object, names: Sequence[str]) -> bool:
@@ -269,8 +272,6 @@ def obstacle(layer: peft_lora.Linear, adapter_names: Sequence[str] | None = None
     for name in adapters:
         if name in layer.lora_variant:
             why = _variant_obstacle(layer, name, adapters)
-            if why is None and quantized:
-                why = f"adapter {name!r} is DoRA's, over a quantised weight"
             if why is not None:
                 return why
         A, B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
@@ -353,7 +354,7 @@ def fuse(
     """Puts every eligible `peft.tuners.lora.Linear` of a live model on the fused path, in place.
 
     And the LoRA layers over bitsandbytes' Linear4bit and Linear8bitLt; over the latter x is not
-    rounded to int8, which bitsandbytes does.
+    rounded to int8, which bitsandbytes does. Of DoRA's norm over either nothing is rounded.
 
     On the fast path: dropout, bias, ``lora_bias``, rsLoRA, DoRA, fp32 adapters over a half base,
     Conv1D (GPT-2), several active adapters, ``scale_layer``, patterns of r and alpha. A layer whose
@@ -397,7 +398,7 @@ def fuse(
                 _swap(layer, _FUSED[type(layer)])
             layer.fused_lora_backend = backend
             layer.__dict__.pop("fused_lora_group", None)
-    found = tuple(sharing.find_groups(model, FusedPeftLinear)) if groups else ()
+    found = tuple(sharing.find_groups(model, _FUSED.values())) if groups else ()
     for paths in found:
         group = SharedInput([layers[path] for path in paths], _lasting_arguments)
         for layer in group.members:

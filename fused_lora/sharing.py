@@ -18,7 +18,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from .backends import autocast_enabled
 from .dispatch import Backend
 from .group import lora_linear_group
+from .quantize import QuantizedWeight
 
 # transformers' families whose attention calls q_proj, k_proj and v_proj, and whose MLP gate_proj
 # and up_proj, one after another with the same tensor.
@@ -40,7 +41,7 @@ _PATIENCE = 8  # groups in a row that were computed and not asked for, before th
 class Arguments(NamedTuple):
     """What a layer passes to `lora_linear` besides x."""
 
-    weight: Tensor
+    weight: Tensor | QuantizedWeight
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
@@ -49,7 +50,8 @@ class Arguments(NamedTuple):
     backend: Backend
 
     def tensors(self) -> list[Tensor]:
-        return [t for t in self if isinstance(t, Tensor)]
+        codes = [] if isinstance(self.weight, Tensor) else list(self.weight.parameters())
+        return [*codes, *(t for t in self if isinstance(t, Tensor))]
 
     def same(self, other: Arguments) -> bool:
         """The same tensors (not equal ones) and the same numbers."""
@@ -104,14 +106,15 @@ def _changes_its_input(layer: nn.Module) -> bool:
 def _fit(x: Tensor, calls: Sequence[Arguments]) -> bool:
     """Whether all can be called with x, now, as plain tensors that count their versions."""
     tensors = [x, *(t for call in calls for t in call.tensors())]
+    plain = [t for call in calls for t in (call.weight, call.bias) if isinstance(t, Tensor)]
     return (
         all(type(t) is Tensor or type(t) is nn.Parameter for t in tensors)
         and not any(t.is_inference() for t in tensors)
         and all(t.device == x.device for t in tensors)
         and x.ndim > 0
         and all(call.weight.shape[-1] == x.shape[-1] for call in calls)
-        and len({(call.backend, call.weight.dtype) for call in calls}) == 1
-        and (x.dtype == calls[0].weight.dtype or autocast_enabled(x.device))
+        and len({call.backend for call in calls}) == 1
+        and (autocast_enabled(x.device) or all(t.dtype == x.dtype for t in plain))
     )
 
 
@@ -196,15 +199,15 @@ class SharedInput:
             )
 
 
-def find_groups(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, ...]]:
-    """Paths of the layers of type ``kind`` that a block calls one after another with one input.
+def find_groups(model: nn.Module, kinds: Collection[type[nn.Module]]) -> Iterator[tuple[str, ...]]:
+    """Paths of the layers of these types that a block calls one after another with one input.
 
     Only in blocks of transformers' own classes that are known to.
     """
     for path, block in model.named_modules():
         for suffix, names in _SHARING.items():
             if type(block).__module__ in _MODULES and type(block).__name__.endswith(suffix):
-                members = [name for name in names if type(getattr(block, name, None)) is kind]
+                members = [name for name in names if type(getattr(block, name, None)) in kinds]
                 if len(members) > 1:
                     yield tuple(f"{path}.{name}" if path else name for name in members)
 

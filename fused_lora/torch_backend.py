@@ -6,7 +6,7 @@ own outputs, and no [M, N] temporary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -139,19 +139,26 @@ _CHUNK = 1 << 22
 
 
 @torch.no_grad()
-def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+def weight_norm(
+    weight: Tensor | QuantizedWeight, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> Tensor:
     """||W0 + scaling * B A|| of each row, [N], in fp32 or better; some rows at a time."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     A, B = lora_A.to(dtype), lora_B.to(dtype)
-    K = weight.shape[1]
-    rows = max(1, _CHUNK // max(K, 1))
-    norms = [
-        torch.linalg.vector_norm(
-            weight[n : n + rows].to(dtype) + scaling * (B[n : n + rows] @ A), dim=1
-        )
-        for n in range(0, len(weight), rows)
-    ]
-    return torch.cat(norms) if norms else weight.new_empty(0, dtype=dtype)
+    tiles = weight.row_tiles(dtype) if isinstance(weight, QuantizedWeight) else _row_tiles(weight)
+    norms = []
+    for rows, tile in tiles:
+        norms.append(torch.linalg.vector_norm(tile.to(dtype) + scaling * (B[rows] @ A), dim=1))
+        del tile  # before the next one is there
+    return torch.cat(norms) if norms else A.new_empty(0)
+
+
+def _row_tiles(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    N, K = weight.shape
+    step = max(1, _CHUNK // max(K, 1))
+    for start in range(0, N, step):
+        rows = slice(start, start + step)
+        yield rows, weight[rows]
 
 
 def scale_columns(z: Tensor, column_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -185,7 +192,7 @@ def _dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
 
 def forward_group(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | QuantizedWeight],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -205,7 +212,7 @@ def forward_group(
     for i, h_i in enumerate(h.split_with_sizes(ranks, dim=1)):
         dropout = dropouts[i]
         h_i *= scalings[i] * (dropout.keep_scale if dropout else 1.0)
-        y = F.linear(x, weights[i], biases[i])
+        y = _base(x, weights[i], biases[i])
         ys.append(y.addmm_(h_i, lora_Bs[i].to(x.dtype).t()))
     return ys, h
 
@@ -213,7 +220,7 @@ def forward_group(
 def backward_group(
     gs: Sequence[Tensor],
     x: Tensor | None,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | QuantizedWeight],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     hs: Sequence[Tensor | None],
@@ -240,7 +247,7 @@ def backward_group(
     if need_dx:
         dx = _adapters_dx(dh, dhs, [A.to(dh.dtype) for A in lora_As], dropouts)
         for g, weight in zip(gs, weights, strict=True):
-            dx.addmm_(g, weight)
+            _add_base_dx(dx, g, weight)
     if x is not None and any(dropouts):
         dAs = [
             (dh_i.t() @ _dropped(x, dropout)).to(A.dtype)

@@ -46,6 +46,11 @@ def _operand(weight: Tensor | QuantizedWeight) -> Tensor | QuantizedMatrix:
     return weight if isinstance(weight, Tensor) else weight.matrix()
 
 
+def _values(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """W0 itself, or what a quantised one stands for in a scratch tensor."""
+    return weight if isinstance(weight, Tensor) else dequantize(weight.matrix(), dtype)
+
+
 def lora_gemm(
     x: Tensor,
     w: Tensor | QuantizedMatrix,
@@ -65,15 +70,15 @@ def lora_gemm(
 
     Dropout is on x in h (``drop_x``: the forward) or on h b (the input gradient). ``config``: of
     the launch that makes y; None is `choose_config`'s. "library" is cuBLAS's product with our h; it
-    cannot drop h b, which falls to "split". DoRA is in the epilogue of one_pass and split alone.
+    cannot drop h b, which falls to "split". DoRA is in the epilogue of one_pass, split and in_loop.
     """
     r, N = b.shape
     on_x, on_y = (dropout, None) if drop_x else (None, dropout)
     if isinstance(w, QuantizedMatrix):
         if strategy == "in_loop":
             h = gemm_scaled(_config("plain", x, r, r, on_x), x, a, scale=scaling, dropout=on_x)
-            config = config or _config("quantized", x, N, r, on_y)
-            return gemm_add_lora(config, x, w, h, b, bias=bias, dropout=on_y), h
+            config = config or _config("quantized", x, N, r, on_y, dora is not None)
+            return gemm_add_lora(config, x, w, h, b, bias=bias, dropout=on_y, dora=dora), h
         w = dequantize(w, x.dtype)
     if dora is not None:
         strategy, config = "one_pass" if strategy == "one_pass" else "split", None
@@ -182,12 +187,13 @@ def backward(
 
 def forward_group(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | QuantizedWeight],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     scalings: Sequence[float],
     dropouts: Sequence[Dropout | None],
+    plan: Plan,
 ) -> tuple[list[Tensor], Tensor]:
     """Every y_i [M, N_i], and the h_i = scaling_i * (D_i o x) A_i^T side by side [M, sum r_i]."""
     ranks = [A.shape[0] for A in lora_As]
@@ -200,19 +206,20 @@ def forward_group(
     else:
         config = _config("plain", x, h.shape[1], h.shape[1], None)
         gemm_scaled(config, x, torch.cat(tuple(lora_As)).t(), scale=scalings[0], out=h)
-    ys = [
-        gemm_add_lora(
-            _config("second", x, B.shape[0], B.shape[1], None), x, W.t(), h_i, B.t(), bias=bias
-        )
-        for W, B, bias, h_i in zip(weights, lora_Bs, biases, hs, strict=True)
-    ]
+    ys = []
+    for weight, B, bias, h_i in zip(weights, lora_Bs, biases, hs, strict=True):
+        W = _operand(weight) if plan.strategy == "in_loop" else _values(weight, x.dtype)
+        kind: Kind = "quantized" if isinstance(W, QuantizedMatrix) else "second"
+        config = _config(kind, x, B.shape[0], B.shape[1], None)
+        ys.append(gemm_add_lora(config, x, W.t(), h_i, B.t(), bias=bias))
+        del W  # a scratch, before the next one is there
     return ys, h
 
 
 def backward_group(
     gs: Sequence[Tensor],
     x: Tensor | None,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | QuantizedWeight],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     hs: Sequence[Tensor | None],
@@ -239,7 +246,9 @@ def backward_group(
     dropout = next(filter(None, dropouts), None)
     if need_dx:
         config = _config("group", gs[0], K, max(ranks), dropout)
-        dx = gemm_group(config, gs, weights, dhs, lora_As, dropouts)
+        values = [_values(weight, dh.dtype) for weight in weights]
+        dx = gemm_group(config, gs, values, dhs, lora_As, dropouts)
+        del values  # the scratches of quantised ones
     if x is not None and dropout is None:
         dtype = functools.reduce(torch.promote_types, (A.dtype for A in lora_As))
         dA = grad_lora_a(_config("grad", x, K, sum(ranks), None), x, dh, dtype=dtype, dropout=None)

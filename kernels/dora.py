@@ -17,6 +17,7 @@ import triton.language as tl
 from .configs import MIN_DOT, padded
 from .device import device_guard, device_info
 from .grads import rows_in_split, sum_partials
+from .quantized import QuantizedMatrix, load_weight
 
 # Both are bound by memory. The norm's products are exact (FMA): few rows, so that many programs
 # share them; the columns' tile is one of plain loads.
@@ -28,6 +29,7 @@ _MAX_BLOCK_R = 32  # 64 spills on sm_80
 @triton.jit(do_not_specialize=["scale"])
 def weight_norm_kernel(
     w_ptr,
+    w_tables,  # None, or a QuantizedMatrix's tables: then w_ptr is its codes
     a_ptr,
     b_ptr,
     norm_ptr,
@@ -44,6 +46,7 @@ def weight_norm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    W_LAYOUT: tl.constexpr = None,  # a QuantizedMatrix's layout
 ):
     scale = tl.cast(scale, tl.float32)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -64,8 +67,23 @@ def weight_norm_kernel(
             a_ptrs = a_ptr + ranks[:, None] * stride_ar + cols * stride_ak
             a = tl.load(a_ptrs, mask=in_r[:, None] & in_k, other=0.0)  # [BLOCK_R, BLOCK_K]
             delta = tl.dot(b.to(tl.float32), a.to(tl.float32), delta, input_precision="ieee")
-        w_ptrs = w_ptr + rows * stride_wn + cols * stride_wk
-        w = tl.load(w_ptrs, mask=in_n & in_k, other=0.0)  # [BLOCK_N, BLOCK_K]
+        if W_LAYOUT is None:
+            w_ptrs = w_ptr + rows * stride_wn + cols * stride_wk
+            w = tl.load(w_ptrs, mask=in_n & in_k, other=0.0)  # [BLOCK_N, BLOCK_K]
+        else:
+            w = load_weight(
+                w_ptr,
+                w_tables,
+                tl.program_id(0) * BLOCK_N,
+                k,
+                N,
+                K,
+                BLOCK_N,
+                BLOCK_K,
+                W_LAYOUT[0],
+                W_LAYOUT[1],
+            )
+            w = tl.where(in_k, w, 0.0)
         v = w.to(tl.float32) + scale * delta
         acc += v * v
     norm = tl.sqrt_rn(tl.sum(acc, axis=1))
@@ -73,27 +91,33 @@ def weight_norm_kernel(
 
 
 def weight_norm(
-    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, scale: float
+    weight: torch.Tensor | QuantizedMatrix, a: torch.Tensor, b: torch.Tensor, *, scale: float
 ) -> torch.Tensor:
-    """||weight + scale * b a|| of each row, fp32 [N]; any strides, any floating dtypes."""
+    """||weight + scale * b a|| of each row, fp32 [N]; any strides, any floating dtypes.
+
+    ``weight`` [N, K] may be a `QuantizedMatrix`; its values count before they are rounded.
+    """
     (N, K), R = weight.shape, a.shape[0]
-    norm = torch.empty(N, dtype=torch.float32, device=weight.device)
+    norm = torch.empty(N, dtype=torch.float32, device=a.device)
     if N == 0:
         return norm
-    with device_guard(weight.device):
+    quantized = weight if isinstance(weight, QuantizedMatrix) else None
+    with device_guard(a.device):
         weight_norm_kernel[(triton.cdiv(N, _NORM["BLOCK_N"]),)](
-            weight,
+            weight if quantized is None else quantized.code_bytes(),
+            None if quantized is None else quantized.tables,
             a,
             b,
             norm,
             N,
             K,
             R,
-            *weight.stride(),
+            *((0, 0) if isinstance(weight, QuantizedMatrix) else weight.stride()),
             *a.stride(),
             *b.stride(),
             scale,
             BLOCK_R=min(padded(R), _MAX_BLOCK_R),
+            W_LAYOUT=None if quantized is None else quantized.layout,
             **_NORM,
         )
     return norm

@@ -203,6 +203,20 @@ def test_grouped_query_heads_are_repeated_ones(kv_heads, masks):
     torch.testing.assert_close(fused(x, **masks), full(x, **masks))
 
 
+def test_explain():
+    fused = FusedLoRAAttention(E, H, target_modules=ALL)
+    x, y = torch.randn(L, B, E), torch.randn(S, B, E)
+    found = fused.explain(x)
+    assert list(found) == ["q_proj, k_proj, v_proj", "out_proj"]
+    assert "h: one product for all members" in str(found["q_proj, k_proj, v_proj"])
+    assert "library: taken: F.linear" in str(found["out_proj"])
+    assert list(fused.explain(x, y)) == ["q_proj", "k_proj, v_proj", "out_proj"]
+    some = FusedLoRAAttention(E, H, target_modules=("k_proj",))
+    assert list(some.explain(x, y, y + 1)) == ["k_proj"]
+    with pytest.raises(ValueError, match="value: was given without a key"):
+        fused.explain(x, value=y)
+
+
 @pytest.mark.parametrize("targets", [ALL, ("k_proj", "v_proj"), ("q_proj", "out_proj")])
 def test_projections_of_the_same_tensor_run_together(device, launches, targets):
     fused = _train(FusedLoRAAttention(E, H, target_modules=targets, backend="triton"))

@@ -320,6 +320,34 @@ def test_version():
     assert result.output == f"fused-lora {__version__}\n"
 
 
+@pytest.mark.parametrize("name", ["torch", "typer"])
+@pytest.mark.parametrize("script", [False, True])
+def test_command_interrupted_while_it_imports_is_quiet(tmp_path, name, script):
+    """The module that it is at presses Ctrl-C."""
+    press = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    (tmp_path / f"{name}.py").write_text(press)
+    (tmp_path / "fused-lora").write_text("from fused_lora.__main__ import main\nmain()\n")
+    command = [str(tmp_path / "fused-lora")] if script else ["-m", "fused_lora"]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    result = subprocess.run(
+        [sys.executable, *command, "--version"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+
+
+def test_programs_that_import_the_library_keep_their_ctrl_c():
+    program = (
+        "import signal, fused_lora\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
 def test_interrupted_command_saves_and_says_how_to_go_on(settings, tmp_path):
     out = tmp_path / "out"
     options = [*_options(replace(settings, steps=100_000)), "--out", str(out)]

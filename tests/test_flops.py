@@ -21,6 +21,7 @@ from fused_lora import (
     quantize_int8,
 )
 from fused_lora.group_ops import lora_linear_group_op
+from fused_lora.packing import pack
 
 NAMES = ("x", "lora_A", "lora_B")
 NEEDS = [needs for n in range(4) for needs in itertools.combinations(NAMES, n)]
@@ -88,9 +89,10 @@ def _as_members(members):
 
 
 def _as_operator(members):
-    lists = [[getattr(p, n) for p in members] for n in ("weight", "lora_A", "lora_B", "bias")]
+    lists = [[getattr(p, n) for p in members] for n in ("lora_A", "lora_B", "bias")]
+    packed = pack(*(p.weight for p in members))
     scalings = [p.scaling for p in members]
-    arguments = (members[0].x, *lists, scalings, None, [0, 0], "torch", True)
+    arguments = (members[0].x, *lists, *packed, scalings, None, [0, 0], "torch", True)
     return lora_linear_group_op(*arguments)[:2]
 
 

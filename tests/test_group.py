@@ -13,6 +13,7 @@ from torch import nn
 from fused_lora import (
     FusedLoRAGroup,
     FusedLoRALinear,
+    explain_group,
     lora_linear_group,
     merge_and_unload,
     reference,
@@ -24,6 +25,7 @@ from fused_lora.kernels import configs
 from fused_lora.kernels.device import INTERPRETED
 from fused_lora.kernels.dropout import Dropout, dropout_threshold
 from fused_lora.kernels.group import gemm_group
+from fused_lora.packing import pack
 
 DTYPES = [
     pytest.param(torch.float32, id="fp32"),
@@ -367,11 +369,12 @@ def test_opcheck(device, dropout_p, M):
         t.requires_grad_()
     seeds = torch.tensor([3, 4], device=device) if dropout_p else None
     dropout = (seeds, [round(dropout_p * 65536)] * 2)
-    call = (x, weights, As, Bs, biases, [0.5, 2.0], *dropout, "torch", True)
+    packed = pack(*weights)
+    call = (x, As, Bs, biases, *packed, [0.5, 2.0], *dropout, "torch", True)
     torch.library.opcheck(lora_linear_group_op, call)
-    detached = [[t.detach() for t in ts] for ts in (weights, As, Bs)]
+    detached = [[t.detach() for t in ts] for ts in (As, Bs)]
     gs, h = [p.g for p in group], torch.randn(M, 5, device=device)
-    call = (gs, x.detach(), *detached, h, [0.5, 2.0], *dropout, "torch", True)
+    call = (gs, x.detach(), *detached, h, *packed, [0.5, 2.0], *dropout, "torch", True)
     torch.library.opcheck(lora_linear_group_backward_op, call)
 
 
@@ -437,6 +440,10 @@ BAD = {
         ValueError,
         "member 1: lora_B: got shape [3, 2]",
     ),
+    "weights no list": ({"weights": 1.0}, TypeError, "weights: got float, wanted a list"),
+    "dropout no list": ({"dropout_ps": 0.5}, TypeError, "dropout_ps: got float, wanted a list"),
+    "a scaling too few": ({"scalings": [1.0]}, ValueError, "scalings: got 1, wanted 2"),
+    "no number": ({"scalings": None}, TypeError, "member 0: scaling: got NoneType"),
     "x": ({"x": torch.randn(4, 7)}, ValueError, "member 0: x: got shape [4, 7]"),
     "scaling": ({"scalings": [1.0, float("nan")]}, ValueError, "member 1: scaling: got nan"),
     "dropout": ({"dropout_ps": [1.0, 0.0]}, ValueError, "member 0: dropout_p: got 1.0"),
@@ -464,6 +471,46 @@ def test_refused(name, launches):
         lora_linear_group(*tensors, **arguments)
     assert launches == []
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_one_scaling_for_all():
+    tensors = [GOOD[key] for key in ("x", "weights", "lora_As", "lora_Bs")]
+    one, each = (lora_linear_group(*tensors, scalings=s) for s in (2.0, [2.0, 2.0]))
+    for y, other in zip(one, each, strict=True):
+        assert torch.equal(y, other)
+
+
+def test_explain(launches):
+    tensors = [GOOD[key] for key in ("x", "weights", "lora_As", "lora_Bs")]
+    said = str(explain_group(*tensors))
+    assert said.startswith("backend torch, forward library, dx library\n  triton: not taken: the")
+    assert "h: one product for all members: x is read once" in said
+    said = str(explain_group(*tensors, backend="triton"))
+    assert said.startswith("backend triton, forward split, dx split\n  torch: not taken")
+    assert "dx: one launch for 2 members" in said
+    too_large = {"lora_As": [torch.randn(2, 6), torch.randn(513, 6)]}
+    too_large["lora_Bs"] = [torch.randn(5, 2), torch.randn(3, 513)]
+    tensors = [(GOOD | too_large)[key] for key in ("x", "weights", "lora_As", "lora_Bs")]
+    with pytest.raises(ValueError, match="member 1: .*got r = 513, wanted at most"):
+        explain_group(*tensors, backend="triton")
+    assert launches == []
+
+
+def test_module_explains_itself():
+    layers, x = _layers(backend="triton"), torch.randn(4, 6)
+    group = FusedLoRAGroup(layers)
+    assert str(group.explain(x)).startswith("backend triton, forward split, dx split\n")
+    assert "dx: one launch for 3 members" in str(group.explain(x))
+    layers["k"].backend = "torch"
+    said = str(group.explain(x))
+    assert said.startswith("backend torch, forward one by one, dx one by one\n")
+    assert "group: not taken: the layers differ in their backend" in said
+    assert "q: backend triton, forward" in said
+    assert "k: backend torch, forward library, dx library" in said
+    alone = FusedLoRAGroup({"q": layers["q"]}).explain(x)
+    assert str(alone) == str(layers["q"].explain(x))
+    group["k"] = nn.Linear(6, 4)
+    assert "k: has no adapter" in str(group.explain(x))
 
 
 def _layers(**kwargs):

@@ -184,7 +184,8 @@ def test_meta_device(init):
     ("init", "r", "error", "message"),
     [
         ("eva", 4, ValueError, "needs activations of training data"),
-        ("loftq", 4, ValueError, "init_lora_weights: got 'loftq', wanted True, False"),
+        ("loftq", 4, ValueError, 'init_lora_weights: "loftq" starts from the error of codes'),
+        ("lofty", 4, ValueError, "init_lora_weights: got 'lofty', wanted True, False"),
         ("pissa_niter_", 4, ValueError, "init_lora_weights: got 'pissa_niter_'"),
         (None, 4, TypeError, "init_lora_weights: got None"),
         (1, 4, TypeError, "init_lora_weights: got 1"),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fused_lora import FusedLoRALinear, reference
+from fused_lora import FusedLoRALinear, explain, reference
 
 
 def _layer(K=6, N=5, r=2, **kwargs):
@@ -179,6 +179,29 @@ def test_meta_device_and_to_empty():
     layer = FusedLoRALinear(6, 5, 2, device="meta").to_empty(device="cpu")
     layer.load_state_dict(_layer().state_dict())
     assert layer(torch.randn(4, 6)).shape == (4, 5)
+
+
+def test_explain(launches):
+    layer, x = FusedLoRALinear(8, 6, 2, lora_dropout=0.5, backend="triton"), torch.randn(3, 8)
+    assert str(layer.explain(x)) == str(
+        explain(
+            x,
+            layer.weight,
+            layer.lora_A,
+            layer.lora_B,
+            scaling=layer.scaling,
+            bias=layer.bias,
+            dropout_p=0.5,
+            backend="triton",
+        )
+    )
+    assert layer.explain(x).reasons != layer.eval().explain(x).reasons
+    assert "dora: one more read of W0" in str(FusedLoRALinear(8, 6, 2, use_dora=True).explain(x))
+    with pytest.raises(ValueError, match="x: got shape"):
+        layer.explain(x[:, 1:])
+    layer.merge()
+    assert "library: taken: the adapter is merged" in str(layer.explain(x))
+    assert launches == []
 
 
 def test_repr():

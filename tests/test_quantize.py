@@ -837,14 +837,6 @@ def test_what_takes_no_nf4_weight_yet_says_so():
     x, A, B = torch.randn(3, 64), torch.randn(2, 64), torch.randn(8, 2)
     with pytest.raises(TypeError, match="weight: is quantised, which lora_linear_multi"):
         fused_lora.lora_linear_multi(x, q, [A], [B], scalings=1.0, adapter_indices=[0, 0, 0])
-    with pytest.raises(TypeError, match="weights: got a QuantizedWeight, which lora_linear_group"):
-        fused_lora.lora_linear_group(x, [q], [A], [B], scalings=[1.0])
-    with pytest.raises(TypeError, match="weight: is quantised, which dora_linear"):
-        fused_lora.dora_linear(x, q, A, B, torch.ones(8), scaling=1.0)
-    with pytest.raises(ValueError, match="use_dora: the base weight is quantised"):
-        FusedLoRALinear.from_linear(q, 2, use_dora=True)
-    with pytest.raises(ValueError, match="init_lora_weights: got 'pissa', which changes"):
-        FusedLoRALinear.from_linear(q, 2, init_lora_weights="pissa")
 
 
 # --- bad input
