@@ -97,7 +97,7 @@ class Case:
         flags += "+dora" * self.dora + "+multi" * self.multi
         tile = f"{c.BLOCK_M}x{c.BLOCK_N}x{c.BLOCK_K}w{c.num_warps}s{c.num_stages}"
         if c.SUBTILES:
-            tile += f"/{c.SUBTILES}" + "+flat" * bool(c.FLATTEN) + "+ws" * bool(c.WARP_SPECIALIZE)
+            tile += f"/{c.SUBTILES}" + "+flat" * bool(c.FLATTEN)
         dtypes = f"{self.dtype}/{self.adapter_dtype}"
         kind = f"{self.kind} {self.codes}".strip()
         return f"sm_{self.arch} {kind}{flags} {dtypes} r{self.r} {tile}"

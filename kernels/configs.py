@@ -55,7 +55,6 @@ class TileConfig:
     GROUP_M: int | None = None  # rows of tiles that run side by side and share W's tiles in L2
     SUBTILES: int | None = None  # parts that y's tile is stored in: 1, 2 or 4
     FLATTEN: bool | None = None  # the next tile's first loads overlap this tile's end
-    WARP_SPECIALIZE: bool | None = None
     programs_per_sm: int = 1
 
     def meta(self) -> dict[str, int | bool]:
@@ -133,7 +132,6 @@ def _tma(
         GROUP_M=GROUP_M,
         SUBTILES=SUBTILES,
         FLATTEN=FLATTEN,
-        WARP_SPECIALIZE=False,
         programs_per_sm=programs_per_sm,
     )
 
@@ -225,10 +223,8 @@ def _is_valid_tma(
 ) -> bool:
     if device.capability < 90:
         return False
-    # Seen with triton 3.6 and 3.9. WARP_SPECIALIZE changes nothing on Hopper with 8 warps and
-    # crashes the compiler with 4; on Blackwell it crashes on all forms but one pass, and that one
-    # Triton 3.6 compiles to an empty kernel, with or without it.
-    if config.WARP_SPECIALIZE or (kind == "tma_one_pass" and device.capability >= 100):
+    # Triton 3.6 compiles it to an empty kernel there.
+    if kind == "tma_one_pass" and device.capability >= 100:
         return False
     # On Blackwell the accumulator leaves tensor memory whole for the mask.
     if dropout and device.capability >= 100 and config.BLOCK_M * config.BLOCK_N > 128 * 128:
