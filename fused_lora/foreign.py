@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .quantize import FP8, QuantizedWeight
 
@@ -53,7 +53,7 @@ def _four_bit(linear: Any) -> QuantizedWeight:
         raise ValueError("linear: is a Linear4bit that is not quantised yet; move it to its device")
     if getattr(state, "packing_format_for_cpu", False):
         raise ValueError("linear: its codes are in bitsandbytes' CPU order, made for inference")
-    nested: dict[str, Tensor] = {}
+    nested: dict[str, Any] = {}
     if state.state2 is not None:
         if state.state2.blocksize != 256:
             raise ValueError(f"linear: nested block size {state.state2.blocksize}, wanted 256")

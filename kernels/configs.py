@@ -18,11 +18,12 @@ from .device import DeviceInfo
 # Which product a configuration is for: the forms of gemm.py, grads.py, group.py, skinny.py,
 # multi.py and persistent.py.
 TmaKind = Literal["tma_one_pass", "tma_second", "tma_produced"]
-# "quantized" is gemm.py's second form with a quantised W.
+# "quantized" is gemm.py's second form with a quantised W, "fp8" the same with an x in fp8 too.
 Kind = Literal[
     "one_pass",
     "second",
     "quantized",
+    "fp8",
     "plain",
     "grad",
     "group",
@@ -89,6 +90,18 @@ _QUANTIZED_16BIT = (
     TileConfig(64, 128, 64, num_warps=8, num_stages=3),
     TileConfig(64, 64, 64, num_warps=8, num_stages=3),
     TileConfig(16, 64, 64, num_warps=4, num_stages=4),
+)
+# BLOCK_K is the columns that share a scale of x; their product is there beside y's accumulator.
+_FP8_16BIT = (
+    TileConfig(128, 128, 128, num_warps=8, num_stages=4),
+    TileConfig(128, 128, 128, num_warps=8, num_stages=3),
+    TileConfig(64, 128, 128, num_warps=8, num_stages=3),
+    TileConfig(64, 64, 128, num_warps=8, num_stages=3),
+    TileConfig(16, 64, 128, num_warps=4, num_stages=4),
+)
+_FP8_32BIT = (
+    TileConfig(32, 32, 128, num_warps=4, num_stages=2),
+    TileConfig(16, 32, 128, num_warps=4, num_stages=2),
 )
 # fp32 products are exact (FMA, no tensor cores), there for checking: larger tiles spill.
 _GEMM_32BIT = (
@@ -172,6 +185,8 @@ def _candidates(kind: Kind, itemsize: int) -> tuple[TileConfig, ...]:
         return _SKINNY_16BIT if itemsize == 2 else _SKINNY_32BIT
     if is_tma(kind):
         return _TMA_16BIT if itemsize == 2 else ()
+    if kind == "fp8":
+        return _FP8_16BIT if itemsize == 2 else _FP8_32BIT
     if itemsize == 4:
         return _GEMM_32BIT
     if kind == "expand":
@@ -199,14 +214,17 @@ def is_valid(
     if is_tma(kind):
         return _is_valid_tma(config, kind, r, itemsize, dropout, device)
     block_r = padded(r) if kind == "one_pass" else 0
-    operands = itemsize * config.BLOCK_K * (config.BLOCK_M + config.BLOCK_N)
+    native_fp8 = kind == "fp8" and device.capability >= 89
+    element = 1 if native_fp8 else itemsize
+    operands = element * config.BLOCK_K * (config.BLOCK_M + config.BLOCK_N)
     adapter = 4 * config.BLOCK_K * block_r
     loops = 2 if kind == "skinny" else 1  # over W and over A, each with memory of its own
     if loops * config.num_stages * (operands + adapter) > device.shared_memory:
         return False
     threads = 32 * config.num_warps
     accumulators = config.BLOCK_M * (config.BLOCK_N + block_r) / threads
-    if kind == "quantized" and device.capability < 90:  # W's tile is in registers too, in fp32
+    # W's tile is in registers too, as values.
+    if (kind == "quantized" and device.capability < 90) or (kind == "fp8" and not native_fp8):
         return accumulators <= 32
     if dropout:  # drawing a mask takes about five words per eight elements on top
         return accumulators <= (32 if kind == "group" else 64)  # a group has two accumulators
