@@ -151,7 +151,9 @@ class QuantizedWeight(nn.Module):
         four_bit = format in ("nf4", "fp4")
         check_activations(self.activations)
         if self.activations is not None and format != "fp8":
-            raise ValueError(f"activations: got {self.activations!r} for a weight in {format}")
+            raise ValueError(
+                f"activations: got {self.activations!r} for a weight in {format}, wanted one in fp8"
+            )
         if self.dtype not in (*_SOURCE_DTYPES, torch.float64):
             raise TypeError(f"dtype: got {self.dtype}, wanted a floating dtype of 16 bits or more")
         if four_bit and (block_rows != 1 or block_cols not in _BLOCK_SIZES):

@@ -72,8 +72,7 @@ def lora_gemm(
     if isinstance(w, QuantizedMatrix):
         if strategy == "in_loop" or w.takes_fp8:
             h = gemm_scaled(_config("plain", x, r, r, on_x), x, a, scale=scaling, dropout=on_x)
-            kind: Kind = "fp8" if w.takes_fp8 else "quantized"
-            config = config or _config(kind, x, N, r, on_y)
+            config = config or _config(w.kind, x, N, r, on_y)
             return gemm_add_lora(config, x, w, h, b, bias=bias, dropout=on_y), h
         w = dequantize(w, x.dtype)
     if dora is not None:

@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .configs import Kind
 from .device import device_guard, has_fp8
 
 NESTED_BLOCK = tl.constexpr(256)  # scales that share one scale of theirs, as in bitsandbytes
@@ -61,6 +62,11 @@ class QuantizedMatrix:
     def t(self) -> QuantizedMatrix:
         """Its transpose: the same codes, read the other way."""
         return replace(self, transposed=not self.transposed)
+
+    @property
+    def kind(self) -> Kind:
+        """Whose tile configurations a product with it in the K loop takes."""
+        return "fp8" if self.takes_fp8 else "quantized"
 
     @property
     def layout(self) -> tuple[int, int, bool]:
