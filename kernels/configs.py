@@ -88,7 +88,7 @@ _GEMM_16BIT = (
 _QUANTIZED_16BIT = (
     TileConfig(128, 128, 64, num_warps=8, num_stages=3),
     TileConfig(64, 128, 64, num_warps=8, num_stages=3),
-    TileConfig(64, 64, 64, num_warps=8, num_stages=3),
+    TileConfig(64, 64, 64, num_warps=4, num_stages=4),
     TileConfig(16, 64, 64, num_warps=4, num_stages=4),
 )
 # BLOCK_K is the columns that share a scale of x; their product is there beside y's accumulator.
