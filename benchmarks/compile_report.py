@@ -1,6 +1,6 @@
 """What every shipped kernel configuration compiles to, without a GPU.
 
-    python -m benchmarks.compile_report --arch sm_80,sm_90,sm_100 [--heaviest] [--json FILE]
+    python -m benchmarks.compile_report --arch sm_80,sm_89,sm_90,sm_100 [--heaviest] [--json FILE]
 
 For each kernel form x configuration that the model or a tuned table can choose: registers, stack
 (spills), shared memory, occupancy and tensor-core and copy-engine instructions, read from the
@@ -40,6 +40,7 @@ RANKS: dict[Kind, tuple[int, ...]] = {
     "one_pass": (16, 32, 64),
     "second": (16, 64),
     "quantized": (64,),
+    "fp8": (64,),
     "plain": (16, 64),
     "grad": (16, 32, 64),
     "group": (16, 64),
@@ -61,12 +62,15 @@ MULTI: dict[Kind, tuple[bool, ...]] = {
 CODES: dict[str, tuple[str, tuple[str | None, ...], tuple[int, int]]] = {
     "nf4": ("*u8", ("*u8", "*fp32", "*fp32", "*fp32", "*fp32"), (1, 64)),
     "int8": ("*i8", ("*fp32", None, None, None, None), (1, 0)),
-    "fp8": ("*u8", ("*fp32", None, None, None, None), (128, 128)),
+    "fp8": ("*fp8e4nv", ("*fp32", None, None, None, None), (128, 128)),
+    "fp8 rows": ("*fp8e4nv", ("*fp32", None, None, None, None), (1, 0)),
 }
-# Warp-group products on Hopper, tcgen05 on Blackwell, warp products elsewhere and in small tiles;
-# loads and stores by the copy engine.
-INSTRUCTION = re.compile(r"\b(HGMMA|UTCHMMA|HMMA|UTMALDG|UTMASTG)\b")
+FP8_ARCH = 89  # from there on there is the type, and a product in it
+# Warp-group products on Hopper, tcgen05 on Blackwell, warp products elsewhere and in small tiles,
+# in 16 bits (H) and fp8 (Q); loads and stores by the copy engine.
+INSTRUCTION = re.compile(r"\b(HGMMA|QGMMA|UTCHMMA|UTCQMMA|HMMA|QMMA|UTMALDG|UTMASTG)\b")
 TENSOR_CORE = {"HGMMA", "UTCHMMA", "HMMA"}
+FP8_TENSOR_CORE = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA"}
 LAYER = (8192, 4096, 4096)  # M, N, K
 REGISTERS_PER_SM, THREADS_PER_SM = 65_536, 2_048
 # Blocks by shared memory: what a multiprocessor has beyond one block's limit is 1 KB, which each
@@ -97,7 +101,7 @@ class Case:
         flags += "+dora" * self.dora + "+multi" * self.multi
         tile = f"{c.BLOCK_M}x{c.BLOCK_N}x{c.BLOCK_K}w{c.num_warps}s{c.num_stages}"
         if c.SUBTILES:
-            tile += f"/{c.SUBTILES}" + "+flat" * bool(c.FLATTEN) + "+ws" * bool(c.WARP_SPECIALIZE)
+            tile += f"/{c.SUBTILES}" + "+flat" * bool(c.FLATTEN)
         dtypes = f"{self.dtype}/{self.adapter_dtype}"
         kind = f"{self.kind} {self.codes}".strip()
         return f"sm_{self.arch} {kind}{flags} {dtypes} r{self.r} {tile}"
@@ -128,6 +132,8 @@ def cases(archs: list[int], dtypes: list[str]) -> Iterator[Case]:
                     if is_tma(kind) and dropout and not transposed and kind != "tma_produced":
                         continue
                     if kind == "quantized" and dropout and not transposed:
+                        continue
+                    if kind == "fp8" and (dropout or transposed):  # only the forward rounds x
                         continue
                     # Beyond one rank, the least and the most that such a kernel takes will do.
                     if kind in ("tma_second", "tma_produced") and r > 16 and dropout != transposed:
@@ -162,7 +168,9 @@ def cases(archs: list[int], dtypes: list[str]) -> Iterator[Case]:
 
 
 def _codes(kind: Kind) -> tuple[str, ...]:
-    return tuple(CODES) if kind == "quantized" else ("",)
+    if kind == "fp8":
+        return ("fp8", "fp8 rows")
+    return ("nf4", "int8", "fp8") if kind == "quantized" else ("",)
 
 
 def heaviest(todo: list[Case]) -> list[Case]:
@@ -268,6 +276,11 @@ def _gemm_source(case: Case) -> tuple[Any, dict[str, Any], dict[str, object]]:
         del constants["w_tables"]
         constants |= {"stride_wk": 0, "stride_wn": 0}
         constants["W_LAYOUT"] = (*block, not case.transposed)  # the forward reads W0^T
+        if case.arch < FP8_ARCH and pointers["w_ptr"] == "*fp8e4nv":
+            pointers["w_ptr"] = "*u8"
+    if case.kind == "fp8":
+        pointers["x_scale_ptr"] = "*fp32"
+        pointers["x_ptr"] = "*fp8e4nv" if case.arch >= FP8_ARCH else "*fp16"
     return gemm.lora_gemm_kernel, pointers, constants
 
 
@@ -462,7 +475,11 @@ def _problem(
         return "no UTMALDG or no UTMASTG"
     if case.dtype == "fp32" or (case.sums and case.kind == "grad"):
         return ""  # fp32 without tf32 has no tensor-core product, nor has a sum
-    if case.arch == 90 and case.config.BLOCK_M >= 64 and case.kind != "skinny":
+    large = case.config.BLOCK_M >= 64  # from Hopper on Triton multiplies smaller fp8 tiles in fp16
+    if case.kind == "fp8" and case.arch in FP8_TENSOR_CORE and (large or case.arch == FP8_ARCH):
+        wanted = FP8_TENSOR_CORE[case.arch]
+        return "" if wanted in instructions else f"no {wanted}"
+    if case.arch == 90 and large and case.kind != "skinny":
         return "" if "HGMMA" in instructions else "no HGMMA"
     return "" if TENSOR_CORE & set(instructions) else "no tensor-core instruction"
 
@@ -490,6 +507,8 @@ def work(case: Case) -> tuple[int, int]:
         return 2 * M * r * N, 4 * M * r + b + 2 * y
     if case.kind == "multi_grad":  # one of the two
         return 2 * M * r * K, x + h + 4 * r * K
+    if case.kind == "fp8":  # x in codes, as W0 is
+        return 2 * M * N * (K + r), M * K + N * K + h + b + y
     if case.kind in ("second", "tma_second"):
         return 2 * M * N * (K + r), x + w + h + b + y
     return 2 * M * (N * K + r * K + r * N), x + w + a + b + h + y
@@ -500,6 +519,8 @@ def predicted(case: Case) -> dict[str, float]:
     if case.dtype == "fp32":
         return {}
     operations, moved = work(case)
+    if case.kind == "fp8":  # at twice the rate of the measured ceilings, which are bf16's
+        operations //= 2
     return {
         gpu: round(1e6 * max(operations / flops, moved / bandwidth), 2)
         for gpu, (flops, bandwidth) in CEILINGS.items()
@@ -509,7 +530,7 @@ def predicted(case: Case) -> dict[str, float]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", default="sm_80,sm_90,sm_100", help="e.g. sm_80,sm_90")
+    parser.add_argument("--arch", default="sm_80,sm_89,sm_90,sm_100", help="e.g. sm_80,sm_90")
     parser.add_argument("--dtype", default="bf16,fp32", help="of bf16, fp16, fp32")
     parser.add_argument("--kind", default=",".join(RANKS), help=f"of {', '.join(RANKS)}")
     parser.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,8 +23,9 @@ from .kernels.configs import (
     ship,
     tma_obstacle,
 )
-from .kernels.device import DeviceInfo, device_info
+from .kernels.device import DeviceInfo, device_info, has_fp8
 from .quantize import Layout, QuantizedWeight
+from .reference import FP8_BLOCK
 from .tables import Direction
 from .tables import Strategy as Strategy  # for those who make a Plan
 
@@ -132,6 +133,12 @@ def kernel_obstacle(call: Call) -> Exception | None:
             f"weight: got K = {call.K}, wanted a multiple of its block size, "
             f"{call.quantized.block[1]}: its blocks go over the ends of rows"
         )
+    fp8 = _fp8_input(call)
+    if fp8 is not None and fp8.block[1] % FP8_BLOCK:
+        return ValueError(
+            f"weight: got a scale for each {fp8.block[1]} columns, wanted one for {FP8_BLOCK}, a "
+            "multiple or all of them, as an x in fp8 has"
+        )
     if max(call.M, call.N, call.K) >= 2**31 - 2**10:
         return ValueError(f"x, weight: got M, N, K = {call.M}, {call.N}, {call.K}, wanted < 2^31")
     return None
@@ -155,6 +162,8 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
     tma_ strategies differ from their namesakes in how well they reach the ceilings, which the
     model does not know.
 
+    Only in_loop takes an x that is rounded to fp8 as well: codes are written once, nothing decoded.
+
     A quantised W0 adds to each of them N K (c + s) / bandwidth and a launch, for its scratch of
     values, with c and s the bytes of a code and of an element of x. in_loop instead is split with
     c for s in the base product's traffic, and each tile of W0 becomes values once for every BLOCK_M
@@ -168,6 +177,11 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
     traffic = itemsize * (M * K + K * N + M * N) / bandwidth
     read_x = itemsize * M * K / bandwidth
     touch_y = 2 * itemsize * M * N / bandwidth
+    if _fp8_input(call) is not None:
+        native = has_fp8(call.device)
+        traffic = (itemsize * (M * N + 2 * M * K) + N * K) / bandwidth
+        traffic += 2 * M * K * (1 if native else itemsize) / bandwidth
+        return {"in_loop": max(gemm / (2 if native else 1), traffic) + 2 * _LAUNCH}
     base = max(gemm, traffic)
     seconds: dict[Strategy, float] = {
         "split": base + read_x + _LAUNCH,
@@ -224,8 +238,14 @@ def _choose(call: Call, direction: Direction) -> tuple[Strategy, TileConfig | No
 
 
 def transposed(call: Call) -> Call:
-    """The call as its input gradient sees it."""
-    return Call(**{**vars(call), "N": call.K, "K": call.N})
+    """The call as its input gradient sees it. Gradients are not rounded to fp8."""
+    layout = call.quantized and replace(call.quantized, activations=None)
+    return replace(call, N=call.K, K=call.N, quantized=layout)
+
+
+def _fp8_input(call: Call) -> Layout | None:
+    """W0's layout where x is rounded to fp8, else None."""
+    return call.quantized if call.quantized and call.quantized.activations == "fp8" else None
 
 
 def _auto_avoids_kernels(call: Call) -> str | None:
@@ -332,6 +352,8 @@ def explain_call(call: Call, backend: Backend, operands: Operands) -> Explanatio
             reasons["autograd"] = f"PyTorch's own nodes: up to {MAX_COMPOSED_M} rows they cost less"
         if call.quantized is not None:
             reasons["quantised W0"] = describe_quantized(call.quantized, chosen)
+        if _fp8_input(call) is not None:
+            reasons["x in fp8"] = "rounded to it, and multiplied in its own dtype"
         return Explanation(chosen.backend, chosen.strategy, chosen.strategy_dx, reasons)
     device = device_info(call.device)
     seconds = predicted_seconds(call, device)
@@ -350,7 +372,10 @@ def explain_call(call: Call, backend: Backend, operands: Operands) -> Explanatio
             why += "; taken only where a tuned table says so"
         reasons[strategy] = f"{verdict}: {why}"
     flops, bandwidth = ceilings(device)
-    if call.quantized is not None:
+    if _fp8_input(call) is not None:
+        how = "codes by codes" if has_fp8(call.device) else "as values: the GPU has no fp8 products"
+        reasons["quantised W0"] = f"fp8, and x is rounded to fp8 first; multiplied {how}"
+    elif call.quantized is not None:
         reasons["quantised W0"] = describe_quantized(call.quantized, chosen)
     reasons["model"] = f"ceilings of {flops / 1e12:.0f} TFLOP/s and {bandwidth / 1e12:.1f} TB/s"
     return Explanation(chosen.backend, chosen.strategy, chosen.strategy_dx, reasons)
@@ -373,6 +398,8 @@ def _strategy_obstacle(
     operands: Operands,
 ) -> str | None:
     """Why a strategy cannot take the call; None if it can."""
+    if _fp8_input(call) is not None and strategy != "in_loop":
+        return "x is to be rounded to fp8, which only in_loop does"
     tma = strategy in KINDS and is_tma(KINDS[strategy])
     if tma:
         x, weight, lora_A = operands

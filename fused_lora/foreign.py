@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .quantize import FP8, QuantizedWeight
 
@@ -53,7 +53,7 @@ def _four_bit(linear: Any) -> QuantizedWeight:
         raise ValueError("linear: is a Linear4bit that is not quantised yet; move it to its device")
     if getattr(state, "packing_format_for_cpu", False):
         raise ValueError("linear: its codes are in bitsandbytes' CPU order, made for inference")
-    nested: dict[str, Tensor] = {}
+    nested: dict[str, Any] = {}
     if state.state2 is not None:
         if state.state2.blocksize != 256:
             raise ValueError(f"linear: nested block size {state.state2.blocksize}, wanted 256")
@@ -96,7 +96,12 @@ def _int8(linear: Any) -> QuantizedWeight:
 def _torchao(linear: Any) -> QuantizedWeight:
     weight = linear.weight
     if getattr(weight, "act_quant_kwargs", None) is not None:
-        raise ValueError("linear: torchao quantises its input too, which we do not")
+        # A scale for a row of x or for all of it, rounded to x's dtype or not, as the backend that
+        # torchao finds has it: nothing that could be followed to the bit.
+        raise ValueError(
+            "linear: torchao quantises its input too, with scales that we do not have; "
+            'fused_lora.quantize_fp8(weight, activations="fp8") has one for 128 columns of x'
+        )
     if getattr(weight, "act_pre_scale", None) is not None:
         raise ValueError("linear: torchao scales its input, which we do not")
     zero_point = getattr(weight, "zero_point", None)

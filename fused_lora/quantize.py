@@ -5,7 +5,8 @@ nf4, fp4   bitsandbytes' layout, byte for byte: W0 flat, row after row, in block
            values; the scales themselves are quantised too with ``double_quant``
            (QLoRA, https://arxiv.org/abs/2305.14314)
 int8       one scale absmax / 127 a row; bitsandbytes' codes (LLM.int8's weights)
-fp8        e4m3 with one scale for the whole or one for each 128 x 128 block, absmax / 448
+fp8        e4m3 with one scale for the whole or one for each 128 x 128 block, absmax / 448;
+           on request x is rounded to fp8 too (``activations``)
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Format = Literal["nf4", "fp4", "int8", "fp8"]
+Activations = Literal["fp8"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 FP8 = torch.float8_e4m3fn
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes' own
@@ -79,6 +81,7 @@ class Layout:
     block: tuple[int, int]  # rows and columns that share a scale; 0 is the whole side
     nested: bool  # the scales are quantised too
     tiled: bool  # no block goes over the end of a row: tiles can be read by themselves
+    activations: Activations | None  # what x becomes before it is multiplied by W0
 
 
 class QuantizedWeight(nn.Module):
@@ -95,10 +98,12 @@ class QuantizedWeight(nn.Module):
         nested_scales, nested_codebook, nested_offset: fp32 [ceil(scales / 256)], [256] and [1]
             with double quantisation, or None: scale = codebook[scales] * nested_scale + offset.
         shape: (N, K). dtype: what `dequantize` gives unless told. layout: see `Layout`.
+        activations: None, or for fp8 weights "fp8": see `quantize_fp8`.
 
     Raises:
         TypeError, ValueError: the tensors do not fit together: a wrong dtype, truncated codes, too
-            few scales, a block size that bitsandbytes does not have, several devices.
+            few scales, a block size that bitsandbytes does not have, several devices; or
+            activations that this format cannot have.
     """
 
     codes: nn.Parameter
@@ -121,10 +126,11 @@ class QuantizedWeight(nn.Module):
         nested_scales: Tensor | None = None,
         nested_codebook: Tensor | None = None,
         nested_offset: Tensor | None = None,
+        activations: Activations | None = None,
     ) -> None:
         super().__init__()
         tiled = format not in ("nf4", "fp4") or shape[1] % block[1] == 0
-        self.layout = Layout(format, block, nested_scales is not None, tiled)
+        self.layout = Layout(format, block, nested_scales is not None, tiled, activations)
         self.shape, self.dtype = torch.Size(shape), dtype
         tensors = {
             "codes": codes,
@@ -145,6 +151,11 @@ class QuantizedWeight(nn.Module):
     def _check(self, tensors: dict[str, Tensor | None]) -> None:
         format, (N, K), (block_rows, block_cols) = self.layout.format, self.shape, self.layout.block
         four_bit = format in ("nf4", "fp4")
+        check_activations(self.activations)
+        if self.activations is not None and format != "fp8":
+            raise ValueError(
+                f"activations: got {self.activations!r} for a weight in {format}, wanted one in fp8"
+            )
         if self.dtype not in (*_SOURCE_DTYPES, torch.float64):
             raise TypeError(f"dtype: got {self.dtype}, wanted a floating dtype of 16 bits or more")
         if four_bit and (block_rows != 1 or block_cols not in _BLOCK_SIZES):
@@ -186,6 +197,11 @@ class QuantizedWeight(nn.Module):
     def device(self) -> torch.device:
         """Where the codes are."""
         return self.codes.device
+
+    @property
+    def activations(self) -> Activations | None:
+        """What x becomes before it is multiplied by W0; None: nothing."""
+        return self.layout.activations
 
     def numel(self) -> int:
         """N K, whatever the codes take."""
@@ -273,7 +289,14 @@ class QuantizedWeight(nn.Module):
             self.nested_offset,
         )
         N, K = self.shape
-        return QuantizedMatrix(self.codes, tables, N, K, self.layout.block)
+        return QuantizedMatrix(
+            self.codes,
+            tables,
+            N,
+            K,
+            self.layout.block,
+            fp8_activations=self.activations == "fp8",
+        )
 
     def requantize(self, weight: Tensor) -> QuantizedWeight:
         """``weight`` [N, K] in this one's format, block size and dtype."""
@@ -283,7 +306,7 @@ class QuantizedWeight(nn.Module):
         elif format == "int8":
             new = quantize_int8(weight)
         else:
-            new = quantize_fp8(weight, block_size=block[1] or None)
+            new = quantize_fp8(weight, block_size=block[1] or None, activations=self.activations)
         new.dtype = self.dtype
         return new
 
@@ -322,6 +345,8 @@ class QuantizedWeight(nn.Module):
         parts.append(f"block={layout.block}")
         if layout.nested:
             parts.append("double_quant=True")
+        if layout.activations:
+            parts.append(f"activations={layout.activations!r}")
         return ", ".join(parts)
 
 
@@ -403,12 +428,23 @@ def quantize_int8(weight: Tensor) -> QuantizedWeight:
     return _eight_bit("int8", weight, codes, absmax / 127.0, (1, 0))
 
 
-def quantize_fp8(weight: Tensor, *, block_size: int | None = 128) -> QuantizedWeight:
+def quantize_fp8(
+    weight: Tensor, *, block_size: int | None = 128, activations: Activations | None = None
+) -> QuantizedWeight:
     """e4m3 codes of ``weight`` [N, K]; a scale for each 128 x 128 block, or one (None).
+
+    With ``activations="fp8"`` layers over it round x to e4m3 too, in every call, before they
+    multiply it by W0: each row's 128 columns with a scale of their own, amax / 448 (DeepSeek-V3's
+    recipe, https://arxiv.org/abs/2412.19437). GPUs from compute capability 8.9 on then multiply
+    codes by codes, at twice the rate; others get the same numbers. The rounding changes y, as much
+    as that of W0 does. The adapter has x as it is, and the gradients count the rounding as the
+    identity: g is not rounded, and dx = g W0 + ... is that of W0's values in g's dtype. Merged into
+    a plain weight, a layer does not round x any more.
 
     Raises what `quantize_nf4` raises.
     """
     _check_weight(weight)
+    check_activations(activations)
     if block_size not in (None, _FP8_BLOCK):
         raise ValueError(f"block_size: got {block_size!r}, wanted {_FP8_BLOCK} or None")
     N, K = weight.shape
@@ -416,14 +452,14 @@ def quantize_fp8(weight: Tensor, *, block_size: int | None = 128) -> QuantizedWe
     if block_size is None:
         scales = values.abs().amax().view(1, 1) / torch.finfo(FP8).max
         codes = values * _reciprocal(scales)
-        return _eight_bit("fp8", weight, codes.to(FP8), scales, (0, 0))
+        return _eight_bit("fp8", weight, codes.to(FP8), scales, (0, 0), activations)
     padded = F.pad(values, (0, -K % block_size, 0, -N % block_size))
     rows, cols = padded.shape[0] // block_size, padded.shape[1] // block_size
     tiles = padded.view(rows, block_size, cols, block_size)
     scales = tiles.abs().amax(dim=(1, 3)) / torch.finfo(FP8).max
     codes = tiles * _reciprocal(scales)[:, None, :, None]
     codes = codes.flatten(2, 3).flatten(0, 1)[:N, :K].to(FP8)
-    return _eight_bit("fp8", weight, codes, scales, (block_size, block_size))
+    return _eight_bit("fp8", weight, codes, scales, (block_size, block_size), activations)
 
 
 _QUANTIZERS: dict[Format, Callable[[Tensor], QuantizedWeight]] = {
@@ -438,6 +474,12 @@ def check_format(format: object) -> None:
     """Raises ValueError unless format is one of `FORMATS`."""
     if format not in FORMATS:
         raise ValueError(f"quantize: got {format!r}, wanted one of {', '.join(FORMATS)}")
+
+
+def check_activations(activations: object) -> None:
+    """Raises ValueError unless activations is None or "fp8"."""
+    if activations not in (None, *get_args(Activations)):
+        raise ValueError(f"activations: got {activations!r}, wanted None or 'fp8'")
 
 
 def quantize(weight: Tensor, format: Format) -> QuantizedWeight:
@@ -466,12 +508,21 @@ def _reciprocal(absmax: Tensor, numerator: float = 1.0) -> Tensor:
 
 
 def _eight_bit(
-    format: Format, weight: Tensor, codes: Tensor, scales: Tensor, block: tuple[int, int]
+    format: Format,
+    weight: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    block: tuple[int, int],
+    activations: Activations | None = None,
 ) -> QuantizedWeight:
-    N, K = weight.shape
-    codes = codes.contiguous()
     return QuantizedWeight(
-        format, codes, scales.contiguous(), shape=(N, K), dtype=weight.dtype, block=block
+        format,
+        codes,
+        scales,
+        shape=(weight.shape[0], weight.shape[1]),
+        dtype=weight.dtype,
+        block=block,
+        activations=activations,
     )
 
 
@@ -500,7 +551,7 @@ def _quantize_4bit(
         places = F.pad(places, (0, 1), value=int(torch.bucketize(torch.zeros(()), bounds.cpu())))
     codes = (places if format == "nf4" else order[places]).to(torch.uint8)
     packed = codes[0::2] << 4 | codes[1::2]
-    tables: dict[str, Tensor] = {"codebook": codebook}
+    tables: dict[str, Any] = {"codebook": codebook}
     if double_quant:
         offset = absmax.mean()
         absmax, tables["nested_scales"] = _quantize_scales(absmax - offset)

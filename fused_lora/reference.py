@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +19,7 @@ _LANE_VALUES = 1 << 16
 _LOW_WORD = 0xFFFF_FFFF
 # Counters per pass of keep_mask: its few int64 temporaries then stay in a core's L2 cache.
 _CHUNK = 1 << 16
+FP8_BLOCK = 128  # columns of a rounded x that share a scale
 
 
 def philox_4x32(
@@ -100,6 +103,25 @@ def _drawn(threshold: int, words: int, generator: torch.Generator | None) -> Ten
     return drawn.view(torch.int16).ge_(threshold - _LANE_VALUES // 2)
 
 
+def fp8_activations(x: Tensor) -> Tensor:
+    """x [..., K] rounded to fp8 e4m3, its gradient that of the identity.
+
+    Each row's 128 columns, the last ones maybe fewer, have a scale of their own, amax / 448
+    (DeepSeek-V3, https://arxiv.org/abs/2412.19437, sec. 3.3). Values are code times scale, rounded
+    once to x's dtype.
+    """
+    *lead, K = x.shape
+    exact = torch.promote_types(x.dtype, torch.float32)
+    blocks = F.pad(x.detach().float(), (0, -K % FP8_BLOCK))
+    blocks = blocks.view(*lead, blocks.shape[-1] // FP8_BLOCK, FP8_BLOCK)
+    amax = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+    # By products alone, which every device rounds alike: a quotient by 448 is one of them on GPUs.
+    codes = (blocks * (amax.reciprocal() * 448.0)).to(torch.float8_e4m3fn)
+    values = codes.to(exact) * (amax * (1 / 448.0)).to(exact)
+    rounded = values.flatten(-2)[..., :K].to(x.dtype)
+    return x + (rounded - x.detach())  # exact: 0, or within a factor of 2 of each other
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -110,12 +132,14 @@ def lora_linear(
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    activations: Literal["fp8"] | None = None,
 ) -> Tensor:
     """y = x W0^T + bias + scaling * (D o x) A^T B^T, differentiated by PyTorch's own autograd.
 
     x [..., K], weight [N, K], lora_A [r, K], lora_B [N, r], bias [N]; y [..., N] in x's dtype.
     The products run in x's dtype; adapters of another dtype are cast to it, as under autocast.
-    ``seed`` (int64, one element) says which dropout mask; None is the next `drawn_mask`.
+    ``seed`` (int64, one element) says which dropout mask; None is the next `drawn_mask`. With
+    ``activations`` "fp8", `fp8_activations` (x) takes x's place in x W0^T.
     """
     dropped = x
     threshold = dropout_threshold(dropout_p)
@@ -128,6 +152,8 @@ def lora_linear(
         keep_scale = _LANE_VALUES / (_LANE_VALUES - threshold)
         dropped = torch.where(keep, x * keep_scale, torch.zeros_like(x))
     h = F.linear(dropped, lora_A.to(x.dtype))
+    if activations is not None:
+        x = fp8_activations(x)
     return F.linear(x, weight, bias) + F.linear(h, lora_B.to(x.dtype)) * scaling
 
 

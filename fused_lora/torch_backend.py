@@ -14,13 +14,15 @@ from torch import Tensor
 
 from .kernels.dropout import Dropout, keep_scale
 from .quantize import QuantizedWeight
-from .reference import drawn_mask, keep_mask
+from .reference import drawn_mask, fp8_activations, keep_mask
 
 
 def _base(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Tensor:
     """x W0^T + bias [M, N]. A quantised W0 is there some rows at a time."""
     if isinstance(weight, Tensor):
         return F.linear(x, weight, bias)
+    if weight.activations is not None:
+        x = fp8_activations(x)
     y = x.new_empty((x.shape[0], weight.shape[0]))
     for rows, tile in weight.row_tiles(x.dtype):
         y[:, rows] = F.linear(x, tile, None if bias is None else bias[rows])

@@ -75,9 +75,9 @@ def lora_gemm(
     r, N = b.shape
     on_x, on_y = (dropout, None) if drop_x else (None, dropout)
     if isinstance(w, QuantizedMatrix):
-        if strategy == "in_loop":
+        if strategy == "in_loop" or w.takes_fp8:
             h = gemm_scaled(_config("plain", x, r, r, on_x), x, a, scale=scaling, dropout=on_x)
-            config = config or _config("quantized", x, N, r, on_y, dora is not None)
+            config = config or _config(w.kind, x, N, r, on_y, dora is not None)
             return gemm_add_lora(config, x, w, h, b, bias=bias, dropout=on_y, dora=dora), h
         w = dequantize(w, x.dtype)
     if dora is not None:
@@ -208,11 +208,11 @@ def forward_group(
         gemm_scaled(config, x, torch.cat(tuple(lora_As)).t(), scale=scalings[0], out=h)
     ys = []
     for weight, B, bias, h_i in zip(weights, lora_Bs, biases, hs, strict=True):
-        W = _operand(weight) if plan.strategy == "in_loop" else _values(weight, x.dtype)
-        kind: Kind = "quantized" if isinstance(W, QuantizedMatrix) else "second"
+        w = (_operand(weight) if plan.strategy == "in_loop" else _values(weight, x.dtype)).t()
+        kind: Kind = w.kind if isinstance(w, QuantizedMatrix) else "second"
         config = _config(kind, x, B.shape[0], B.shape[1], None)
-        ys.append(gemm_add_lora(config, x, W.t(), h_i, B.t(), bias=bias))
-        del W  # a scratch, before the next one is there
+        ys.append(gemm_add_lora(config, x, w, h_i, B.t(), bias=bias))
+        del w  # a scratch, before the next one is there
     return ys, h
 
 

@@ -18,11 +18,12 @@ from .device import DeviceInfo
 # Which product a configuration is for: the forms of gemm.py, grads.py, group.py, skinny.py,
 # multi.py and persistent.py.
 TmaKind = Literal["tma_one_pass", "tma_second", "tma_produced"]
-# "quantized" is gemm.py's second form with a quantised W.
+# "quantized" is gemm.py's second form with a quantised W, "fp8" the same with an x in fp8 too.
 Kind = Literal[
     "one_pass",
     "second",
     "quantized",
+    "fp8",
     "plain",
     "grad",
     "group",
@@ -55,7 +56,6 @@ class TileConfig:
     GROUP_M: int | None = None  # rows of tiles that run side by side and share W's tiles in L2
     SUBTILES: int | None = None  # parts that y's tile is stored in: 1, 2 or 4
     FLATTEN: bool | None = None  # the next tile's first loads overlap this tile's end
-    WARP_SPECIALIZE: bool | None = None
     programs_per_sm: int = 1
 
     def meta(self) -> dict[str, int | bool]:
@@ -88,8 +88,20 @@ _GEMM_16BIT = (
 _QUANTIZED_16BIT = (
     TileConfig(128, 128, 64, num_warps=8, num_stages=3),
     TileConfig(64, 128, 64, num_warps=8, num_stages=3),
-    TileConfig(64, 64, 64, num_warps=8, num_stages=3),
+    TileConfig(64, 64, 64, num_warps=4, num_stages=4),
     TileConfig(16, 64, 64, num_warps=4, num_stages=4),
+)
+# BLOCK_K is the columns that share a scale of x; their product is there beside y's accumulator.
+_FP8_16BIT = (
+    TileConfig(128, 128, 128, num_warps=8, num_stages=4),
+    TileConfig(128, 128, 128, num_warps=8, num_stages=3),
+    TileConfig(64, 128, 128, num_warps=8, num_stages=3),
+    TileConfig(64, 64, 128, num_warps=8, num_stages=3),
+    TileConfig(16, 64, 128, num_warps=4, num_stages=4),
+)
+_FP8_32BIT = (
+    TileConfig(32, 32, 128, num_warps=4, num_stages=2),
+    TileConfig(16, 32, 128, num_warps=4, num_stages=2),
 )
 # fp32 products are exact (FMA, no tensor cores), there for checking: larger tiles spill.
 _GEMM_32BIT = (
@@ -100,6 +112,7 @@ _GEMM_32BIT = (
 _PLAIN_16BIT = (
     TileConfig(64, 64, 64, num_warps=4, num_stages=4),
     TileConfig(16, 64, 128, num_warps=4, num_stages=4),
+    TileConfig(16, 64, 64, num_warps=4, num_stages=4),  # where the one above does not fit
 )
 # y [M <= 64, N] in ranges of K: as many bytes in flight as fit, few rows to multiply.
 _SKINNY_16BIT = (
@@ -133,7 +146,6 @@ def _tma(
         GROUP_M=GROUP_M,
         SUBTILES=SUBTILES,
         FLATTEN=FLATTEN,
-        WARP_SPECIALIZE=False,
         programs_per_sm=programs_per_sm,
     )
 
@@ -174,6 +186,8 @@ def _candidates(kind: Kind, itemsize: int) -> tuple[TileConfig, ...]:
         return _SKINNY_16BIT if itemsize == 2 else _SKINNY_32BIT
     if is_tma(kind):
         return _TMA_16BIT if itemsize == 2 else ()
+    if kind == "fp8":
+        return _FP8_16BIT if itemsize == 2 else _FP8_32BIT
     if itemsize == 4:
         return _GEMM_32BIT
     if kind == "expand":
@@ -201,14 +215,22 @@ def is_valid(
     if is_tma(kind):
         return _is_valid_tma(config, kind, r, itemsize, dropout, device)
     block_r = padded(r) if kind == "one_pass" else 0
-    operands = itemsize * config.BLOCK_K * (config.BLOCK_M + config.BLOCK_N)
+    native_fp8 = kind == "fp8" and device.capability >= 89
+    of_x = 1 if native_fp8 else itemsize
+    of_w = 4 if kind == "plain" else of_x  # W is an adapter there
+    operands = config.BLOCK_K * (of_x * config.BLOCK_M + of_w * config.BLOCK_N)
     adapter = 4 * config.BLOCK_K * block_r
     loops = 2 if kind == "skinny" else 1  # over W and over A, each with memory of its own
     if loops * config.num_stages * (operands + adapter) > device.shared_memory:
         return False
+    # With Triton 3.9 some of their forms have 8 bytes of stack there.
+    narrow = kind == "second" or (kind == "expand" and dropout)
+    if device.capability == 89 and narrow and config.BLOCK_M == 16 and itemsize == 2:
+        return False
     threads = 32 * config.num_warps
     accumulators = config.BLOCK_M * (config.BLOCK_N + block_r) / threads
-    if kind == "quantized" and device.capability < 90:  # W's tile is in registers too, in fp32
+    # W's tile is in registers too, as values.
+    if (kind == "quantized" and device.capability < 90) or (kind == "fp8" and not native_fp8):
         return accumulators <= 32
     if dropout:  # drawing a mask takes about five words per eight elements on top
         return accumulators <= (32 if kind == "group" else 64)  # a group has two accumulators
@@ -225,10 +247,8 @@ def _is_valid_tma(
 ) -> bool:
     if device.capability < 90:
         return False
-    # Seen with triton 3.6 and 3.9. WARP_SPECIALIZE changes nothing on Hopper with 8 warps and
-    # crashes the compiler with 4; on Blackwell it crashes on all forms but one pass, and that one
-    # Triton 3.6 compiles to an empty kernel, with or without it.
-    if config.WARP_SPECIALIZE or (kind == "tma_one_pass" and device.capability >= 100):
+    # Triton 3.6 compiles it to an empty kernel there.
+    if kind == "tma_one_pass" and device.capability >= 100:
         return False
     # On Blackwell the accumulator leaves tensor memory whole for the mask.
     if dropout and device.capability >= 100 and config.BLOCK_M * config.BLOCK_N > 128 * 128:

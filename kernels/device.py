@@ -50,6 +50,14 @@ def device_info(device: torch.device) -> DeviceInfo:
     return _cuda_info(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Whether kernels can convert to and from e4m3, and multiply in it.
+
+    The interpreter does it wrongly: it loses carries on the way there and NaN on the way back.
+    """
+    return device.type == "cuda" and device_info(device).capability >= 89
+
+
 def device_guard(device: torch.device) -> AbstractContextManager[object]:
     """Makes ``device`` current for a launch: Triton launches on the current device's stream."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():

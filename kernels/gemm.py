@@ -19,7 +19,8 @@ element of the mask is drawn once; in the one-pass form it would be drawn N / BL
 Many adapters in one batch (pieces_ptr given, second form): tiles are ranges of positions, `order`
 says which row is at each, and the pieces which adapter's B multiplies which part of the tile's h.
 
-W may be quantised (see quantized.py): its tiles are then turned into values as they are read.
+W may be quantised (see quantized.py): its tiles are then turned into values as they are read, or
+multiplied as they are by the codes of an x in fp8 (x_scale_ptr given).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from .configs import TileConfig, padded
 from .device import device_guard
 from .dropout import Dropout
 from .pieces import MAX_BLOCK_R, add_pieces
-from .quantized import QuantizedMatrix, load_weight
+from .quantized import FP8_BLOCK, QuantizedMatrix, add_fp8_product, fp8_input, load_weight
 from .rows import AdapterTable, RowGroups
 from .tiles import add_product, grouped_tile, keep_mask
 
@@ -61,6 +62,7 @@ def lora_gemm_kernel(
     x_ptr,
     w_ptr,
     w_tables,  # None, or a QuantizedMatrix's tables: then w_ptr is its codes
+    x_scale_ptr,  # None, or `fp8_input`'s scales: then x_ptr is its codes
     bias_ptr,
     a_ptr,
     h_ptr,
@@ -104,7 +106,7 @@ def lora_gemm_kernel(
 ):
     ONE_PASS: tl.constexpr = a_ptr is not None
     SECOND: tl.constexpr = a_ptr is None and h_ptr is not None
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    dtype: tl.constexpr = y_ptr.dtype.element_ty  # x's, unless that is in codes
     scale = tl.cast(scale, tl.float32)  # Inductor passes Python floats as fp64
 
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
@@ -183,7 +185,24 @@ def lora_gemm_kernel(
     for k in range(0, K, BLOCK_K):
         in_k = offs_k < (BLOCK_K if EVEN_K else K - k)
         x = tl.load(x_ptrs, mask=in_x & in_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
-        if W_LAYOUT is None:
+        if x_scale_ptr is not None:
+            tl.static_assert(BLOCK_K == FP8_BLOCK)
+            scales_ptrs = x_scale_ptr + tl.cast(k // FP8_BLOCK, tl.int64) * M + offs_m
+            acc = add_fp8_product(
+                acc,
+                x,
+                tl.load(scales_ptrs, mask=offs_m < M, other=0.0),
+                w_ptr,
+                w_tables[0],
+                pid_n * BLOCK_N,
+                k,
+                N,
+                K,
+                BLOCK_N,
+                W_LAYOUT[0],
+                W_LAYOUT[1],
+            )
+        elif W_LAYOUT is None:
             w = tl.load(w_ptrs, mask=in_k[:, None] & in_n, other=0.0)  # [BLOCK_K, BLOCK_N]
             w_ptrs += step_w
         elif W_LAYOUT[2]:
@@ -217,7 +236,8 @@ def lora_gemm_kernel(
         if not SECOND and seed_ptr is not None:
             keep = keep_mask(tl.load(seed_ptr), threshold, offs_m, k, BLOCK_M, BLOCK_K)
             x = tl.where(keep, x, 0.0)
-        acc = tl.dot(x, w.to(dtype), acc, input_precision=PRECISION)
+        if x_scale_ptr is None:
+            acc = tl.dot(x, w.to(dtype), acc, input_precision=PRECISION)
         x_ptrs += step_x
         if ONE_PASS:
             in_a = in_k[:, None] & (offs_r < R)[None, :]
@@ -271,12 +291,16 @@ def _launch(
     if multi:
         pieces = multi.rows.pieces(config.BLOCK_M)
         BLOCK_R = min(padded(multi.adapters.max_rank), config.BLOCK_K, MAX_BLOCK_R)
+    precision, x_scales = dot_precision(x.dtype), None
+    if quantized and quantized.takes_fp8:
+        x, x_scales = fp8_input(x)
     grid = (-(-M // config.BLOCK_M) * -(-N // config.BLOCK_N),)  # triton.cdiv costs 1 us a call
     with device_guard(x.device):
         lora_gemm_kernel[grid](
             x,
             w if quantized is None else quantized.code_bytes(),
             None if quantized is None else quantized.tables,
+            x_scales,
             bias,
             a,
             h,
@@ -305,7 +329,7 @@ def _launch(
             BLOCK_R=BLOCK_R,
             GROUP_M=GROUP_M,
             EVEN_K=K % config.BLOCK_K == 0,
-            PRECISION=dot_precision(x.dtype),
+            PRECISION=precision,
             **(multi.adapters.meta(multi.use_A) if multi else {}),
             W_LAYOUT=None if quantized is None else quantized.layout,
             **config.meta(),

@@ -78,11 +78,10 @@ def multiply(
     BLOCK_K: tl.constexpr,
     W_TRANSPOSED: tl.constexpr,
     A_TRANSPOSED: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """acc += (D o x) w and, where a is given, acc_h += x a, over all of K."""
-    for k in tl.range(0, K, BLOCK_K, warp_specialize=WARP_SPECIALIZE):
+    for k in range(0, K, BLOCK_K):
         x = x_desc.load([row, k])  # [BLOCK_M, BLOCK_K]
         if seed_ptr is not None:
             offs_m = row + tl.arange(0, BLOCK_M)
@@ -211,7 +210,6 @@ def make_h_tile(
         BLOCK_K,
         A_TRANSPOSED,
         A_TRANSPOSED,
-        False,
         PRECISION,
     )
     store_h(h_ptr, (acc * scale).to(x_desc.dtype), offs_m, offs_r, M, R)
@@ -250,7 +248,6 @@ def make_y_tile(
     CHUNK_R: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
     SUBTILES: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
     W_TRANSPOSED: tl.constexpr,
     A_TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -300,7 +297,6 @@ def make_y_tile(
         BLOCK_K,
         W_TRANSPOSED,
         A_TRANSPOSED,
-        WARP_SPECIALIZE,
         PRECISION,
     )
     if a_desc is not None:
@@ -346,7 +342,6 @@ def lora_persistent_kernel(
     ONE_CHUNK: tl.constexpr,  # R <= CHUNK_R
     GROUP_M: tl.constexpr,
     SUBTILES: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
     FLATTEN: tl.constexpr,
     W_TRANSPOSED: tl.constexpr,
     A_TRANSPOSED: tl.constexpr,
@@ -367,7 +362,7 @@ def lora_persistent_kernel(
                 x_desc, w_desc, a_desc, y_desc, bias_ptr, h_ptr, b_ptr, None, 0, seed_y_ptr,
                 pid_m, pid_n, M, N, K, R, stride_bias, stride_br, stride_bn,
                 scale, keep_scale, threshold, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, CHUNK_R,
-                ONE_CHUNK, SUBTILES, WARP_SPECIALIZE, W_TRANSPOSED, A_TRANSPOSED, PRECISION,
+                ONE_CHUNK, SUBTILES, W_TRANSPOSED, A_TRANSPOSED, PRECISION,
             )  # fmt: skip
     else:
         epoch = tl.load(sync_ptr + EPOCH) + 1
@@ -393,8 +388,7 @@ def lora_persistent_kernel(
                     x_desc, w_desc, None, y_desc, bias_ptr, h_ptr, b_ptr, flags_ptr, epoch,
                     seed_y_ptr, pid_m, column - num_r, M, N, K, R, stride_bias, stride_br,
                     stride_bn, scale, keep_scale, threshold, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
-                    CHUNK_R, ONE_CHUNK, SUBTILES, WARP_SPECIALIZE, W_TRANSPOSED, A_TRANSPOSED,
-                    PRECISION,
+                    CHUNK_R, ONE_CHUNK, SUBTILES, W_TRANSPOSED, A_TRANSPOSED, PRECISION,
                 )  # fmt: skip
             item = next_item
         # Every program has read the epoch by now, and drawn a ticket that no item has.

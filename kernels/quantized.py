@@ -9,6 +9,9 @@
     fp8        e4m3 (float8_e4m3fn); fp32 scales of the whole, of rows or of 2-D blocks
 
 A size of 0 in place of SCALE_ROWS or SCALE_COLS is the whole side.
+
+A weight in fp8 may ask for an x in fp8 (`fp8_input`): then codes are multiplied by codes, and the
+scales of both go on the product of FP8_BLOCK columns.
 """
 
 from __future__ import annotations
@@ -20,9 +23,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .device import device_guard
+from .configs import Kind
+from .device import device_guard, has_fp8
 
 NESTED_BLOCK = tl.constexpr(256)  # scales that share one scale of theirs, as in bitsandbytes
+FP8_BLOCK = tl.constexpr(128)  # columns of an fp8 x that share a scale
+FP8_MAX = tl.constexpr(448.0)
+FP8_TINY = tl.constexpr(1e-12)  # the least amax of such columns: its reciprocal is finite
 
 
 class Tables(NamedTuple):
@@ -45,6 +52,7 @@ class QuantizedMatrix:
     cols: int
     block: tuple[int, int]  # SCALE_ROWS, SCALE_COLS; the latter a power of two that divides cols
     transposed: bool = False
+    fp8_activations: bool = False  # x is rounded to fp8 before it is multiplied by the transpose
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -56,14 +64,24 @@ class QuantizedMatrix:
         return replace(self, transposed=not self.transposed)
 
     @property
+    def kind(self) -> Kind:
+        """Whose tile configurations a product with it in the K loop takes."""
+        return "fp8" if self.takes_fp8 else "quantized"
+
+    @property
     def layout(self) -> tuple[int, int, bool]:
         """The constants that a kernel is compiled for."""
         return (*self.block, self.transposed)
 
+    @property
+    def takes_fp8(self) -> bool:
+        """Whether it is multiplied by an x in fp8: y = x W0^T is, dx = g W0 is not."""
+        return self.fp8_activations and self.transposed
+
     def code_bytes(self) -> torch.Tensor:
-        """The codes as the kernels load them: e4m3 as bytes, since sm_80 has no such type."""
-        fp8 = self.codes.dtype == torch.float8_e4m3fn
-        return self.codes.view(torch.uint8) if fp8 else self.codes
+        """The codes as the kernels load them: e4m3 as bytes where the GPU has no such type."""
+        as_bytes = self.codes.dtype == torch.float8_e4m3fn and not has_fp8(self.codes.device)
+        return self.codes.view(torch.uint8) if as_bytes else self.codes
 
 
 @triton.jit
@@ -74,6 +92,130 @@ def _load_scales(tables, blocks, mask):
         nested = tl.load(tables[2] + blocks // NESTED_BLOCK, mask=mask, other=0.0)
         scales = values * nested + tl.load(tables[4])
     return scales
+
+
+@triton.jit
+def _load_codes(
+    codes_ptr,
+    first_row,
+    first_col,
+    num_rows,
+    num_cols,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    PER_BYTE: tl.constexpr = 1,
+):
+    """Tile [BLOCK_ROWS, BLOCK_COLS / PER_BYTE] of the codes; zero bytes outside."""
+    rows = (first_row + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
+    bytes_in_row = tl.cast(num_cols, tl.int64) // PER_BYTE
+    at = (first_col // PER_BYTE + tl.arange(0, BLOCK_COLS // PER_BYTE)).to(tl.int64)[None, :]
+    mask = (rows < num_rows) & (at < bytes_in_row)
+    zero: tl.constexpr = 0.0 if codes_ptr.dtype.element_ty.is_floating() else 0
+    return tl.load(codes_ptr + rows * bytes_in_row + at, mask=mask, other=zero)
+
+
+@triton.jit
+def _e4m3_values(codes):
+    """Codes in fp8, or its bytes, as fp16."""
+    if codes.dtype == tl.uint8:
+        # e4m3's bits in fp16's place: the exponent's bias is 8 less there, subnormals included. Its
+        # one NaN, all ones, carries into the exponent's upper bit.
+        wide = codes.to(tl.int16)
+        magnitude = wide & 0x7F
+        bits = ((wide & 0x80) << 8) | (magnitude << 7) | (((magnitude + 1) & 0x80) << 7)
+        return bits.to(tl.float16, bitcast=True) * 256.0
+    return codes.to(tl.float16)
+
+
+@triton.jit
+def _round_to_e4m3(x):
+    """The nearest value of e4m3, in fp32, for |x| <= 448; ties to even."""
+    # Added to x, 1.5 * 2^20 * 2^e leaves three bits behind the first of a number with exponent e;
+    # below 2^-6 e4m3's steps are all alike.
+    exponent = tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, (127 - 6) << 23)
+    magic = ((exponent + (20 << 23)) | 0x400000).to(tl.float32, bitcast=True)
+    return (x + magic) - magic
+
+
+@triton.jit
+def fp8_input_kernel(
+    x_ptr, codes_ptr, scales_ptr, M, K, stride_xm, stride_xk, BLOCK_M: tl.constexpr
+):
+    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    block = tl.program_id(1).to(tl.int64)
+    cols = (block * FP8_BLOCK + tl.arange(0, FP8_BLOCK))[None, :]
+    in_m = rows < M
+    mask = in_m[:, None] & (cols < K)
+    x = tl.load(x_ptr + rows[:, None] * stride_xm + cols * stride_xk, mask=mask, other=0.0)
+    x = x.to(tl.float32)
+    amax = tl.maximum(tl.max(tl.abs(x), 1), FP8_TINY)
+    x *= (tl.div_rn(1.0, amax) * FP8_MAX)[:, None]
+    if codes_ptr.dtype.element_ty != tl.float8e4nv:
+        x = _round_to_e4m3(x)
+    codes_ptrs = codes_ptr + rows[:, None] * K + cols
+    tl.store(codes_ptrs, x.to(codes_ptr.dtype.element_ty), mask=mask)
+    tl.store(scales_ptr + block * M + rows, amax * (1 / FP8_MAX), mask=in_m)
+
+
+FP8_INPUT_TILE = {"BLOCK_M": 32, "num_warps": 4}
+
+
+def fp8_input(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [M, K] of x [M, K] and their scales [ceil(K / FP8_BLOCK), M], amax / 448 in fp32.
+
+    Codes are e4m3, or the same values in fp16 where the GPU has no such type. Once for all tiles:
+    in the K loop of a product the rounding would take longer than the tensor cores do.
+    `fused_lora.reference.fp8_activations` makes the same ones.
+    """
+    (M, K), block = x.shape, FP8_BLOCK.value
+    dtype = torch.float8_e4m3fn if has_fp8(x.device) else torch.float16
+    codes = torch.empty((M, K), dtype=dtype, device=x.device)
+    scales = torch.empty((-(-K // block), M), dtype=torch.float32, device=x.device)
+    if codes.numel():
+        tile = FP8_INPUT_TILE
+        grid = (-(-M // tile["BLOCK_M"]), len(scales))
+        with device_guard(x.device):
+            fp8_input_kernel[grid](x, codes, scales, M, K, *x.stride(), **tile)
+    return codes, scales
+
+
+@triton.jit
+def add_fp8_product(
+    acc,
+    x,
+    x_scales,
+    codes_ptr,
+    scales_ptr,
+    first_row,
+    first_col,
+    num_rows,
+    num_cols,
+    BLOCK_ROWS: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLS: tl.constexpr,
+):
+    """acc + x w^T for FP8_BLOCK columns of codes x [BLOCK_M, FP8_BLOCK], scales x_scales [BLOCK_M].
+
+    w's scales must be one in these columns, and go on the product with x's (DeepSeek-V3,
+    https://arxiv.org/abs/2412.19437, sec. 3.3): tensor cores sum fp8 products in less than fp32.
+    """
+    codes = _load_codes(codes_ptr, first_row, first_col, num_rows, num_cols, BLOCK_ROWS, FP8_BLOCK)
+    if x.dtype == tl.float8e4nv:
+        product = tl.dot(x, tl.trans(codes))
+    else:
+        product = tl.dot(x, tl.trans(_e4m3_values(codes)))
+
+    ONE_SCALE: tl.constexpr = SCALE_ROWS == 0 or SCALE_ROWS % BLOCK_ROWS == 0
+    rows = (first_row + tl.arange(0, 1 if ONE_SCALE else BLOCK_ROWS)).to(tl.int64)
+    at = tl.zeros_like(rows)
+    scales_in_row = 1
+    if SCALE_COLS != 0:
+        scales_in_row = tl.cdiv(num_cols, SCALE_COLS)
+        at += first_col // SCALE_COLS
+    if SCALE_ROWS != 0:
+        at += rows // SCALE_ROWS * scales_in_row
+    scales = tl.load(scales_ptr + at, mask=rows < num_rows, other=0.0)
+    return acc + product * (x_scales[:, None] * scales[None, :])
 
 
 @triton.jit
@@ -93,10 +235,8 @@ def load_weight(
     PER_BYTE: tl.constexpr = 2 if tables[1] is not None else 1
     rows = (first_row + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
     in_rows = rows < num_rows
-    bytes_in_row = tl.cast(num_cols, tl.int64) // PER_BYTE
-    at = (first_col // PER_BYTE + tl.arange(0, BLOCK_COLS // PER_BYTE)).to(tl.int64)[None, :]
-    codes = tl.load(
-        codes_ptr + rows * bytes_in_row + at, mask=in_rows & (at < bytes_in_row), other=0
+    codes = _load_codes(
+        codes_ptr, first_row, first_col, num_rows, num_cols, BLOCK_ROWS, BLOCK_COLS, PER_BYTE
     )
     if PER_BYTE == 2:
         halves = codes.to(tl.int32)
@@ -105,13 +245,10 @@ def load_weight(
         # bytes in the loop's pipeline, with a whole tile of fp32 to put them in.
         codebook = tl.load(tables[1] + tl.arange(0, 16))
         values = tl.reshape(tl.gather(codebook, index, 0), [BLOCK_ROWS, BLOCK_COLS])
-    elif codes_ptr.dtype.element_ty == tl.uint8:
-        # e4m3's bits in fp16's place: the exponent's bias is 8 less there, subnormals included.
-        wide = codes.to(tl.int16)
-        bits = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
-        values = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    else:
+    elif codes.dtype == tl.int8:
         values = codes.to(tl.float32)
+    else:
+        values = _e4m3_values(codes).to(tl.float32)
 
     GROUP: tl.constexpr = BLOCK_COLS if SCALE_COLS == 0 else min(SCALE_COLS, BLOCK_COLS)
     GROUPS: tl.constexpr = BLOCK_COLS // GROUP

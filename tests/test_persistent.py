@@ -18,7 +18,7 @@ from fused_lora.kernels.persistent import (
 
 M, N, K, R = 69, 136, 40, 24
 DTYPES = [(torch.float32, 1e-6), (torch.float16, 2e-3)]  # of the result's norm: a few roundings
-TILE = TileConfig(32, 32, 32, 4, 3, GROUP_M=2, SUBTILES=1, FLATTEN=False, WARP_SPECIALIZE=False)
+TILE = TileConfig(32, 32, 32, 4, 3, GROUP_M=2, SUBTILES=1, FLATTEN=False)
 TILES = [
     pytest.param(TILE, id="32x32"),
     pytest.param(replace(TILE, BLOCK_N=64, SUBTILES=2, FLATTEN=True), id="32x64 in 2"),
