@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import multi_backends
+from .adapter_set import AdapterSet, adapter_set
 from .dispatch import (
     Backend,
     Call,
@@ -23,11 +24,11 @@ from .dispatch import (
     plan,
     transposed,
 )
-from .functional import _autocast, _check_options, _distributed, _draw_seed
+from .functional import Weight, _autocast, _check_options, _distributed, _draw_seed
 from .kernels.configs import padded
 from .kernels.device import device_info
 from .kernels.dropout import Dropout, dropout_threshold
-from .kernels.rows import RowGroups
+from .kernels.rows import AdapterLayout, RowGroups
 from .multi_backends import Adapted, MultiPlan, Strategy
 from .multi_rows import Segments, row_groups
 from .quantize import QuantizedWeight
@@ -36,7 +37,11 @@ _LAUNCH = 4e-6  # seconds that another, dependent launch adds: an estimate
 # A piece's product waits for its loads, which the GEMM's K loop does not.
 _UNPIPELINED = 3
 _TILE_M = 128
+_MAX_CALLS = 256
 EXPAND_ROWS = 256  # up to here y is nothing beside the weight, and the GEMM cannot fill a GPU
+
+
+_TENSORS = 9  # the place of the first adapter among the function's arguments
 
 
 class LoRALinearMultiFunction(torch.autograd.Function):
@@ -50,31 +55,34 @@ class LoRALinearMultiFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         scalings: tuple[float, ...],
         seed: Tensor | None,
         threshold: int,
         rows: RowGroups,
         plan: MultiPlan,
+        layout: AdapterLayout | None,
         *adapters: Tensor,
     ) -> Tensor:
-        """``adapters``: every A, then every B."""
+        """``adapters``: every A, then every B; ``layout``: where they lie, if that is known."""
         number = len(scalings)
+        As, Bs = adapters[:number], adapters[number:]
         dropout = None if seed is None else Dropout(seed, threshold)
-        layer = Adapted(weight, adapters[:number], adapters[number:], scalings, dropout, rows)
-        needs_A = any(ctx.needs_input_grad[8 : 8 + number])
-        needs_B = any(ctx.needs_input_grad[8 + number :])
+        layer = Adapted(weight, As, Bs, scalings, dropout, rows, layout)
+        need = ctx.needs_input_grad
+        needs_A, needs_B = any(need[_TENSORS : _TENSORS + number]), any(need[_TENSORS + number :])
         y, h = multi_backends.forward(x, layer, bias, plan, need_h=needs_B)
-        needs_mask = ctx.needs_input_grad[0] or needs_A
         ctx.save_for_backward(
             x if needs_A else None,
-            weight,
+            weight if isinstance(weight, Tensor) else None,
             h,
-            seed if needs_mask else None,
+            seed if need[0] or needs_A else None,
             *adapters,
         )
-        ctx.scalings, ctx.threshold, ctx.rows, ctx.plan = scalings, threshold, rows, plan
+        # Without tensors that are saved: it would keep them alive, and past their hooks.
+        quantized = weight if isinstance(weight, QuantizedWeight) else None
+        ctx.rest = (quantized, scalings, threshold, rows, plan, layout)
         return y
 
     @staticmethod
@@ -86,23 +94,24 @@ class LoRALinearMultiFunction(torch.autograd.Function):
                 "(create_graph=True)"
             )
         x, weight, h, seed, *adapters = ctx.saved_tensors
-        number = len(ctx.scalings)
-        dropout = None if seed is None else Dropout(seed, ctx.threshold)
-        layer = Adapted(
-            weight, adapters[:number], adapters[number:], ctx.scalings, dropout, ctx.rows
-        )
-        need = ctx.needs_input_grad
-        dx, dAs, dBs = multi_backends.backward(g, x, layer, h, ctx.plan, need_dx=need[0])
+        quantized, scalings, threshold, rows, plan, layout = ctx.rest
+        number, need = len(scalings), ctx.needs_input_grad
+        As, Bs = adapters[:number], adapters[number:]
+        dropout = None if seed is None else Dropout(seed, threshold)
+        weight = weight if quantized is None else quantized
+        layer = Adapted(weight, As, Bs, scalings, dropout, rows, layout).unpacked()
+        dx, dAs, dBs = multi_backends.backward(g, x, layer, h, plan, need_dx=need[0])
         dbias = g.sum_to_size(g.shape[-1:]) if need[2] else None
-        gradients = (
-            grad if needed else None for grad, needed in zip((*dAs, *dBs), need[8:], strict=True)
-        )
-        return dx, None, dbias, *[None] * 5, *gradients
+        gradients: list[Tensor | None] = [*dAs, *dBs]
+        if not all(need[_TENSORS:]):
+            pairs = zip(gradients, need[_TENSORS:], strict=True)
+            gradients = [grad if needed else None for grad, needed in pairs]
+        return dx, None, dbias, *[None] * (_TENSORS - 3), *gradients
 
 
 def lora_linear_multi(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     *,
@@ -142,13 +151,12 @@ def lora_linear_multi(
             "lora_linear_multi: is not traced by torch.compile yet; call it from a function under "
             "torch.compiler.disable"
         )
-    x, bias, layer, _, chosen = _checked(
+    x, bias, layer, needs_grad, _, chosen = _checked(
         x, weight, lora_As, lora_Bs, scalings, adapter_indices, segments, bias, dropout_p, backend
     )
     threshold = dropout_threshold(dropout_p)
     seed = _draw_seed(x.device, backend) if threshold else None
-    tensors = (x, bias, *layer.lora_As, *layer.lora_Bs)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and needs_grad:
         trained: Tensor = LoRALinearMultiFunction.apply(
             x,
             layer.weight,
@@ -158,6 +166,7 @@ def lora_linear_multi(
             threshold,
             layer.rows,
             chosen,
+            layer.layout,
             *layer.lora_As,
             *layer.lora_Bs,
         )
@@ -170,7 +179,7 @@ def lora_linear_multi(
 
 def explain_multi(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     *,
@@ -185,11 +194,11 @@ def explain_multi(
 
     Takes and raises what it does; computes nothing.
     """
-    _, _, layer, call, chosen = _checked(
+    _, _, layer, _, call, chosen = _checked(
         x, weight, lora_As, lora_Bs, scalings, adapter_indices, segments, bias, dropout_p, backend
     )
     if chosen.backend == "torch":
-        mixed = _mixed_dtypes(layer) if backend != "torch" else None
+        mixed = adapter_set(lora_As, lora_Bs, scalings).mixed if backend != "torch" else None
         why = f"not taken: {mixed}"
         reasons = {"triton": why} if mixed else dict(explain_call(call, backend, ()).reasons)
         reasons["library"] = "taken: F.linear, then a product for each adapter added in place"
@@ -201,6 +210,11 @@ def explain_multi(
             f"{verdict}: predicted extra cost over the base GEMM {extra:.1%} "
             "(a model, not a measurement)"
         )
+    if call.quantized is not None:
+        how = "tiles become values in the base product's K loop"
+        if not chosen.in_loop:
+            how = "turned into values once, in a scratch tensor"
+        reasons["quantised W0"] = f"{call.quantized.format}, {how}"
     return Explanation(chosen.backend, chosen.strategy, chosen.strategy_dx, reasons)
 
 
@@ -236,21 +250,18 @@ def plan_multi(call: Call, groups: int, backend: Backend) -> MultiPlan:
     chosen = plan(call, backend)
     if chosen.backend == "torch":
         return MultiPlan("torch", "library", "library")
-    return MultiPlan("triton", _strategy(call, groups), _strategy(transposed(call), groups))
-
-
-def _mixed_dtypes(layer: Adapted) -> str | None:
-    for name, tensors in (("lora_As", layer.lora_As), ("lora_Bs", layer.lora_Bs)):
-        dtypes = {t.dtype for t in tensors}
-        if len(dtypes) > 1:
-            got = " and ".join(sorted(map(str, dtypes)))
-            return f"{name}: got {got}, wanted one dtype for all"
-    return None
+    return MultiPlan(
+        "triton",
+        _strategy(call, groups),
+        _strategy(transposed(call), groups),
+        in_loop=chosen.strategy == "in_loop",
+        in_loop_dx=chosen.strategy_dx == "in_loop",
+    )
 
 
 def _checked(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     scalings: float | Sequence[float],
@@ -259,67 +270,56 @@ def _checked(
     bias: Tensor | None,
     dropout_p: float,
     backend: Backend,
-) -> tuple[Tensor, Tensor | None, Adapted, Call, MultiPlan]:
-    """x and bias as autocast would have them, the layer without its dropout, and the decision."""
-    for name, tensors in (("lora_As", lora_As), ("lora_Bs", lora_Bs)):
-        if not isinstance(tensors, (list, tuple)):
-            raise TypeError(f"{name}: got {type(tensors).__name__}, wanted a list of tensors")
-    if isinstance(weight, QuantizedWeight):
-        raise TypeError("weight: is quantised, which lora_linear_multi does not take yet")
-    number = len(lora_As)
-    if number == 0 or len(lora_Bs) != number:
-        raise ValueError(
-            f"lora_As, lora_Bs: got {number} and {len(lora_Bs)} adapters, wanted as many of both "
-            "and at least 1"
-        )
-    scales: tuple[Any, ...]
-    scales = tuple(scalings) if isinstance(scalings, (list, tuple)) else (scalings,) * number
-    if len(scales) != number:
-        raise ValueError(f"scalings: got {len(scales)}, wanted one for each of {number} adapters")
-    for scaling in {*scales}:
-        _check_options(weight, scaling, dropout_p, backend)
+) -> tuple[Tensor, Tensor | None, Adapted, bool, Call, MultiPlan]:
+    """x and bias as autocast would have them, the layer without its dropout, whether anything
+    needs a gradient, and the decision."""
+    known = adapter_set(lora_As, lora_Bs, scalings)
+    _check_options(weight, 1.0, dropout_p, backend)
     x, weight, bias = _autocast(x, weight, bias)
     if _distributed():
         from . import parallel
 
-        if parallel.has_dtensor(x, weight, bias, *lora_As, *lora_Bs):
+        plain = None if isinstance(weight, QuantizedWeight) else weight
+        kinds = [t for i in known.kinds for t in (lora_As[i], lora_Bs[i])]
+        if parallel.has_dtensor(x, plain, bias, *kinds):
             raise TypeError("lora_linear_multi: got DTensors, wanted plain tensors")
-    call = _checked_tensors(x, weight, lora_As, lora_Bs, bias, dropout_threshold(dropout_p) > 0)
-    rows = row_groups(x.shape[:-1], x.device, number, adapter_indices, segments)
-    layer = Adapted(weight, lora_As, lora_Bs, tuple(map(float, scales)), None, rows)
-    if backend != "torch" and (mixed := _mixed_dtypes(layer)):
+    call = _checked_call(x, weight, lora_As, lora_Bs, bias, dropout_threshold(dropout_p) > 0, known)
+    rows = row_groups(x.shape[:-1], x.device, len(lora_As), adapter_indices, segments)
+    layer = Adapted(weight, lora_As, lora_Bs, known.scalings, None, rows, known.layout)
+    if backend != "torch" and known.mixed:
         if backend == "triton":
-            raise TypeError(f'backend="triton" cannot take this call: {mixed}')
+            raise TypeError(f'backend="triton" cannot take this call: {known.mixed}')
         backend = "torch"
-    return x, bias, layer, call, plan_multi(call, rows.num_groups, backend)
+    needs_grad = known.needs_grad or x.requires_grad or (bias is not None and bias.requires_grad)
+    return x, bias, layer, needs_grad, call, plan_multi(call, rows.num_groups, backend)
 
 
-def _checked_tensors(
+def _checked_call(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     bias: Tensor | None,
     dropout: bool,
+    known: AdapterSet,
 ) -> Call:
     """The call as its largest adapter alone would be; each kind of adapter is checked once."""
-    kinds: dict[tuple[object, ...], int] = {}
-    for i, (A, B) in enumerate(zip(lora_As, lora_Bs, strict=True)):
-        if isinstance(A, Tensor) and isinstance(B, Tensor):
-            kind: tuple[object, ...] = (*_facts(A), *_facts(B))
-        else:
-            kind = (i,)  # for the checks to refuse
-        kinds.setdefault(kind, i)
-    largest: Call | None = None
-    plain = True
-    for i in kinds.values():
+    try:
+        key = (_facts(x), _facts(weight), None if bias is None else _facts(bias), dropout)
+    except AttributeError:
+        key = None
+    if key in known.calls:
+        return known.calls[key]
+    calls = []
+    for i in known.kinds:
         try:
-            call = checked_call(x, weight, lora_As[i], lora_Bs[i], bias, dropout)
+            calls.append(checked_call(x, weight, lora_As[i], lora_Bs[i], bias, dropout))
         except (TypeError, ValueError) as error:
             message = re.sub(r"\b(lora_[AB])\b", rf"\1s[{i}]", str(error))
             raise type(error)(message) from None
-        plain = plain and call.plain_tensors
-        if largest is None or call.r > largest.r:
-            largest = call
-    assert largest is not None
-    return replace(largest, plain_tensors=plain)
+    largest = max(calls, key=lambda call: call.r)
+    call = replace(largest, plain_tensors=all(call.plain_tensors for call in calls))
+    if len(known.calls) >= _MAX_CALLS:
+        known.calls.clear()
+    known.calls[key] = call
+    return call

@@ -362,7 +362,7 @@ def gemm_add_lora(
 def gemm_add_multi(
     config: TileConfig,
     x: torch.Tensor,
-    w: torch.Tensor,
+    w: torch.Tensor | QuantizedMatrix,
     h: torch.Tensor,
     multi: Multi,
     *,
@@ -378,16 +378,17 @@ def gemm_add_multi(
 def gemm_scaled(
     config: TileConfig,
     x: torch.Tensor,
-    w: torch.Tensor,
+    w: torch.Tensor | QuantizedMatrix,
     *,
     scale: float,
+    bias: torch.Tensor | None = None,
     dropout: Dropout | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y = scale * (D o x) w; w [K, N] in any floating dtype, y [M, N] contiguous in x's.
+    """y = scale * (D o x) w + bias; w [K, N] in any floating dtype, y [M, N] contiguous in x's.
 
     ``out`` is where y goes: a view [M, N] in x's dtype whose rows are contiguous.
     """
     if dropout:
         scale *= dropout.keep_scale
-    return _launch(config, x, w, scale=scale, dropout=dropout, out=out)
+    return _launch(config, x, w, bias=bias, scale=scale, dropout=dropout, out=out)

@@ -120,7 +120,7 @@ def fused(plan, groups=None):
             rows = groups_of_runs(runs, b.x.device)
         seed = b.seed if threshold else None
         return LoRALinearMultiFunction.apply(
-            b.x, b.weight, b.bias, b.scalings, seed, threshold, rows, plan, *b.As, *b.Bs
+            b.x, b.weight, b.bias, b.scalings, seed, threshold, rows, plan, None, *b.As, *b.Bs
         )
 
     return call
