@@ -53,6 +53,7 @@ RANKS: dict[Kind, tuple[int, ...]] = {
 # The kinds whose kernels come in a form for many adapters, and those that have no other.
 MULTI: dict[Kind, tuple[bool, ...]] = {
     "second": (False, True),
+    "quantized": (False, True),
     "plain": (False, True),
     "expand": (True,),
     "multi_grad": (True,),
@@ -375,7 +376,7 @@ def source(case: Case) -> ASTSource:
         return _group_source(case)
     if is_tma(case.kind):
         build = _tma_source
-    elif case.multi and case.kind != "second":
+    elif case.multi and case.kind not in ("second", "quantized"):
         build = _multi_source
     else:
         build = {"grad": _grad_source, "skinny": _skinny_source}.get(case.kind, _gemm_source)
