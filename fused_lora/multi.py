@@ -250,12 +250,13 @@ def plan_multi(call: Call, groups: int, backend: Backend) -> MultiPlan:
     chosen = plan(call, backend)
     if chosen.backend == "torch":
         return MultiPlan("torch", "library", "library")
+    strategy, strategy_dx = _strategy(call, groups), _strategy(transposed(call), groups)
     return MultiPlan(
         "triton",
-        _strategy(call, groups),
-        _strategy(transposed(call), groups),
-        in_loop=chosen.strategy == "in_loop",
-        in_loop_dx=chosen.strategy_dx == "in_loop",
+        strategy,
+        strategy_dx,
+        in_loop=chosen.strategy == "in_loop" and strategy == "expand",
+        in_loop_dx=chosen.strategy_dx == "in_loop" and strategy_dx == "expand",
     )
 
 

@@ -37,7 +37,8 @@ class MultiPlan:
     backend: Literal["triton", "torch"]
     strategy: Strategy  # of the forward; always "library" on the torch backend
     strategy_dx: Strategy
-    # Whether the base product of each turns a quantised W0's codes into values in its K loop.
+    # Whether the base product of each, where h B is added to it afterwards ("expand"), turns a
+    # quantised W0's codes into values in its K loop; else they are values in a scratch tensor.
     in_loop: bool = False
     in_loop_dx: bool = False
 
@@ -114,8 +115,9 @@ def _triton_product(
     from .kernels.quantized import QuantizedMatrix, dequantize
 
     rows, adapters = layer.rows, layer.table()
-    strategy = plan.strategy if forward else plan.strategy_dx
-    in_loop = plan.in_loop if forward else plan.in_loop_dx
+    strategy, in_loop = plan.strategy, plan.in_loop
+    if not forward:
+        strategy, in_loop = plan.strategy_dx, plan.in_loop_dx
     w = layer.weight.matrix() if isinstance(layer.weight, QuantizedWeight) else layer.weight
     if isinstance(w, QuantizedMatrix) and not in_loop:
         w = dequantize(w, x.dtype)
@@ -126,18 +128,18 @@ def _triton_product(
     in_parts = strategy == "expand"
     config = _config("plain", x, r, r, drop_x)
     h = shrink(config, x, rows, adapters, use_A=forward, in_parts=in_parts, dropout=drop_x)
-    if in_parts:
-        if in_loop:
-            y = gemm_scaled(_config("quantized", x, N, r, None), x, w, scale=1.0, bias=bias)
-        else:
-            y = F.linear(x, w.t(), bias)
-        config = _config("expand", x, N, r, drop_y)
-        return y, expand(
-            config, y, h, rows, adapters, use_A=not forward, store_h=need_h, dropout=drop_y
-        )
-    multi = Multi(rows, adapters, use_A=not forward)
-    config = _config("quantized" if in_loop else "second", x, N, r, drop_y)
-    return gemm_add_multi(config, x, w, h, multi, bias=bias, dropout=drop_y), h
+    if not in_parts:
+        multi = Multi(rows, adapters, use_A=not forward)
+        config = _config("second", x, N, r, drop_y)
+        return gemm_add_multi(config, x, w, h, multi, bias=bias, dropout=drop_y), h
+    if isinstance(w, QuantizedMatrix):
+        y = gemm_scaled(_config("quantized", x, N, r, None), x, w, scale=1.0, bias=bias)
+    else:
+        y = F.linear(x, w.t(), bias)
+    config = _config("expand", x, N, r, drop_y)
+    return y, expand(
+        config, y, h, rows, adapters, use_A=not forward, store_h=need_h, dropout=drop_y
+    )
 
 
 def _triton_backward(

@@ -362,7 +362,7 @@ def gemm_add_lora(
 def gemm_add_multi(
     config: TileConfig,
     x: torch.Tensor,
-    w: torch.Tensor | QuantizedMatrix,
+    w: torch.Tensor,
     h: torch.Tensor,
     multi: Multi,
     *,

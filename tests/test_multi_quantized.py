@@ -20,8 +20,7 @@ from fused_lora import (
 from fused_lora import quantize as quantize_module
 from fused_lora.kernels import configs
 from fused_lora.kernels.device import INTERPRETED
-from fused_lora.kernels.gemm import Multi, gemm_add_multi
-from fused_lora.kernels.rows import adapter_table, groups_of_runs
+from fused_lora.kernels.gemm import gemm_scaled
 from fused_lora.multi_backends import MultiPlan
 
 QUANTIZERS = {
@@ -33,10 +32,10 @@ QUANTIZERS = {
 }
 every_quantizer = pytest.mark.parametrize("name", QUANTIZERS)
 PLANS = {
-    "split in loop": MultiPlan("triton", "split", "split", in_loop=True, in_loop_dx=True),
-    "expand in loop": MultiPlan("triton", "expand", "expand", in_loop=True, in_loop_dx=True),
-    "split scratch": MultiPlan("triton", "split", "split"),
-    "expand scratch, split in loop": MultiPlan("triton", "expand", "split", in_loop_dx=True),
+    "in loop": MultiPlan("triton", "expand", "expand", in_loop=True, in_loop_dx=True),
+    "split": MultiPlan("triton", "split", "split"),
+    "expand": MultiPlan("triton", "expand", "expand"),
+    "split, in loop": MultiPlan("triton", "split", "expand", in_loop_dx=True),
     "torch": MultiPlan("torch", "library", "library"),
 }
 every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
@@ -70,7 +69,7 @@ def test_multi_over_nf4(device, plan, dtype):
 
 
 @every_quantizer
-@pytest.mark.parametrize("plan", [PLANS["split in loop"], PLANS["torch"]], ids=["split", "torch"])
+@pytest.mark.parametrize("plan", [PLANS["in loop"], PLANS["torch"]], ids=["in loop", "torch"])
 def test_multi_over_every_format_with_dropout(device, name, plan):
     b = batch([(1, 19), (-1, 3), (0, 8)], (3, 17), K=128, device=device, dropout_p=0.3)
     b, weight = quantized(b, name)
@@ -78,17 +77,16 @@ def test_multi_over_every_format_with_dropout(device, name, plan):
 
 
 @every_quantizer
-def test_multi_product_in_every_quantized_configuration(device, name):
-    b = batch([(1, 30), (0, 9)], (3, 40), N=128, K=192, dtype=torch.float16, device=device)
-    b, weight = quantized(b, name)
-    rows, table = groups_of_runs(((1, 30), (0, 9)), device), adapter_table(b.As, b.Bs, b.scalings)
-    h = torch.randn(39, 40).to(device, torch.float16)
-    exact = b.x.double() @ weight.dequantize(torch.float64).t() + b.bias.double()
-    exact[:30] += h[:30].double() @ b.Bs[1].double().t()
-    exact[30:] += h[30:, :3].double() @ b.Bs[0].double().t()
-    for config in configs.ship("quantized", 40, 2, False, INTERPRETED):
-        multi = Multi(rows, table, use_A=False)
-        y = gemm_add_multi(config, b.x, weight.matrix().t(), h, multi, bias=b.bias)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_multi_base_product_in_every_quantized_configuration(device, name, transposed):
+    w = QUANTIZERS[name](torch.randn(192, 128).to(device))
+    matrix, full = w.matrix(), w.dequantize(torch.float64)
+    if transposed:
+        matrix, full = matrix.t(), full.t()
+    x, bias = (torch.randn(s).to(device, torch.float16) for s in ((37, len(full)), full.shape[1:]))
+    exact = x.double() @ full + bias.double()
+    for config in configs.ship("quantized", 16, 2, False, INTERPRETED):
+        y = gemm_scaled(config, x, matrix, scale=1.0, bias=bias)
         assert ((y.double() - exact).norm() / exact.norm()).item() < 2e-3
 
 
@@ -105,9 +103,7 @@ def test_multi_nf4_takes_few_rows_in_the_loop_and_many_from_a_scratch(device, mo
     monkeypatch.setattr(kernels, "dequantize", lambda *a: scratches.append(1) or real(*a))
     b = batch([(0, 3), (1, 2)], (3, 16), K=128, dtype=torch.float16, device=device)
     weight = quantize_nf4(b.weight)
-    few = explain_multi(
-        b.x, weight, b.As, b.Bs, adapter_indices=b.indices.cpu(), backend="triton"
-    )
+    few = explain_multi(b.x, weight, b.As, b.Bs, adapter_indices=b.indices.cpu(), backend="triton")
     assert "K loop" in few.reasons["quantised W0"]
     call(b, weight, backend="triton")
     assert not scratches
