@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from . import multi_backends
-from .adapter_set import AdapterSet, adapter_set
-from .dispatch import (
-    Backend,
-    Call,
-    Explanation,
-    _facts,
-    ceilings,
-    checked_call,
-    explain_call,
-    plan,
-    transposed,
-)
-from .functional import Weight, _autocast, _check_options, _distributed, _draw_seed
-from .kernels.configs import padded
-from .kernels.device import device_info
+from . import checks, multi_backends, multi_ops
+from .dispatch import Backend, Explanation, explain_call
+from .functional import Weight, _autocast, _check_options, _draw_seed, _is_constant
 from .kernels.dropout import Dropout, dropout_threshold
 from .kernels.rows import AdapterLayout, RowGroups
-from .multi_backends import Adapted, MultiPlan, Strategy
-from .multi_rows import Segments, row_groups
+from .multi_backends import Adapted, MultiPlan
+from .multi_dispatch import checked, predicted_extra
+from .multi_rows import Segments
+from .packing import pack
 from .quantize import QuantizedWeight
-
-_LAUNCH = 4e-6  # seconds that another, dependent launch adds: an estimate
-# A piece's product waits for its loads, which the GEMM's K loop does not.
-_UNPIPELINED = 3
-_TILE_M = 128
-_MAX_CALLS = 256
-EXPAND_ROWS = 256  # up to here y is nothing beside the weight, and the GEMM cannot fill a GPU
-
 
 _TENSORS = 9  # the place of the first adapter among the function's arguments
 
@@ -144,19 +123,43 @@ def lora_linear_multi(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, shape, dtype, device or range.
-        RuntimeError: ``backend="triton"`` where the kernels cannot run; under torch.compile.
+        RuntimeError: ``backend="triton"`` where the kernels cannot run; under torch.func.
+
+    Under torch.compile it is one operator, whatever M and the segments' lengths; what is wrong with
+    the rows is found when it runs.
     """
-    if torch.compiler.is_compiling():
-        raise RuntimeError(
-            "lora_linear_multi: is not traced by torch.compile yet; call it from a function under "
-            "torch.compiler.disable"
+    threshold = dropout_threshold(dropout_p)
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError("lora_linear_multi: torch.func's transforms are not supported")
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        _check_options(weight, 1.0, dropout_p, backend)
+        x, weight, bias = _autocast(x, weight, bias)
+        if (adapter_indices is None) == (segments is None) or len(lora_As) == 0:
+            raise ValueError(
+                "lora_linear_multi: wanted at least one adapter, and either adapter_indices or "
+                "segments"
+            )
+        for A, B in zip(lora_As, lora_Bs, strict=True):
+            checks.check_tensors(x, weight, A, B, bias)
+        return _observed(
+            x,
+            weight,
+            lora_As,
+            lora_Bs,
+            scalings,
+            adapter_indices,
+            segments,
+            bias,
+            threshold,
+            backend,
         )
-    x, bias, layer, needs_grad, _, chosen = _checked(
+    found = checked(
         x, weight, lora_As, lora_Bs, scalings, adapter_indices, segments, bias, dropout_p, backend
     )
-    threshold = dropout_threshold(dropout_p)
+    x, bias, layer = found.x, found.bias, found.layer
     seed = _draw_seed(x.device, backend) if threshold else None
-    if torch.is_grad_enabled() and needs_grad:
+    trains = found.known.needs_grad or x.requires_grad or (bias is not None and bias.requires_grad)
+    if torch.is_grad_enabled() and trains:
         trained: Tensor = LoRALinearMultiFunction.apply(
             x,
             layer.weight,
@@ -165,7 +168,7 @@ def lora_linear_multi(
             seed,
             threshold,
             layer.rows,
-            chosen,
+            found.plan,
             layer.layout,
             *layer.lora_As,
             *layer.lora_Bs,
@@ -174,7 +177,52 @@ def lora_linear_multi(
     # Hundreds of adapters on their way through autograd would cost more than a decoding step.
     if seed is not None:
         layer = layer._replace(dropout=Dropout(seed, threshold))
-    return multi_backends.forward(x, layer, bias, chosen, need_h=False)[0]
+    return multi_backends.forward(x, layer, bias, found.plan, need_h=False)[0]
+
+
+def _observed(
+    x: Tensor,
+    weight: Weight,
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: float | Sequence[float],
+    adapter_indices: Tensor | Sequence[int] | None,
+    segments: Segments | None,
+    bias: Tensor | None,
+    threshold: int,
+    backend: Backend,
+) -> Tensor:
+    """By the registered operator, which checks what is not known while tracing: the rows."""
+    scales: list[Any]
+    scales = list(scalings) if isinstance(scalings, (list, tuple)) else [scalings] * len(lora_As)
+    Bs = list(lora_Bs)
+    for i, scaling in enumerate(scales):
+        if torch.compiler.is_compiling() and not _is_constant(scaling):
+            # An operator's float is a constant of the graph: each alpha would recompile.
+            Bs[i] = Bs[i].to(torch.promote_types(Bs[i].dtype, torch.float32)) * scaling
+            scales[i] = 1.0
+    if adapter_indices is not None and not isinstance(adapter_indices, Tensor):
+        adapter_indices = torch.tensor(adapter_indices)
+    flat = [part for segment in segments or () for part in segment]
+    need_h = torch.is_grad_enabled() and any([B.requires_grad for B in Bs])
+    seed = _draw_seed(x.device, backend) if threshold else None
+    weights, spec = pack(weight)
+    y: Tensor = multi_ops.lora_linear_multi_op(
+        x,
+        weights,
+        spec,
+        list(lora_As),
+        Bs,
+        bias,
+        scales,
+        adapter_indices,
+        flat,
+        seed,
+        threshold,
+        backend,
+        need_h,
+    )[0]
+    return y
 
 
 def explain_multi(
@@ -194,11 +242,11 @@ def explain_multi(
 
     Takes and raises what it does; computes nothing.
     """
-    _, _, layer, _, call, chosen = _checked(
+    _, _, layer, known, call, chosen = checked(
         x, weight, lora_As, lora_Bs, scalings, adapter_indices, segments, bias, dropout_p, backend
     )
     if chosen.backend == "torch":
-        mixed = adapter_set(lora_As, lora_Bs, scalings).mixed if backend != "torch" else None
+        mixed = known.mixed if backend != "torch" else None
         why = f"not taken: {mixed}"
         reasons = {"triton": why} if mixed else dict(explain_call(call, backend, ()).reasons)
         reasons["library"] = "taken: F.linear, then a product for each adapter added in place"
@@ -216,111 +264,3 @@ def explain_multi(
             how = "turned into values once, in a scratch tensor"
         reasons["quantised W0"] = f"{call.quantized.format}, {how}"
     return Explanation(chosen.backend, chosen.strategy, chosen.strategy_dx, reasons)
-
-
-def predicted_extra(call: Call, groups: int) -> dict[Strategy, float]:
-    """Cost of adding h B as a fraction of the base GEMM's time; making h costs both the same.
-
-    split    each piece of a tile is r_pad / K of the GEMM, and its loads are waited for
-    expand   one more read and write of y, and one more launch
-    """
-    flops, bandwidth = ceilings(device_info(call.device))
-    gemm = 2 * call.M * call.N * call.K / flops
-    if gemm == 0:
-        return {"split": 0.0, "expand": 0.0}
-    tiles = -(-call.M // _TILE_M)
-    pieces_per_tile = (tiles + groups) / tiles
-    touch_y = 2 * call.dtype.itemsize * call.M * call.N / bandwidth
-    return {
-        "split": _UNPIPELINED * pieces_per_tile * padded(call.r) / call.K,
-        "expand": (touch_y + _LAUNCH) / gemm,
-    }
-
-
-def _strategy(call: Call, groups: int) -> Strategy:
-    if call.M <= EXPAND_ROWS:
-        return "expand"
-    extra = predicted_extra(call, groups)
-    return min(extra, key=extra.__getitem__)
-
-
-@functools.lru_cache(maxsize=4096)
-def plan_multi(call: Call, groups: int, backend: Backend) -> MultiPlan:
-    """The decision for a batch with this many adapters in it, "none" being one."""
-    chosen = plan(call, backend)
-    if chosen.backend == "torch":
-        return MultiPlan("torch", "library", "library")
-    strategy, strategy_dx = _strategy(call, groups), _strategy(transposed(call), groups)
-    return MultiPlan(
-        "triton",
-        strategy,
-        strategy_dx,
-        in_loop=chosen.strategy == "in_loop" and strategy == "expand",
-        in_loop_dx=chosen.strategy_dx == "in_loop" and strategy_dx == "expand",
-    )
-
-
-def _checked(
-    x: Tensor,
-    weight: Weight,
-    lora_As: Sequence[Tensor],
-    lora_Bs: Sequence[Tensor],
-    scalings: float | Sequence[float],
-    adapter_indices: Tensor | Sequence[int] | None,
-    segments: Segments | None,
-    bias: Tensor | None,
-    dropout_p: float,
-    backend: Backend,
-) -> tuple[Tensor, Tensor | None, Adapted, bool, Call, MultiPlan]:
-    """x and bias as autocast would have them, the layer without its dropout, whether anything
-    needs a gradient, and the decision."""
-    known = adapter_set(lora_As, lora_Bs, scalings)
-    _check_options(weight, 1.0, dropout_p, backend)
-    x, weight, bias = _autocast(x, weight, bias)
-    if _distributed():
-        from . import parallel
-
-        plain = None if isinstance(weight, QuantizedWeight) else weight
-        kinds = [t for i in known.kinds for t in (lora_As[i], lora_Bs[i])]
-        if parallel.has_dtensor(x, plain, bias, *kinds):
-            raise TypeError("lora_linear_multi: got DTensors, wanted plain tensors")
-    call = _checked_call(x, weight, lora_As, lora_Bs, bias, dropout_threshold(dropout_p) > 0, known)
-    rows = row_groups(x.shape[:-1], x.device, len(lora_As), adapter_indices, segments)
-    layer = Adapted(weight, lora_As, lora_Bs, known.scalings, None, rows, known.layout)
-    if backend != "torch" and known.mixed:
-        if backend == "triton":
-            raise TypeError(f'backend="triton" cannot take this call: {known.mixed}')
-        backend = "torch"
-    needs_grad = known.needs_grad or x.requires_grad or (bias is not None and bias.requires_grad)
-    return x, bias, layer, needs_grad, call, plan_multi(call, rows.num_groups, backend)
-
-
-def _checked_call(
-    x: Tensor,
-    weight: Weight,
-    lora_As: Sequence[Tensor],
-    lora_Bs: Sequence[Tensor],
-    bias: Tensor | None,
-    dropout: bool,
-    known: AdapterSet,
-) -> Call:
-    """The call as its largest adapter alone would be; each kind of adapter is checked once."""
-    try:
-        key = (_facts(x), _facts(weight), None if bias is None else _facts(bias), dropout)
-    except AttributeError:
-        key = None
-    if key in known.calls:
-        return known.calls[key]
-    calls = []
-    for i in known.kinds:
-        try:
-            calls.append(checked_call(x, weight, lora_As[i], lora_Bs[i], bias, dropout))
-        except (TypeError, ValueError) as error:
-            message = re.sub(r"\b(lora_[AB])\b", rf"\1s[{i}]", str(error))
-            raise type(error)(message) from None
-    largest = max(calls, key=lambda call: call.r)
-    call = replace(largest, plain_tensors=all(call.plain_tensors for call in calls))
-    if len(known.calls) >= _MAX_CALLS:
-        known.calls.clear()
-    known.calls[key] = call
-    return call

@@ -17,8 +17,9 @@ from fused_lora.functional import draw_seeds
 from fused_lora.kernels import rows
 from fused_lora.kernels.dropout import dropout_threshold
 from fused_lora.kernels.rows import groups_of_indices, groups_of_runs
-from fused_lora.multi import LoRALinearMultiFunction, plan_multi
+from fused_lora.multi import LoRALinearMultiFunction
 from fused_lora.multi_backends import MultiPlan
+from fused_lora.multi_dispatch import plan_multi
 from fused_lora.multi_rows import row_groups
 
 BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu, id="bf16")
@@ -588,14 +589,6 @@ def test_multi_ranks_beyond_the_kernels_go_to_torch(multi_launches):
         _call(lora_linear_multi, changes | {"backend": "triton"})
     assert _call(lora_linear_multi, changes).shape == (4, 5)
     assert multi_launches == []
-
-
-def test_multi_under_compile_is_refused_clearly():
-    def call(x):
-        return _call(lora_linear_multi, {"x": x})
-
-    with pytest.raises(Exception, match="not traced by torch.compile yet"):
-        torch.compile(call, backend="eager", fullgraph=True)(GOOD["x"])
 
 
 @pytest.mark.parametrize("kind", ["plain", "expand", "multi_grad", "second"])
