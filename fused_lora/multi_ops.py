@@ -6,6 +6,7 @@ tensor of indices, or segments in one list, (index, rows) after (index, rows).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -99,7 +100,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty((*x.shape[:-1], lora_Bs[0].shape[0]))
     rank = max(A.shape[0] for A in lora_As)
-    return y, x.new_empty((x.shape[:-1].numel(), rank) if need_h else 0)
+    return y, x.new_empty((math.prod(x.shape[:-1]), rank) if need_h else 0)
 
 
 @torch.library.custom_op("fused_lora::lora_linear_multi_backward", mutates_args=())
@@ -173,7 +174,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     x, weights, spec, As, Bs, _, scalings, indices, segments, seed, threshold, backend, need_h = (
         inputs
     )
-    x = x if any(ctx.needs_input_grad[3]) else None
+    x = x if any(A.requires_grad for A in As) else None  # needs_input_grad is flat here
     ctx.save_for_backward(x, output[1] if need_h else None, indices, seed, *weights, *As, *Bs)
     ctx.set_materialize_grads(False)
     ctx.spec, ctx.scalings, ctx.segments = spec, scalings, segments
@@ -208,7 +209,9 @@ def _backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Any, ...]:
         [dA if needs else None for dA, needs in zip(grads[:n], needs_A, strict=True)],
         [dB if needs else None for dB, needs in zip(grads[n:], needs_B, strict=True)],
         g.sum_to_size(g.shape[-1:]) if needs_bias else None,
-        *[None] * 7,
+        *[None] * 2,
+        None if ctx.segments else [],  # as the operator's arguments are nested
+        *[None] * 4,
     )
 
 

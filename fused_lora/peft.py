@@ -267,8 +267,6 @@ def obstacle(layer: peft_lora.Linear, adapter_names: Sequence[str] | None = None
     if not adapters:
         return "none of its adapters is active"
     if adapter_names is not None:
-        if torch.compiler.is_compiling():
-            return "torch.compile does not trace the fused call of a mixed batch"
         if not quantized and type(base.weight) is not nn.Parameter:
             return f"its base weight is a {type(base.weight).__name__}"
         if any(name in layer.lora_variant for name in adapters):

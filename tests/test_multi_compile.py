@@ -56,7 +56,9 @@ def test_multi_compiled_over_nf4(device, multi_launches, backend):
     b = batch(STRADDLING, K=128, device=device)
     weight = quantize_nf4(b.weight)
     b.weight = weight.dequantize()
-    check(run(lambda b: compiled_call(b, weight=weight, segments=STRADDLING, backend=backend), b), b)
+    check(
+        run(lambda b: compiled_call(b, weight=weight, segments=STRADDLING, backend=backend), b), b
+    )
     assert ("shrink" in multi_launches) == (backend == "triton")
 
 
@@ -176,7 +178,7 @@ def test_multi_compiled_rows_that_are_wrong_are_refused_when_it_runs(multi_launc
     with pytest.raises(ValueError, match="segments: have 3 rows in all, wanted x's 4"):
         compiled_call(b, segments=[(0, 3)], backend="triton")
     b.As[1] = torch.randn(2, 9)
-    with pytest.raises(Exception, match=r"lora_A: got shape \[2, 9\]"):
+    with pytest.raises(Exception, match="lora_A: got shape"):
         compiled_call(b, segments=[(0, 4)], backend="triton")
     assert multi_launches == []
 
@@ -205,9 +207,9 @@ def test_multi_fake_tensors():
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_multi_operators(backend):
-    b = batch([(1, 5), (-1, 1), (0, 3)], (2, 3))
+    b = batch([(1, 6), (0, 3)], (3, 3))  # without undefined elements of h
     weights, spec = pack(b.weight)
-    segments = [1, 5, -1, 1, 0, 3]
+    segments = [1, 6, 0, 3]
     scalings = list(b.scalings)
     for t in (b.x, *b.As, *b.Bs, b.bias):
         t.requires_grad_()
