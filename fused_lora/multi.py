@@ -242,14 +242,19 @@ def explain_multi(
 
     Takes and raises what it does; computes nothing.
     """
-    _, _, layer, known, call, chosen = checked(
+    x, _, layer, known, call, chosen = checked(
         x, weight, lora_As, lora_Bs, scalings, adapter_indices, segments, bias, dropout_p, backend
     )
     if chosen.backend == "torch":
         mixed = known.mixed if backend != "torch" else None
         why = f"not taken: {mixed}"
         reasons = {"triton": why} if mixed else dict(explain_call(call, backend, ()).reasons)
-        reasons["library"] = "taken: F.linear, then a product for each adapter added in place"
+        lists = multi_backends.side_by_side(layer, x.dtype)
+        several = [len(spans) for spans in lists if len(spans) > 1]
+        how = f"taken: F.linear, then the products of {len(lists) - len(several)} adapters in turn"
+        if several:
+            how += f" and of {sum(several)} side by side in {len(several)} bmm"
+        reasons["library"] = f"{how}, added in place"
         return Explanation(chosen.backend, chosen.strategy, chosen.strategy_dx, reasons)
     reasons = {"torch": "not taken: the kernels take this call"}
     for strategy, extra in predicted_extra(call, layer.rows.num_groups).items():

@@ -27,6 +27,10 @@ from .torch_backend import _add_base_dx, _base
 
 # split: h, then the GEMM adds h B; expand: h, the base product, then h B added in place.
 Strategy = Literal["split", "expand", "library"]
+Span = tuple[int, int, int]  # an adapter, its first position, its last one + 1
+# Of what `side_by_side` takes: rows of an adapter, bytes of its A or B, and of all A's or B's.
+_FEW_ROWS = 16
+_SMALL, _STACKED = 128 << 10, 1 << 20
 Gradients = tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]
 
 
@@ -191,13 +195,41 @@ def _add_product(y: Tensor, index: slice | Tensor, a: Tensor, b: Tensor) -> None
         y.index_add_(0, index, a @ b)  # no row twice, so that there is no order of additions
 
 
+def side_by_side(layer: Adapted, dtype: torch.dtype) -> list[list[Span]]:
+    """The spans of the rows' adapters, in lists that PyTorch multiplies by one bmm each.
+
+    In a list all have as many rows, so that nothing is padded, and few; one rank, so that the
+    adapters can be copied into one tensor; and these copies are small: up to 1 MB, in a CPU's
+    cache. On a CPU 64 adapters of r 16 with a row each took 0.3 instead of 0.8 ms (fp32, N and K
+    576) and 0.4 instead of 6.5 ms (bf16); from 128 KB for A or B on, a loop is as fast in fp32.
+    """
+    lists: dict[object, list[Span]] = {}
+    wide = max(layer.weight.shape) * dtype.itemsize
+    for span in layer.rows.spans():
+        adapter, first, last = span
+        A, B = layer.lora_As[adapter], layer.lora_Bs[adapter]
+        size = len(A) * wide
+        key: object = adapter
+        if last - first <= _FEW_ROWS and size < _SMALL:
+            key = (last - first, len(A), A.dtype, B.dtype)
+        found = lists.setdefault(key, [])
+        found.append(span)
+        if len(found) * size >= _STACKED:
+            lists[key, adapter] = lists.pop(key)  # full
+    return list(lists.values())
+
+
 def _torch_forward(
     x: Tensor, layer: Adapted, bias: Tensor | None, *, need_h: bool
 ) -> tuple[Tensor, Tensor | None]:
     y = _base(x, layer.weight, bias)
     h = x.new_empty((len(x), max(A.shape[0] for A in layer.lora_As))) if need_h else None
     keep, keep_scale = _mask(layer, len(x))
-    for adapter, first, last in layer.rows.spans():
+    for spans in side_by_side(layer, x.dtype):
+        if len(spans) > 1:
+            _add_side_by_side(x, y, h, layer, spans, keep, keep_scale)
+            continue
+        adapter, first, last = spans[0]
         A, B = layer.lora_As[adapter], layer.lora_Bs[adapter]
         index = layer.rows.rows(first, last)
         part = F.linear(_kept(x, keep, index), A.to(x.dtype))
@@ -206,6 +238,34 @@ def _torch_forward(
         if h is not None:
             h[first:last, : len(A)] = part
     return y, h
+
+
+def _add_side_by_side(
+    x: Tensor,
+    y: Tensor,
+    h: Tensor | None,
+    layer: Adapted,
+    spans: list[Span],
+    keep: Tensor | None,
+    keep_scale: float,
+) -> None:
+    """y += h B^T in place for spans of as many rows and one rank each, and h."""
+    adapters, firsts, lasts = zip(*spans, strict=True)
+    count = lasts[0] - firsts[0]
+    positions = torch.tensor(firsts, device=x.device)[:, None] + torch.arange(
+        count, device=x.device
+    )
+    positions = positions.view(-1)
+    index = positions if layer.rows.order is None else layer.rows.order[positions]
+    A = torch.stack([layer.lora_As[i] for i in adapters]).to(x.dtype)
+    B = torch.stack([layer.lora_Bs[i] for i in adapters]).to(x.dtype)
+    scales = [layer.scalings[i] * keep_scale for i in adapters]
+    part = torch.bmm(_kept(x, keep, index).view(len(spans), count, -1), A.mT)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    part *= torch.tensor(scales, dtype=wide, device=x.device)[:, None, None]
+    y.index_add_(0, index, torch.bmm(part, B.mT).flatten(0, 1))  # no row twice
+    if h is not None:
+        h[positions, : part.shape[-1]] = part.flatten(0, 1)
 
 
 def _torch_backward(

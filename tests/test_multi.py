@@ -12,7 +12,14 @@ import torch
 from oracle import FORWARD_FACTOR, GRADIENT_FACTOR
 from torch import nn
 
-from fused_lora import FusedMultiLoRALinear, explain_multi, lora_linear_multi, reference, route
+from fused_lora import (
+    FusedMultiLoRALinear,
+    explain_multi,
+    lora_linear_multi,
+    multi_backends,
+    reference,
+    route,
+)
 from fused_lora.functional import draw_seeds
 from fused_lora.kernels import rows
 from fused_lora.kernels.dropout import dropout_threshold
@@ -419,6 +426,36 @@ def test_multi_decode_with_200_adapters(device, dtype, multi_launches):
     assert multi_launches == ["shrink", "expand"]
     exact, same_dtype = loop(b.map(torch.Tensor.double)), loop(b)
     assert (y.double() - exact).norm() <= 2 * (same_dtype.double() - exact).norm()
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        pytest.param([(i, 1) for i in range(40)], id="a row each"),
+        pytest.param([(i * 7 % 41 - 1, 1 + i % 3) for i in range(60)], id="scattered"),
+        pytest.param([(i, 4) for i in range(40)], id="four rows each"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_multi_equal_adapters_side_by_side_in_torch(runs, dtype, dropout_p, monkeypatch):
+    monkeypatch.setattr(multi_backends, "_STACKED", 12 * 3 * 70 * dtype.itemsize)
+    b = batch(runs, [3 + i % 2 for i in range(40)], N=24, dtype=dtype, dropout_p=dropout_p)
+    check(run(fused(PLANS[2].values[0]), b), b)
+    explained = explain_multi(b.x, b.weight, b.As, b.Bs, adapter_indices=b.indices)
+    taken = re.search(r"of (\d+) side by side in (\d+) bmm", explained.reasons["library"])
+    adapters, products = map(int, taken.groups())
+    assert adapters >= 30
+    assert products >= 4
+
+
+def test_multi_side_by_side_is_for_few_rows_and_small_adapters():
+    b = batch([(0, 20), (1, 20), (2, 1), (3, 1)], (4, 4, 5, 7))
+    explained = explain_multi(b.x, b.weight, b.As, b.Bs, adapter_indices=b.indices)
+    assert "the products of 4 adapters in turn, added" in explained.reasons["library"]
+    b = batch([(0, 1), (1, 1)], (16, 16), K=2048)
+    explained = explain_multi(b.x, b.weight, b.As, b.Bs, adapter_indices=b.indices)
+    assert "the products of 2 adapters in turn, added" in explained.reasons["library"]
 
 
 def test_multi_shrink_is_split_over_k_for_a_few_rows(device):
