@@ -40,13 +40,10 @@ class AdapterSet:
 _sets: OrderedDict[object, tuple[Any, AdapterSet]] = OrderedDict()
 
 
-def adapter_set(
+def check_lists(
     lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], scalings: float | Sequence[float]
-) -> AdapterSet:
-    """The set of these adapters; TypeError or ValueError for what is wrong with them as a set.
-
-    What is wrong with one of them is for `checks.check_tensors`, which knows what it should fit.
-    """
+) -> tuple[Any, ...]:
+    """A scaling for each adapter; TypeError or ValueError unless there is as much of everything."""
     for name, tensors in (("lora_As", lora_As), ("lora_Bs", lora_Bs)):
         if not isinstance(tensors, (list, tuple)):
             raise TypeError(f"{name}: got {type(tensors).__name__}, wanted a list of tensors")
@@ -56,10 +53,21 @@ def adapter_set(
             f"lora_As, lora_Bs: got {number} and {len(lora_Bs)} adapters, wanted as many of both "
             "and at least 1"
         )
-    scales: tuple[float, ...]
-    scales = tuple(scalings) if isinstance(scalings, (list, tuple)) else (scalings,) * number  # type: ignore[assignment]
+    scales: tuple[Any, ...]
+    scales = tuple(scalings) if isinstance(scalings, (list, tuple)) else (scalings,) * number
     if len(scales) != number:
         raise ValueError(f"scalings: got {len(scales)}, wanted one for each of {number} adapters")
+    return scales
+
+
+def adapter_set(
+    lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], scalings: float | Sequence[float]
+) -> AdapterSet:
+    """The set of these adapters; TypeError or ValueError for what is wrong with them as a set.
+
+    What is wrong with one of them is for `checks.check_tensors`, which knows what it should fit.
+    """
+    scales = check_lists(lora_As, lora_Bs, scalings)
     try:
         addresses = addresses_of(lora_As, lora_Bs)
     except (TypeError, RuntimeError):  # no tensor, or one without an address

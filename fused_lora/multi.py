@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import checks, multi_backends, multi_ops
+from .adapter_set import check_lists
 from .dispatch import Backend, Explanation, explain_call
 from .functional import Weight, _autocast, _check_options, _draw_seed, _is_constant
 from .kernels.dropout import Dropout, dropout_threshold
 from .kernels.rows import AdapterLayout, RowGroups
 from .multi_backends import Adapted, MultiPlan
 from .multi_dispatch import checked, predicted_extra
-from .multi_rows import Segments
+from .multi_rows import Segments, check_one
 from .packing import pack
 from .quantize import QuantizedWeight
 
@@ -134,11 +135,8 @@ def lora_linear_multi(
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         _check_options(weight, 1.0, dropout_p, backend)
         x, weight, bias = _autocast(x, weight, bias)
-        if (adapter_indices is None) == (segments is None) or len(lora_As) == 0:
-            raise ValueError(
-                "lora_linear_multi: wanted at least one adapter, and either adapter_indices or "
-                "segments"
-            )
+        check_one(adapter_indices, segments)
+        scales = check_lists(lora_As, lora_Bs, scalings)
         for A, B in zip(lora_As, lora_Bs, strict=True):
             checks.check_tensors(x, weight, A, B, bias)
         return _observed(
@@ -146,7 +144,7 @@ def lora_linear_multi(
             weight,
             lora_As,
             lora_Bs,
-            scalings,
+            scales,
             adapter_indices,
             segments,
             bias,
@@ -185,7 +183,7 @@ def _observed(
     weight: Weight,
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
-    scalings: float | Sequence[float],
+    scalings: Sequence[float],
     adapter_indices: Tensor | Sequence[int] | None,
     segments: Segments | None,
     bias: Tensor | None,
@@ -193,9 +191,7 @@ def _observed(
     backend: Backend,
 ) -> Tensor:
     """By the registered operator, which checks what is not known while tracing: the rows."""
-    scales: list[Any]
-    scales = list(scalings) if isinstance(scalings, (list, tuple)) else [scalings] * len(lora_As)
-    Bs = list(lora_Bs)
+    Bs, scales = list(lora_Bs), list(scalings)
     for i, scaling in enumerate(scales):
         if torch.compiler.is_compiling() and not _is_constant(scaling):
             # An operator's float is a constant of the graph: each alpha would recompile.

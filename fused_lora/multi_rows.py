@@ -20,6 +20,13 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
+def check_one(adapter_indices: object, segments: object) -> None:
+    """Raises ValueError unless one of the two is given."""
+    if (adapter_indices is None) == (segments is None):
+        both = "neither" if segments is None else "both"
+        raise ValueError(f"adapter_indices, segments: got {both}, wanted one of the two")
+
+
 def row_groups(
     lead: torch.Size,
     device: torch.device,
@@ -28,9 +35,7 @@ def row_groups(
     segments: Segments | None,
 ) -> RowGroups:
     """The groups of the rows of x [*lead, K] on ``device``; TypeError or ValueError if invalid."""
-    if (adapter_indices is None) == (segments is None):
-        both = "neither" if segments is None else "both"
-        raise ValueError(f"adapter_indices, segments: got {both}, wanted one of the two")
+    check_one(adapter_indices, segments)
     M = lead.numel()
     if segments is not None:
         return groups_of_runs(_as_runs(segments, M, num_adapters), device)
@@ -38,6 +43,9 @@ def row_groups(
         adapter_indices = _as_tensor(adapter_indices)
     if adapter_indices.dtype not in _INTEGERS:
         raise TypeError(f"adapter_indices: got dtype {adapter_indices.dtype}, wanted integers")
+    if adapter_indices.layout != torch.strided:
+        layout = adapter_indices.layout
+        raise TypeError(f"adapter_indices: got layout {layout}, wanted a dense tensor")
     if adapter_indices.shape not in (lead, (M,)):
         wanted = f"[{M}]" if len(lead) == 1 else f"[{M}] or {list(lead)}"
         raise ValueError(
@@ -104,6 +112,8 @@ def _check_runs(name: str, runs: tuple[Run, ...], num_adapters: int) -> None:
 
 
 def _as_runs(segments: Segments, M: int, num_adapters: int) -> tuple[Run, ...]:
+    if not isinstance(segments, (list, tuple)):
+        raise TypeError(f"segments: got {type(segments).__name__}, wanted a list of pairs")
     try:  # what was checked before; 1.0 and True are equal to 1
         runs = tuple(segments)
         if {*map(type, chain.from_iterable(runs))} <= {int}:

@@ -1,5 +1,7 @@
 """Many adapters under torch.compile and torch.export, and the operators behind them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_multi import STRADDLING, batch, check, multi_launches, run
@@ -177,6 +179,12 @@ def test_multi_compiled_rows_that_are_wrong_are_refused_when_it_runs(multi_launc
         compiled_call(b, adapter_indices=torch.tensor([0, 9, 0, 0]), backend="triton")
     with pytest.raises(ValueError, match="segments: have 3 rows in all, wanted x's 4"):
         compiled_call(b, segments=[(0, 3)], backend="triton")
+    with pytest.raises(Exception, match="adapter_indices, segments: got neither"):
+        compiled_call(b, backend="triton")
+    with pytest.raises(Exception, match="scalings: got 1, wanted one for each of 4 adapters"):
+        compiled_call(replace(b, scalings=(1.0,)), segments=[(0, 4)], backend="triton")
+    with pytest.raises(Exception, match="got 4 and 3 adapters"):
+        compiled_call(replace(b, Bs=b.Bs[1:]), segments=[(0, 4)], backend="triton")
     b.As[1] = torch.randn(2, 9)
     with pytest.raises(Exception, match="lora_A: got shape"):
         compiled_call(b, segments=[(0, 4)], backend="triton")
