@@ -105,7 +105,8 @@ def lora_linear_multi(
     """y = x W0^T + bias + scaling_i * (D o x) A_i^T B_i^T, with i the adapter of each row of x.
 
     Equal to calling `lora_linear` once for each adapter with the same dropout mask and taking each
-    row from its own; the base product is made once, no row is padded, and no adapter is copied.
+    row from its own; the base product is made once, no row is padded, and no adapter is copied (by
+    PyTorch's path, small ones are: see `multi_backends.side_by_side`).
 
     Args:
         x, weight, bias, dropout_p, backend: as for `lora_linear`. M is the number of rows of x.
@@ -126,8 +127,9 @@ def lora_linear_multi(
         TypeError, ValueError: an argument is of the wrong kind, shape, dtype, device or range.
         RuntimeError: ``backend="triton"`` where the kernels cannot run; under torch.func.
 
-    Under torch.compile it is one operator, whatever M and the segments' lengths; what is wrong with
-    the rows is found when it runs.
+    Under torch.compile it is one operator; what is wrong with the rows is found when it runs. Any M
+    and any values of ``adapter_indices`` are the same graph; another number of segments, or others
+    of their indices, is another one.
     """
     threshold = dropout_threshold(dropout_p)
     if torch._C._are_functorch_transforms_active():

@@ -365,7 +365,8 @@ def fuse(
     rounded to int8, which bitsandbytes does.
 
     On the fast path: dropout, bias, ``lora_bias``, rsLoRA, DoRA, fp32 adapters over a half base,
-    Conv1D (GPT-2), several active adapters, ``scale_layer``, patterns of r and alpha. A layer whose
+    Conv1D (GPT-2), several active adapters, batches that mix adapters (``adapter_names``), over
+    4 and 8 bits too, ``scale_layer``, patterns of r and alpha. A layer whose
     state does not allow it now (merged, disabled, ...) is listed with the reason and takes the
     fast path as soon as its state does. Calling it again changes nothing.
 

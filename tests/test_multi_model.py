@@ -270,3 +270,24 @@ def test_multi_files_that_do_not_fit_change_nothing(saved, tmp_path):
         save_adapter(model, tmp_path / "other", adapter_name="new")
     assert _state(model) == before
     assert not (tmp_path / "other").exists()
+
+
+def test_multi_adapters_of_peft_over_a_bitsandbytes_nf4_model(tmp_path):
+    from test_quantize import _peft_model
+
+    # Training: bitsandbytes has other kernels, of other roundings, where no gradient is wanted.
+    theirs, x = _peft_model("nf4"), torch.randn(3, 2, 128, requires_grad=True)
+    expected = theirs(x)
+    base = theirs.base_model.model.up.base_layer(x)
+    theirs.save_pretrained(tmp_path)
+    model = theirs.unload()
+    load_adapter(model, tmp_path, adapter_name="one")
+    add_adapter(model, "two", 3, 6, ["up"])
+    assert model.up.weight.layout.format == "nf4"
+    with route(model, adapter_names=["one", "__base__", "two"]):
+        y = model(x)
+        y.square().sum().backward()
+    torch.testing.assert_close(y[0], expected[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y[1:], base[1:], rtol=1e-4, atol=1e-4)  # a new one adds nothing
+    grads = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert grads == {f"up.lora_{AB}.{name}" for AB in "AB" for name in ("one", "two")}
