@@ -67,7 +67,8 @@ def row_groups(
 def _of_tensor(indices: Tensor, device: torch.device, num_adapters: int) -> RowGroups:
     """Of indices on a GPU."""
     version = None if indices.is_inference() else indices._version
-    key = (version, device, stream_of(device), num_adapters)
+    at = (indices.data_ptr(), indices.shape, indices.stride())  # .data = ... changes no version
+    key = (version, at, device, stream_of(device), num_adapters)
     if version is not None and indices in _seen and _seen[indices][0] == key:
         found: RowGroups = _seen[indices][1]
         return found

@@ -17,6 +17,7 @@ from fused_lora import (
     explain_multi,
     lora_linear_multi,
     multi_backends,
+    multi_rows,
     reference,
     route,
 )
@@ -299,6 +300,29 @@ def test_multi_changed_indices_are_looked_at_again(device):
     b.indices[3] = 4
     with pytest.raises(ValueError, match="got index 4, wanted 0 to 3, or -1"):
         public()(b)
+
+
+def test_multi_indices_with_other_data_are_looked_at_again(device):
+    b = batch([(0, 5), (1, 6)], device=device)
+    check(run(public(), b), b)
+    b.indices.data = b.indices.flip(0)
+    check(run(public(), b), b)
+
+
+def test_multi_indices_on_a_gpu_are_checked_once():
+    """By the function that such a tensor takes, whose check is what waits for the GPU."""
+    indices, cpu = torch.tensor([0, 1, 1, -1]), torch.device("cpu")
+    first = multi_rows._of_tensor(indices, cpu, 2)
+    assert multi_rows._of_tensor(indices, cpu, 2) is first
+    assert multi_rows._of_tensor(indices, cpu, 3) is not first
+    assert first.spans() == [(0, 1, 2), (1, 2, 4)]
+    indices[3] = 0
+    assert multi_rows._of_tensor(indices, cpu, 2).spans() == [(0, 0, 2), (1, 2, 4)]
+    indices.data = torch.tensor([1, 1, 1, 1])
+    assert multi_rows._of_tensor(indices, cpu, 2).spans() == [(1, 0, 4)]
+    indices.data = torch.tensor([1, 1, 2, 1])
+    with pytest.raises(ValueError, match="got index 2, wanted 0 to 1"):
+        multi_rows._of_tensor(indices, cpu, 2)
 
 
 def test_multi_indices_that_numpy_changes_are_looked_at_again():
