@@ -50,7 +50,8 @@ RANKS: dict[Kind, tuple[int, ...]] = {
     "tma_second": (16, 64, 128),
     "tma_produced": (16, 64, 128),
 }
-# The kinds whose kernels come in a form for many adapters, and those that have no other.
+# The kinds whose kernels come in a form for many adapters, and those that have no other. That of
+# "quantized" is the base product alone.
 MULTI: dict[Kind, tuple[bool, ...]] = {
     "second": (False, True),
     "quantized": (False, True),
