@@ -9,7 +9,7 @@ W = W0, A = B, B = A and gets dx and dh. All are views: strides carry the transp
 The kernel has three forms, told apart by which pointers are None:
     one pass   a_ptr given            x is loaded once and multiplied by both W and A
     second     a_ptr None, h_ptr given    h was made before; h B is R / BLOCK_R more K steps
-    plain      both None              y = scale * (D o x) W + bias, which is how `second`'s h is made
+    plain      both None              y = scale * (D o x) W + bias: how `second`'s h is made
 DoRA (col_scale_ptr given) makes it y = c o (x W + h B) + bias, c [N] fp32, in the first two forms;
 z_ptr, if given, gets x W + h B, which the gradient of c needs.
 
