@@ -51,9 +51,11 @@ RANKS: dict[Kind, tuple[int, ...]] = {
     "tma_second": (16, 64, 128),
     "tma_produced": (16, 64, 128),
 }
-# The kinds whose kernels come in a form for many adapters, and those that have no other.
+# The kinds whose kernels come in a form for many adapters, and those that have no other. That of
+# "quantized" is the base product alone.
 MULTI: dict[Kind, tuple[bool, ...]] = {
     "second": (False, True),
+    "quantized": (False, True),
     "plain": (False, True),
     "expand": (True,),
     "multi_grad": (True,),
@@ -146,7 +148,7 @@ def cases(archs: list[int], dtypes: list[str]) -> Iterator[Case]:
                     if kind == "grad" and not dropout and r == 16:
                         summed = tiles[:1]
                     forms = MULTI.get(kind, (False,))
-                    if dora:
+                    if dora or (kind == "quantized" and dropout):
                         forms = (False,)
                     which = [(c, False, many) for c in tiles for many in forms]
                     which += [(c, True, False) for c in summed]
@@ -253,7 +255,10 @@ def _gemm_source(case: Case) -> tuple[Any, dict[str, Any], dict[str, object]]:
     constants: dict[str, object] = {"stride_xk": 1, "GROUP_M": gemm.GROUP_M, "EVEN_K": True}
     constants["stride_wn" if case.transposed else "stride_wk"] = 1
     constants["BLOCK_R"] = padded(case.r)
-    if case.kind != "plain":
+    base_alone = case.kind == "quantized" and case.multi  # h B is added by another kernel
+    if base_alone:
+        pointers["bias_ptr"], constants["stride_bias"] = x, 1
+    elif case.kind != "plain":
         pointers |= {"h_ptr": x, "b_ptr": adapter, "bias_ptr": x}
         constants["stride_bias"] = 1
         constants["stride_bn" if case.transposed else "stride_br"] = 1
@@ -264,7 +269,7 @@ def _gemm_source(case: Case) -> tuple[Any, dict[str, Any], dict[str, object]]:
         constants["BLOCK_R"] = min(padded(case.r), case.config.BLOCK_K)
     if case.dropout:
         pointers["seed_ptr"] = "*i64"
-    if case.multi:
+    if case.multi and not base_alone:
         pointers |= MULTI_POINTERS
         constants |= {"USE_A": case.transposed, "ALIGNED": True, "RANK_DIVISOR": 16}
         constants["BLOCK_R"] = min(padded(case.r), case.config.BLOCK_K, pieces.MAX_BLOCK_R)
@@ -388,7 +393,7 @@ def source(case: Case) -> ASTSource:
         return _group_source(case)
     if is_tma(case.kind):
         build = _tma_source
-    elif case.multi and case.kind != "second":
+    elif case.multi and case.kind not in ("second", "quantized"):
         build = _multi_source
     else:
         build = {"grad": _grad_source, "skinny": _skinny_source}.get(case.kind, _gemm_source)

@@ -91,12 +91,15 @@ def _others() -> Iterator[Case]:
         }
         leaves = [x, *As, *Bs]
         if whole:
-            x4, A4 = normal(M, whole), normal(r, whole)
+            x4, A4s = normal(M, whole), [normal(r, whole) for _ in range(3)]
             quantised = quantize_nf4(normal(N, whole))
-            adapted = (x4, quantised, A4, Bs[0])
+            adapted = (x4, quantised, A4s[0], Bs[0])
             calls["nf4"] = partial(lora_linear, *adapted, scaling=1.0)
             calls["nf4 dora"] = partial(dora_linear, *adapted, normal(N).abs() + 0.5, scaling=1.0)
-            leaves += [x4, A4]
+            calls["multi nf4"] = partial(
+                lora_linear_multi, x4, quantised, A4s, Bs, scalings=1.0, adapter_indices=rows
+            )
+            leaves += [x4, *A4s]
         for leaf in leaves:
             leaf.requires_grad_()
         for name, call in calls.items():

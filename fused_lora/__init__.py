@@ -15,6 +15,7 @@ from .loraplus import lora_plus_param_groups
 from .merge import merge_and_unload
 from .multi import explain_multi, lora_linear_multi
 from .multi_linear import FusedMultiLoRALinear, route
+from .multi_model import add_adapter, delete_adapter
 from .quantize import QuantizedWeight, quantize_fp4, quantize_fp8, quantize_int8, quantize_nf4
 from .schedule import schedule
 
@@ -32,6 +33,8 @@ __all__ = [
     "LoRALinearFunction",
     "LoRALinearGroupFunction",
     "QuantizedWeight",
+    "add_adapter",
+    "delete_adapter",
     "dora_linear",
     "explain",
     "explain_group",

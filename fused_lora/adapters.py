@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ from . import checks
 from .files import write_atomically
 from .inject import has_peft_layers, inject, is_linear, match_modules, per_layer
 from .linear import FusedLoRALinear
+from .multi_linear import FusedMultiLoRALinear
+from .multi_model import add_adapter, can_adapt, layers_with
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -68,8 +71,12 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+def save_adapter(
+    model: nn.Module, directory: str | os.PathLike[str], *, adapter_name: str | None = None
+) -> None:
     """Writes the adapters of a model made with `inject` so that PEFT and `load_adapter` load them.
+
+    Of a model with several adapters (`add_adapter`), the one called ``adapter_name``.
 
     Each file is written beside its place and moved there: one that exists is whole. A module that
     is reached at several paths is saved under the first.
@@ -84,11 +91,12 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             that differ in dropout or rsLoRA, which PEFT's format has one value for.
         OSError: the folder cannot be made or written.
     """
-    layers = _layers(model)
+    layers = _layers(model, adapter_name)
     if not layers:
         if has_peft_layers(model):
             raise ValueError("model: has PEFT's adapters; call its own save_pretrained")
-        raise ValueError("model: has no FusedLoRALinear; wanted one made with fused_lora.inject")
+        wanted = "one made with fused_lora.inject, or an adapter_name that it has"
+        raise ValueError(f"model: has no FusedLoRALinear; wanted {wanted}")
     merged = [path for path, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(f"model: {merged[0]} is merged; call unmerge() before saving")
@@ -107,12 +115,17 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     write_atomically(folder / CONFIG_NAME, lambda to: Path(to).write_text(text))
 
 
-def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+def load_adapter(
+    model: nn.Module, directory: str | os.PathLike[str], *, adapter_name: str | None = None
+) -> None:
     """Loads what `save_adapter` or PEFT saved.
 
     A model without adapters gets them injected as the config says, trainable; one that has them
     must have the same layers, ranks and scaling, and keeps its dropout. Values are cast to the
     parameters' dtype.
+
+    With ``adapter_name`` it becomes one of several adapters (see `add_adapter`), whose layers,
+    ranks and scaling may differ; `route` says which samples take it.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -120,6 +133,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             computation and is not supported (the field is named), or does not fit the model. The
             model is unchanged then.
     """
+    if adapter_name is not None:
+        _load_named(model, Path(directory), adapter_name)
+        return
     layers = _layers(model)
     if not layers and has_peft_layers(model):
         raise ValueError(
@@ -180,11 +196,63 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
                     getattr(layer, name).copy_(tensors[_key(path, name)])
 
 
-def _layers(model: object) -> dict[str, FusedLoRALinear]:
+def _load_named(model: nn.Module, folder: Path, adapter_name: str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
-    if isinstance(model, FusedLoRALinear):
-        raise ValueError("model: got a FusedLoRALinear itself, wanted a module that contains some")
+    config = read_config(folder / CONFIG_NAME)
+    if config["use_dora"]:
+        raise ValueError(
+            f"{folder / CONFIG_NAME}: use_dora: got True, wanted False: a layer with "
+            "several adapters has no magnitudes"
+        )
+    tensors = _read_weights(folder)
+    modules: dict[str, Any] = dict(model.named_modules())
+    matched = match_modules(model, config["target_modules"], config["exclude_modules"])
+    paths = [path for path in matched if path in modules and can_adapt(modules[path])]
+    ranks = per_layer("rank_pattern", config["rank_pattern"], config["r"], paths)
+    _check_tensors(tensors, {path: (ranks[path], modules[path]) for path in paths}, False)
+    names = ("exclude_modules", "rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora")
+    numbers = (config["r"], config["lora_alpha"], config["target_modules"])
+    add_adapter(model, adapter_name, *numbers, **{name: config[name] for name in names})
+    with torch.no_grad():
+        for path, layer in layers_with(model, adapter_name).items():
+            layer.lora_A[adapter_name].copy_(tensors[_key(path, "lora_A")])
+            layer.lora_B[adapter_name].copy_(tensors[_key(path, "lora_B")])
+
+
+@dataclass(frozen=True)
+class _Named:
+    """One of a layer's several adapters, as a layer that has no other."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    lora_alpha: float
+    use_rslora: bool
+    lora_dropout: float
+    lora_magnitude_vector: Tensor | None = None
+    lora_A_init: Tensor | None = None
+    lora_B_init: Tensor | None = None
+    use_dora: bool = False
+    merged: bool = False
+
+
+def _named(layer: FusedMultiLoRALinear, name: str, lora_dropout: float) -> _Named:
+    A, B = layer.lora_A[name], layer.lora_B[name]
+    return _Named(A, B, layer.lora_alpha[name], layer.use_rslora[name], lora_dropout)
+
+
+def _layers(model: object, adapter_name: str | None = None) -> dict[str, Any]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
+    if isinstance(model, (FusedLoRALinear, FusedMultiLoRALinear)):
+        raise ValueError(
+            f"model: got a {type(model).__name__} itself, wanted a module that contains some"
+        )
+    if adapter_name is not None:
+        found = layers_with(model, adapter_name)
+        # Layers that had an adapter before have its dropout; PEFT's format has one for all.
+        dropout = max((layer.lora_dropout for layer in found.values()), default=0.0)
+        return {path: _named(layer, adapter_name, dropout) for path, layer in found.items()}
     return {path: m for path, m in model.named_modules() if isinstance(m, FusedLoRALinear)}
 
 
@@ -201,7 +269,7 @@ class _Saved(NamedTuple):
         return {name: tensor.detach() for name, tensor in values.items() if tensor is not None}
 
 
-def _saved(layer: FusedLoRALinear) -> _Saved:
+def _saved(layer: FusedLoRALinear | _Named) -> _Saved:
     A, B, magnitude = layer.lora_A, layer.lora_B, layer.lora_magnitude_vector
     if layer.lora_A_init is None or layer.lora_B_init is None:
         return _Saved(A, B, magnitude, layer.lora_alpha)
@@ -214,7 +282,7 @@ def _key(path: str, name: str) -> str:
     return f"{_PREFIX}{path}.{name}{_TENSORS[name]}"
 
 
-def _only(name: str, layers: dict[str, FusedLoRALinear]) -> Any:
+def _only(name: str, layers: dict[str, Any]) -> Any:
     values = {getattr(layer, name) for layer in layers.values()}
     if len(values) > 1:
         raise ValueError(f"model: its layers differ in {name}, {values}; PEFT's format has one")
@@ -222,7 +290,7 @@ def _only(name: str, layers: dict[str, FusedLoRALinear]) -> Any:
 
 
 def _config(
-    model: nn.Module, layers: dict[str, FusedLoRALinear], saved: dict[str, _Saved]
+    model: nn.Module, layers: dict[str, Any], saved: dict[str, _Saved]
 ) -> dict[str, object]:
     """The fields of PEFT's LoraConfig that these layers set."""
     ranks = {path: layer.lora_A.shape[0] for path, layer in saved.items()}
@@ -250,7 +318,7 @@ def _config(
     }
 
 
-def _target_modules(model: nn.Module, layers: dict[str, FusedLoRALinear]) -> list[str] | str:
+def _target_modules(model: nn.Module, layers: dict[str, Any]) -> list[str] | str:
     """The shortest form by which PEFT matches these layers and no other module."""
     names = sorted({path.rpartition(".")[2] for path in layers})
     paths = [path for path, _ in model.named_modules()]

@@ -133,11 +133,10 @@ def kernel_obstacle(call: Call) -> Exception | None:
             f"weight: got K = {call.K}, wanted a multiple of its block size, "
             f"{call.quantized.block[1]}: its blocks go over the ends of rows"
         )
-    fp8 = _fp8_input(call)
-    if fp8 is not None and fp8.block[1] % FP8_BLOCK:
+    if call.quantized is not None and rounds_input(call) and call.quantized.block[1] % FP8_BLOCK:
         return ValueError(
-            f"weight: got a scale for each {fp8.block[1]} columns, wanted one for {FP8_BLOCK}, a "
-            "multiple or all of them, as an x in fp8 has"
+            f"weight: got a scale for each {call.quantized.block[1]} columns, wanted one for "
+            f"{FP8_BLOCK}, a multiple or all of them, as an x in fp8 has"
         )
     if max(call.M, call.N, call.K) >= 2**31 - 2**10:
         return ValueError(f"x, weight: got M, N, K = {call.M}, {call.N}, {call.K}, wanted < 2^31")
@@ -177,7 +176,7 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
     traffic = itemsize * (M * K + K * N + M * N) / bandwidth
     read_x = itemsize * M * K / bandwidth
     touch_y = 2 * itemsize * M * N / bandwidth
-    if _fp8_input(call) is not None:
+    if rounds_input(call):
         native = has_fp8(call.device)
         traffic = (itemsize * (M * N + 2 * M * K) + N * K) / bandwidth
         traffic += 2 * M * K * (1 if native else itemsize) / bandwidth
@@ -243,9 +242,9 @@ def transposed(call: Call) -> Call:
     return replace(call, N=call.K, K=call.N, quantized=layout)
 
 
-def _fp8_input(call: Call) -> Layout | None:
-    """W0's layout where x is rounded to fp8, else None."""
-    return call.quantized if call.quantized and call.quantized.activations == "fp8" else None
+def rounds_input(call: Call) -> bool:
+    """Whether x is rounded to fp8 before it is multiplied by W0."""
+    return call.quantized is not None and call.quantized.activations == "fp8"
 
 
 def _auto_avoids_kernels(call: Call) -> str | None:
@@ -352,7 +351,7 @@ def explain_call(call: Call, backend: Backend, operands: Operands) -> Explanatio
             reasons["autograd"] = f"PyTorch's own nodes: up to {MAX_COMPOSED_M} rows they cost less"
         if call.quantized is not None:
             reasons["quantised W0"] = describe_quantized(call.quantized, chosen)
-        if _fp8_input(call) is not None:
+        if rounds_input(call):
             reasons["x in fp8"] = "rounded to it, and multiplied in its own dtype"
         return Explanation(chosen.backend, chosen.strategy, chosen.strategy_dx, reasons)
     device = device_info(call.device)
@@ -372,7 +371,7 @@ def explain_call(call: Call, backend: Backend, operands: Operands) -> Explanatio
             why += "; taken only where a tuned table says so"
         reasons[strategy] = f"{verdict}: {why}"
     flops, bandwidth = ceilings(device)
-    if _fp8_input(call) is not None:
+    if rounds_input(call):
         how = "codes by codes" if has_fp8(call.device) else "as values: the GPU has no fp8 products"
         reasons["quantised W0"] = f"fp8, and x is rounded to fp8 first; multiplied {how}"
     elif call.quantized is not None:
@@ -398,7 +397,7 @@ def _strategy_obstacle(
     operands: Operands,
 ) -> str | None:
     """Why a strategy cannot take the call; None if it can."""
-    if _fp8_input(call) is not None and strategy != "in_loop":
+    if rounds_input(call) and strategy != "in_loop":
         return "x is to be rounded to fp8, which only in_loop does"
     tma = strategy in KINDS and is_tma(KINDS[strategy])
     if tma:

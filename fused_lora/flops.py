@@ -67,6 +67,24 @@ def _group_backward(call: Arguments) -> int:
     return sum(_backward(call, *_sizes(*member)) for member in members)
 
 
+def _multi_sizes(call: Arguments, rows: Shape) -> tuple[int, int, int, int]:
+    """Of a tensor of indices only the shape is known here: each row has the largest rank."""
+    As, M = call["lora_As"], prod(rows[:-1])
+    ranks = M * max(A[0] for A in As)
+    if call["indices"] is None:
+        pairs = zip(call["segments"][0::2], call["segments"][1::2], strict=True)
+        ranks = sum(n * As[i][0] for i, n in pairs if i >= 0)
+    return M, call["lora_Bs"][0][0], As[0][1], ranks
+
+
+def _multi(call: Arguments) -> int:
+    return _forward(*_multi_sizes(call, call["x"]))
+
+
+def _multi_backward(call: Arguments) -> int:
+    return _backward(call, *_multi_sizes(call, call["g"]))
+
+
 _FORMULAS: dict[str, Callable[[Arguments], int]] = {
     "lora_linear": _lora,
     "lora_linear_backward": _lora_backward,
@@ -74,6 +92,8 @@ _FORMULAS: dict[str, Callable[[Arguments], int]] = {
     "dora_linear_backward": _lora_backward,
     "lora_linear_group": _group,
     "lora_linear_group_backward": _group_backward,
+    "lora_linear_multi": _multi,
+    "lora_linear_multi_backward": _multi_backward,
 }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import checks, foreign, sharing
 from .dispatch import Backend
 from .linear import FusedLoRALinear
+from .multi_linear import FusedMultiLoRALinear
 from .quantize import Format, QuantizedWeight, check_format
 
 
@@ -288,4 +289,5 @@ def _without_output_head(model: nn.Module, modules: dict[str, nn.Module]) -> lis
     """Every linear layer but the one that transformers calls the output embeddings."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
-    return [path for path, m in modules.items() if is_linear(m) and m is not head]
+    linear = (path for path, m in modules.items() if m is not head)
+    return [p for p in linear if is_linear(modules[p]) or type(modules[p]) is FusedMultiLoRALinear]

@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-import functools
-import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from . import multi_backends
-from .dispatch import (
-    Backend,
-    Call,
-    Explanation,
-    _facts,
-    ceilings,
-    checked_call,
-    explain_call,
-    plan,
-    transposed,
-)
-from .functional import _autocast, _check_options, _distributed, _draw_seed
-from .kernels.configs import padded
-from .kernels.device import device_info
+from . import checks, multi_backends, multi_ops
+from .adapter_set import check_lists
+from .dispatch import Backend, Explanation, explain_call
+from .functional import Weight, _autocast, _check_options, _draw_seed, _is_constant
 from .kernels.dropout import Dropout, dropout_threshold
-from .kernels.rows import RowGroups
-from .multi_backends import Adapted, MultiPlan, Strategy
-from .multi_rows import Segments, row_groups
+from .kernels.rows import AdapterLayout, RowGroups
+from .multi_backends import Adapted, MultiPlan
+from .multi_dispatch import checked, predicted_extra
+from .multi_rows import Segments, check_one
+from .packing import pack
 from .quantize import QuantizedWeight
 
-_LAUNCH = 4e-6  # seconds that another, dependent launch adds: an estimate
-# A piece's product waits for its loads, which the GEMM's K loop does not.
-_UNPIPELINED = 3
-_TILE_M = 128
-EXPAND_ROWS = 256  # up to here y is nothing beside the weight, and the GEMM cannot fill a GPU
+_TENSORS = 9  # the place of the first adapter among the function's arguments
 
 
 class LoRALinearMultiFunction(torch.autograd.Function):
@@ -50,31 +35,34 @@ class LoRALinearMultiFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         scalings: tuple[float, ...],
         seed: Tensor | None,
         threshold: int,
         rows: RowGroups,
         plan: MultiPlan,
+        layout: AdapterLayout | None,
         *adapters: Tensor,
     ) -> Tensor:
-        """``adapters``: every A, then every B."""
+        """``adapters``: every A, then every B; ``layout``: where they lie, if that is known."""
         number = len(scalings)
+        As, Bs = adapters[:number], adapters[number:]
         dropout = None if seed is None else Dropout(seed, threshold)
-        layer = Adapted(weight, adapters[:number], adapters[number:], scalings, dropout, rows)
-        needs_A = any(ctx.needs_input_grad[8 : 8 + number])
-        needs_B = any(ctx.needs_input_grad[8 + number :])
+        layer = Adapted(weight, As, Bs, scalings, dropout, rows, layout)
+        need = ctx.needs_input_grad
+        needs_A, needs_B = any(need[_TENSORS : _TENSORS + number]), any(need[_TENSORS + number :])
         y, h = multi_backends.forward(x, layer, bias, plan, need_h=needs_B)
-        needs_mask = ctx.needs_input_grad[0] or needs_A
         ctx.save_for_backward(
             x if needs_A else None,
-            weight,
+            weight if isinstance(weight, Tensor) else None,
             h,
-            seed if needs_mask else None,
+            seed if need[0] or needs_A else None,
             *adapters,
         )
-        ctx.scalings, ctx.threshold, ctx.rows, ctx.plan = scalings, threshold, rows, plan
+        # Without tensors that are saved: it would keep them alive, and past their hooks.
+        quantized = weight if isinstance(weight, QuantizedWeight) else None
+        ctx.rest = (quantized, scalings, threshold, rows, plan, layout)
         return y
 
     @staticmethod
@@ -86,23 +74,24 @@ class LoRALinearMultiFunction(torch.autograd.Function):
                 "(create_graph=True)"
             )
         x, weight, h, seed, *adapters = ctx.saved_tensors
-        number = len(ctx.scalings)
-        dropout = None if seed is None else Dropout(seed, ctx.threshold)
-        layer = Adapted(
-            weight, adapters[:number], adapters[number:], ctx.scalings, dropout, ctx.rows
-        )
-        need = ctx.needs_input_grad
-        dx, dAs, dBs = multi_backends.backward(g, x, layer, h, ctx.plan, need_dx=need[0])
+        quantized, scalings, threshold, rows, plan, layout = ctx.rest
+        number, need = len(scalings), ctx.needs_input_grad
+        As, Bs = adapters[:number], adapters[number:]
+        dropout = None if seed is None else Dropout(seed, threshold)
+        weight = weight if quantized is None else quantized
+        layer = Adapted(weight, As, Bs, scalings, dropout, rows, layout).unpacked()
+        dx, dAs, dBs = multi_backends.backward(g, x, layer, h, plan, need_dx=need[0])
         dbias = g.sum_to_size(g.shape[-1:]) if need[2] else None
-        gradients = (
-            grad if needed else None for grad, needed in zip((*dAs, *dBs), need[8:], strict=True)
-        )
-        return dx, None, dbias, *[None] * 5, *gradients
+        gradients: list[Tensor | None] = [*dAs, *dBs]
+        if not all(need[_TENSORS:]):
+            pairs = zip(gradients, need[_TENSORS:], strict=True)
+            gradients = [grad if needed else None for grad, needed in pairs]
+        return dx, None, dbias, *[None] * (_TENSORS - 3), *gradients
 
 
 def lora_linear_multi(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     *,
@@ -116,7 +105,8 @@ def lora_linear_multi(
     """y = x W0^T + bias + scaling_i * (D o x) A_i^T B_i^T, with i the adapter of each row of x.
 
     Equal to calling `lora_linear` once for each adapter with the same dropout mask and taking each
-    row from its own; the base product is made once, no row is padded, and no adapter is copied.
+    row from its own; the base product is made once, no row is padded, and no adapter is copied (by
+    PyTorch's path, small ones are: see `multi_backends.side_by_side`).
 
     Args:
         x, weight, bias, dropout_p, backend: as for `lora_linear`. M is the number of rows of x.
@@ -135,20 +125,41 @@ def lora_linear_multi(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, shape, dtype, device or range.
-        RuntimeError: ``backend="triton"`` where the kernels cannot run; under torch.compile.
+        RuntimeError: ``backend="triton"`` where the kernels cannot run; under torch.func.
+
+    Under torch.compile it is one operator; what is wrong with the rows is found when it runs. Any M
+    and any values of ``adapter_indices`` are the same graph; another number of segments, or others
+    of their indices, is another one.
     """
-    if torch.compiler.is_compiling():
-        raise RuntimeError(
-            "lora_linear_multi: is not traced by torch.compile yet; call it from a function under "
-            "torch.compiler.disable"
+    threshold = dropout_threshold(dropout_p)
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError("lora_linear_multi: torch.func's transforms are not supported")
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        _check_options(weight, 1.0, dropout_p, backend)
+        x, weight, bias = _autocast(x, weight, bias)
+        check_one(adapter_indices, segments)
+        scales = check_lists(lora_As, lora_Bs, scalings)
+        for A, B in zip(lora_As, lora_Bs, strict=True):
+            checks.check_tensors(x, weight, A, B, bias)
+        return _observed(
+            x,
+            weight,
+            lora_As,
+            lora_Bs,
+            scales,
+            adapter_indices,
+            segments,
+            bias,
+            threshold,
+            backend,
         )
-    x, bias, layer, _, chosen = _checked(
+    found = checked(
         x, weight, lora_As, lora_Bs, scalings, adapter_indices, segments, bias, dropout_p, backend
     )
-    threshold = dropout_threshold(dropout_p)
+    x, bias, layer = found.x, found.bias, found.layer
     seed = _draw_seed(x.device, backend) if threshold else None
-    tensors = (x, bias, *layer.lora_As, *layer.lora_Bs)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    trains = found.known.needs_grad or x.requires_grad or (bias is not None and bias.requires_grad)
+    if torch.is_grad_enabled() and trains:
         trained: Tensor = LoRALinearMultiFunction.apply(
             x,
             layer.weight,
@@ -157,7 +168,8 @@ def lora_linear_multi(
             seed,
             threshold,
             layer.rows,
-            chosen,
+            found.plan,
+            layer.layout,
             *layer.lora_As,
             *layer.lora_Bs,
         )
@@ -165,12 +177,55 @@ def lora_linear_multi(
     # Hundreds of adapters on their way through autograd would cost more than a decoding step.
     if seed is not None:
         layer = layer._replace(dropout=Dropout(seed, threshold))
-    return multi_backends.forward(x, layer, bias, chosen, need_h=False)[0]
+    return multi_backends.forward(x, layer, bias, found.plan, need_h=False)[0]
+
+
+def _observed(
+    x: Tensor,
+    weight: Weight,
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    adapter_indices: Tensor | Sequence[int] | None,
+    segments: Segments | None,
+    bias: Tensor | None,
+    threshold: int,
+    backend: Backend,
+) -> Tensor:
+    """By the registered operator, which checks what is not known while tracing: the rows."""
+    Bs, scales = list(lora_Bs), list(scalings)
+    for i, scaling in enumerate(scales):
+        if torch.compiler.is_compiling() and not _is_constant(scaling):
+            # An operator's float is a constant of the graph: each alpha would recompile.
+            Bs[i] = Bs[i].to(torch.promote_types(Bs[i].dtype, torch.float32)) * scaling
+            scales[i] = 1.0
+    if adapter_indices is not None and not isinstance(adapter_indices, Tensor):
+        adapter_indices = torch.tensor(adapter_indices)
+    flat = [part for segment in segments or () for part in segment]
+    need_h = torch.is_grad_enabled() and any([B.requires_grad for B in Bs])
+    seed = _draw_seed(x.device, backend) if threshold else None
+    weights, spec = pack(weight)
+    y: Tensor = multi_ops.lora_linear_multi_op(
+        x,
+        weights,
+        spec,
+        list(lora_As),
+        Bs,
+        bias,
+        scales,
+        adapter_indices,
+        flat,
+        seed,
+        threshold,
+        backend,
+        need_h,
+    )[0]
+    return y
 
 
 def explain_multi(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     *,
@@ -185,14 +240,19 @@ def explain_multi(
 
     Takes and raises what it does; computes nothing.
     """
-    _, _, layer, call, chosen = _checked(
+    x, _, layer, known, call, chosen = checked(
         x, weight, lora_As, lora_Bs, scalings, adapter_indices, segments, bias, dropout_p, backend
     )
     if chosen.backend == "torch":
-        mixed = _mixed_dtypes(layer) if backend != "torch" else None
+        mixed = known.mixed if backend != "torch" else None
         why = f"not taken: {mixed}"
         reasons = {"triton": why} if mixed else dict(explain_call(call, backend, ()).reasons)
-        reasons["library"] = "taken: F.linear, then a product for each adapter added in place"
+        lists = multi_backends.side_by_side(layer, x.dtype)
+        several = [len(spans) for spans in lists if len(spans) > 1]
+        how = f"taken: F.linear, then the products of {len(lists) - len(several)} adapters in turn"
+        if several:
+            how += f" and of {sum(several)} side by side in {len(several)} bmm"
+        reasons["library"] = f"{how}, added in place"
         return Explanation(chosen.backend, chosen.strategy, chosen.strategy_dx, reasons)
     reasons = {"torch": "not taken: the kernels take this call"}
     for strategy, extra in predicted_extra(call, layer.rows.num_groups).items():
@@ -201,125 +261,9 @@ def explain_multi(
             f"{verdict}: predicted extra cost over the base GEMM {extra:.1%} "
             "(a model, not a measurement)"
         )
+    if call.quantized is not None:
+        how = "tiles become values in the base product's K loop"
+        if not chosen.in_loop:
+            how = "turned into values once, in a scratch tensor"
+        reasons["quantised W0"] = f"{call.quantized.format}, {how}"
     return Explanation(chosen.backend, chosen.strategy, chosen.strategy_dx, reasons)
-
-
-def predicted_extra(call: Call, groups: int) -> dict[Strategy, float]:
-    """Cost of adding h B as a fraction of the base GEMM's time; making h costs both the same.
-
-    split    each piece of a tile is r_pad / K of the GEMM, and its loads are waited for
-    expand   one more read and write of y, and one more launch
-    """
-    flops, bandwidth = ceilings(device_info(call.device))
-    gemm = 2 * call.M * call.N * call.K / flops
-    if gemm == 0:
-        return {"split": 0.0, "expand": 0.0}
-    tiles = -(-call.M // _TILE_M)
-    pieces_per_tile = (tiles + groups) / tiles
-    touch_y = 2 * call.dtype.itemsize * call.M * call.N / bandwidth
-    return {
-        "split": _UNPIPELINED * pieces_per_tile * padded(call.r) / call.K,
-        "expand": (touch_y + _LAUNCH) / gemm,
-    }
-
-
-def _strategy(call: Call, groups: int) -> Strategy:
-    if call.M <= EXPAND_ROWS:
-        return "expand"
-    extra = predicted_extra(call, groups)
-    return min(extra, key=extra.__getitem__)
-
-
-@functools.lru_cache(maxsize=4096)
-def plan_multi(call: Call, groups: int, backend: Backend) -> MultiPlan:
-    """The decision for a batch with this many adapters in it, "none" being one."""
-    chosen = plan(call, backend)
-    if chosen.backend == "torch":
-        return MultiPlan("torch", "library", "library")
-    return MultiPlan("triton", _strategy(call, groups), _strategy(transposed(call), groups))
-
-
-def _mixed_dtypes(layer: Adapted) -> str | None:
-    for name, tensors in (("lora_As", layer.lora_As), ("lora_Bs", layer.lora_Bs)):
-        dtypes = {t.dtype for t in tensors}
-        if len(dtypes) > 1:
-            got = " and ".join(sorted(map(str, dtypes)))
-            return f"{name}: got {got}, wanted one dtype for all"
-    return None
-
-
-def _checked(
-    x: Tensor,
-    weight: Tensor,
-    lora_As: Sequence[Tensor],
-    lora_Bs: Sequence[Tensor],
-    scalings: float | Sequence[float],
-    adapter_indices: Tensor | Sequence[int] | None,
-    segments: Segments | None,
-    bias: Tensor | None,
-    dropout_p: float,
-    backend: Backend,
-) -> tuple[Tensor, Tensor | None, Adapted, Call, MultiPlan]:
-    """x and bias as autocast would have them, the layer without its dropout, and the decision."""
-    for name, tensors in (("lora_As", lora_As), ("lora_Bs", lora_Bs)):
-        if not isinstance(tensors, (list, tuple)):
-            raise TypeError(f"{name}: got {type(tensors).__name__}, wanted a list of tensors")
-    if isinstance(weight, QuantizedWeight):
-        raise TypeError("weight: is quantised, which lora_linear_multi does not take yet")
-    number = len(lora_As)
-    if number == 0 or len(lora_Bs) != number:
-        raise ValueError(
-            f"lora_As, lora_Bs: got {number} and {len(lora_Bs)} adapters, wanted as many of both "
-            "and at least 1"
-        )
-    scales: tuple[Any, ...]
-    scales = tuple(scalings) if isinstance(scalings, (list, tuple)) else (scalings,) * number
-    if len(scales) != number:
-        raise ValueError(f"scalings: got {len(scales)}, wanted one for each of {number} adapters")
-    for scaling in {*scales}:
-        _check_options(weight, scaling, dropout_p, backend)
-    x, weight, bias = _autocast(x, weight, bias)
-    if _distributed():
-        from . import parallel
-
-        if parallel.has_dtensor(x, weight, bias, *lora_As, *lora_Bs):
-            raise TypeError("lora_linear_multi: got DTensors, wanted plain tensors")
-    call = _checked_tensors(x, weight, lora_As, lora_Bs, bias, dropout_threshold(dropout_p) > 0)
-    rows = row_groups(x.shape[:-1], x.device, number, adapter_indices, segments)
-    layer = Adapted(weight, lora_As, lora_Bs, tuple(map(float, scales)), None, rows)
-    if backend != "torch" and (mixed := _mixed_dtypes(layer)):
-        if backend == "triton":
-            raise TypeError(f'backend="triton" cannot take this call: {mixed}')
-        backend = "torch"
-    return x, bias, layer, call, plan_multi(call, rows.num_groups, backend)
-
-
-def _checked_tensors(
-    x: Tensor,
-    weight: Tensor,
-    lora_As: Sequence[Tensor],
-    lora_Bs: Sequence[Tensor],
-    bias: Tensor | None,
-    dropout: bool,
-) -> Call:
-    """The call as its largest adapter alone would be; each kind of adapter is checked once."""
-    kinds: dict[tuple[object, ...], int] = {}
-    for i, (A, B) in enumerate(zip(lora_As, lora_Bs, strict=True)):
-        if isinstance(A, Tensor) and isinstance(B, Tensor):
-            kind: tuple[object, ...] = (*_facts(A), *_facts(B))
-        else:
-            kind = (i,)  # for the checks to refuse
-        kinds.setdefault(kind, i)
-    largest: Call | None = None
-    plain = True
-    for i in kinds.values():
-        try:
-            call = checked_call(x, weight, lora_As[i], lora_Bs[i], bias, dropout)
-        except (TypeError, ValueError) as error:
-            message = re.sub(r"\b(lora_[AB])\b", rf"\1s[{i}]", str(error))
-            raise type(error)(message) from None
-        plain = plain and call.plain_tensors
-        if largest is None or call.r > largest.r:
-            largest = call
-    assert largest is not None
-    return replace(largest, plain_tensors=plain)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from . import checks
 from .dispatch import Backend
-from .linear import FusedLoRALinear
+from .linear import FusedLoRALinear, _base_weight
 from .multi import lora_linear_multi
+from .quantize import Format, QuantizedWeight
 
 BASE = "__base__"  # PEFT's name for no adapter
 NamedSegments = Sequence[tuple[str, int]]
@@ -32,12 +33,13 @@ class FusedMultiLoRALinear(nn.Module):
         backend: "auto", "triton" or "torch", as for `lora_linear_multi`.
 
     Attributes:
-        weight [N, K], bias [N] or None: frozen parameters.
+        weight [N, K], bias [N] or None: frozen parameters. The weight may be a `QuantizedWeight`
+            (`from_linear`), which has its own keys in the state dict.
         lora_A.<name> [r, K], lora_B.<name> [N, r]: trainable parameters of each adapter.
-        r, lora_alpha, scaling: by adapter's name.
+        r, lora_alpha, use_rslora, scaling: by adapter's name.
     """
 
-    weight: nn.Parameter
+    weight: nn.Parameter | QuantizedWeight
     bias: nn.Parameter | None
 
     def __init__(
@@ -53,41 +55,58 @@ class FusedMultiLoRALinear(nn.Module):
     ) -> None:
         checks.check_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
         base = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._adopt(base, lora_dropout, backend)
+        self._adopt(base.weight, base.bias, lora_dropout, backend)
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, *, lora_dropout: float = 0.0, backend: Backend = "auto"
+        cls,
+        linear: nn.Linear | QuantizedWeight,
+        *,
+        lora_dropout: float = 0.0,
+        backend: Backend = "auto",
+        quantize: Format | None = None,
     ) -> FusedMultiLoRALinear:
         """A layer over ``linear``'s own weight and bias: the storage is shared, not copied.
 
-        Raises TypeError unless ``linear`` is exactly an `nn.Linear`.
+        ``linear``, ``quantize``: as for `FusedLoRALinear.from_linear`, quantised layers included.
+        Raises what that does.
         """
-        if type(linear) is not nn.Linear:
-            raise TypeError(f"linear: got {type(linear).__name__}, wanted torch.nn.Linear")
+        weight = _base_weight(linear, quantize)
         layer = cls.__new__(cls)
-        layer._adopt(linear, lora_dropout, backend)
+        bias = None if isinstance(linear, QuantizedWeight) else linear.bias
+        layer._adopt(weight, bias, lora_dropout, backend)
         return layer.train(linear.training)
 
-    def _adopt(self, base: nn.Linear, lora_dropout: float, backend: Backend) -> None:
+    def _adopt(
+        self,
+        weight: Tensor | QuantizedWeight,
+        bias: Tensor | None,
+        lora_dropout: float,
+        backend: Backend,
+    ) -> None:
         super().__init__()
         checks.check_dropout("lora_dropout", lora_dropout)
         checks.check_backend(backend)
-        checks.check_dtype("the base weight's dtype", base.weight.dtype)
-        self.in_features, self.out_features = base.in_features, base.out_features
+        checks.check_dtype("the base weight's dtype", weight.dtype)
+        self.out_features, self.in_features = weight.shape
         self.lora_dropout = float(lora_dropout)
         self.backend: Backend = backend
-        self.weight = nn.Parameter(base.weight.detach(), requires_grad=False)
-        if base.bias is None:
+        if isinstance(weight, QuantizedWeight):
+            self.weight = weight
+        else:
+            self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        if bias is None:
             self.register_parameter("bias", None)
         else:
-            self.bias = nn.Parameter(base.bias.detach(), requires_grad=False)
+            self.bias = nn.Parameter(bias.detach(), requires_grad=False)
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
         self.scaling: dict[str, float] = {}
-        self._route: dict[str, Any] = {}
+        # What `route` says, and the adapters that other layers of the model have.
+        self._route: tuple[dict[str, Any], Iterable[str]] | None = None
 
     def add_adapter(
         self,
@@ -104,10 +123,7 @@ class FusedMultiLoRALinear(nn.Module):
         Raises TypeError or ValueError, and adds nothing, if an argument is invalid, the name taken
         or not one that a parameter can have.
         """
-        if not isinstance(name, str):
-            raise TypeError(f"name: got {type(name).__name__}, wanted a string")
-        if not name or "." in name or name == BASE or hasattr(nn.ParameterDict, name):
-            raise ValueError(f"name: got {name!r}, which no adapter can be called")
+        check_name(name)
         if name in self.lora_A:
             raise ValueError(f"name: there is an adapter {name!r} already")
         checks.check_rank(r)
@@ -119,13 +135,15 @@ class FusedMultiLoRALinear(nn.Module):
         self.lora_A[name] = nn.Parameter(torch.empty((r, self.in_features), **factory))
         self.lora_B[name] = nn.Parameter(torch.zeros((self.out_features, r), **factory))
         nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5))
-        self.r[name], self.lora_alpha[name] = r, lora_alpha
+        self.r[name], self.lora_alpha[name], self.use_rslora[name] = r, lora_alpha, use_rslora
         self.scaling[name] = FusedLoRALinear.scaling_of(lora_alpha, r, use_rslora)
 
     def delete_adapter(self, name: str) -> None:
         """Removes an adapter. Raises ValueError if there is none of that name."""
-        self._index(name)
-        for by_name in (self.lora_A, self.lora_B, self.r, self.lora_alpha, self.scaling):
+        if name not in self.lora_A:
+            raise ValueError(f"adapter: got {name!r}, wanted one of {self.adapters}")
+        numbers = (self.r, self.lora_alpha, self.use_rslora, self.scaling)
+        for by_name in (self.lora_A, self.lora_B, *numbers):
             del by_name[name]
 
     @property
@@ -156,34 +174,34 @@ class FusedMultiLoRALinear(nn.Module):
             "adapter_indices": adapter_indices,
             "segments": segments,
         }
-        given = {key: value for key, value in given.items() if value is not None} or self._route
+        given = {key: value for key, value in given.items() if value is not None}
+        elsewhere: Iterable[str] = ()
+        if not given and self._route is not None:
+            given, elsewhere = self._route
         if len(given) != 1:
             raise ValueError(
                 f"adapter_names, adapter_indices, segments: got {len(given)} of the three, wanted "
                 "one, or a call inside fused_lora.route"
             )
-        rows = _rows_by_index(x, self._index, **given)
-        if not self.lora_A:  # nothing but "__base__" passed
-            return F.linear(x, self.weight, self.bias)
+        names = self.adapters
+        index = dict.fromkeys((BASE, *elsewhere), -1)
+        index |= {name: i for i, name in enumerate(names)}
+        rows = _rows_by_index(x, index, **given)
+        if not names:  # nothing but "__base__" passed
+            weight = self.weight
+            plain = weight.dequantize(x.dtype) if isinstance(weight, QuantizedWeight) else weight
+            return F.linear(x, plain, self.bias)
         return lora_linear_multi(
             x,
             self.weight,
-            list(self.lora_A.values()),
-            list(self.lora_B.values()),
-            scalings=list(self.scaling.values()),
+            _values(self.lora_A, names),
+            _values(self.lora_B, names),
+            scalings=[self.scaling[name] for name in names],
             bias=self.bias,
             dropout_p=self.lora_dropout if self.training else 0.0,
             backend=self.backend,
             **rows,
         )
-
-    def _index(self, name: str) -> int:
-        if name == BASE:
-            return -1
-        names = self.adapters
-        if name not in names:
-            raise ValueError(f"adapter: got {name!r}, wanted one of {[*names, BASE]}")
-        return names.index(name)
 
     def extra_repr(self) -> str:
         parts = [
@@ -195,6 +213,22 @@ class FusedMultiLoRALinear(nn.Module):
         if self.backend != "auto":
             parts.append(f"backend={self.backend!r}")
         return ", ".join(parts)
+
+
+def check_name(name: object) -> None:
+    """Raises TypeError or ValueError unless an adapter can have this name."""
+    if not isinstance(name, str):
+        raise TypeError(f"name: got {type(name).__name__}, wanted a string")
+    if not name or "." in name or name == BASE or hasattr(nn.ParameterDict, name):
+        raise ValueError(f"name: got {name!r}, which no adapter can be called")
+
+
+def _values(adapters: nn.ParameterDict, names: list[str]) -> list[Tensor]:
+    """In the order of the names; a ParameterDict takes 0.5 us to look one up."""
+    parameters: dict[str, Any] = adapters._parameters
+    if list(parameters) == names:
+        return list(parameters.values())
+    return [adapters[name] for name in names]  # put in by hand, or parametrised
 
 
 def sample_segments(x: Tensor, indices: Sequence[int]) -> list[tuple[int, int]]:
@@ -209,20 +243,24 @@ def sample_segments(x: Tensor, indices: Sequence[int]) -> list[tuple[int, int]]:
 
 def _rows_by_index(
     x: Tensor,
-    index: Any,
+    index: Mapping[str, int],
     *,
     adapter_names: str | Sequence[str] | None = None,
     adapter_indices: Tensor | Sequence[int] | None = None,
     segments: NamedSegments | None = None,
 ) -> dict[str, Any]:
-    if isinstance(adapter_names, str):
-        rows = x.shape[:-1].numel()
-        return {"segments": [(index(adapter_names), rows)] if rows else []}
-    if adapter_names is not None:
-        return {"segments": sample_segments(x, [index(name) for name in adapter_names])}
-    if segments is not None:
-        return {"segments": [(index(name), rows) for name, rows in segments]}
-    return {"adapter_indices": adapter_indices}
+    if adapter_indices is not None:
+        return {"adapter_indices": adapter_indices}
+    try:
+        if isinstance(adapter_names, str):
+            rows = x.shape[:-1].numel()
+            return {"segments": [(index[adapter_names], rows)] if rows else []}
+        if adapter_names is not None:
+            return {"segments": sample_segments(x, [index[name] for name in adapter_names])}
+        assert segments is not None
+        return {"segments": [(index[name], rows) for name, rows in segments]}
+    except KeyError as error:
+        raise ValueError(f"adapter: got {error}, wanted one of {list(index)}") from None
 
 
 @contextmanager
@@ -235,11 +273,15 @@ def route(
 ) -> Iterator[None]:
     """Inside, every `FusedMultiLoRALinear` of ``model`` is called as with this argument.
 
-    For models whose forward passes x alone. The backward pass may be outside, unless activation
+    For models whose forward passes x alone. As in PEFT, an adapter that a layer does not have is
+    none there, if another layer has it. The backward pass may be outside, unless activation
     checkpointing runs the forward again in it.
 
         with route(model, segments=[("german", 700), ("french", 324)]):
             loss = model(packed).loss
+
+    Raises ValueError: not one of the three is given, no layer has an adapter of a name, or
+    ``adapter_indices`` is given and the layers do not have the same adapters in the same order.
     """
     given = {
         "adapter_names": adapter_names,
@@ -254,9 +296,16 @@ def route(
     layers = [module for module in model.modules() if isinstance(module, FusedMultiLoRALinear)]
     if not layers:
         raise ValueError("model: has no FusedMultiLoRALinear")
+    orders = {tuple(layer.adapters): None for layer in layers}
+    if adapter_indices is not None and len(orders) > 1:
+        raise ValueError(
+            f"adapter_indices: the layers' adapters differ, {' and '.join(map(str, orders))}; "
+            "wanted adapter_names or segments"
+        )
+    known = dict.fromkeys(name for order in orders for name in order)
     before = [layer._route for layer in layers]
     for layer in layers:
-        layer._route = given
+        layer._route = given, known
     try:
         yield
     finally:

@@ -99,15 +99,15 @@ def _read(base: nn.Module) -> QuantizedWeight:
     return weight
 
 
+def _compute_dtype(layer: Any, x: Tensor) -> torch.dtype:
+    """The base layer's compute dtype, where it has one: in it and back, as bitsandbytes'."""
+    return getattr(layer.base_layer, "compute_dtype", None) or x.dtype
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _quantized(layer: Any, x: Tensor) -> Tensor:
-    """In the base layer's compute dtype, where it has one, and back, as bitsandbytes'."""
     dtype = _compute_dtype(layer, x)
     return _fused(layer, x.to(dtype), _arguments(layer, _read(layer.base_layer), dtype)).to(x.dtype)
-
-
-def _compute_dtype(layer: Any, x: Tensor) -> torch.dtype:
-    return getattr(layer.base_layer, "compute_dtype", None) or x.dtype
 
 
 def _fused(layer: Any, x: Tensor, call: Arguments) -> Tensor:
@@ -171,27 +171,34 @@ def _lasting_arguments(layer: FusedPeftLinear, x: Tensor) -> Arguments | None:
 
 def _takes_batch(layer: FusedPeftLinear, x: object, names: Sequence[str]) -> bool:
     """Whether the fused path takes x with ``names`` of adapters for its samples."""
-    if isinstance(layer, _OVER_CODES) or obstacle(layer, names) is not None or not _fits(layer, x):
+    if obstacle(layer, names) is not None or not _fits(layer, x):
         return False
     assert isinstance(x, Tensor)
     return x.dim() > 1 and len(x) == len(names)  # else PEFT's forward raises its error
 
 
 def _mixed_batch(layer: FusedPeftLinear, x: Tensor, names: Sequence[str]) -> Tensor:
-    base = layer.base_layer
+    base, dtype = layer.base_layer, x.dtype
+    weight: Any = base.weight
+    quantized = isinstance(layer, _OVER_CODES)
+    if quantized:
+        weight, dtype = _read(base), _compute_dtype(layer, x)
+    elif isinstance(base, Conv1D):
+        weight = weight.t()
     adapters = _named(layer, names)
     index = {name: i for i, name in enumerate(adapters)}
-    return lora_linear_multi(
-        x,
-        base.weight.t() if isinstance(base, Conv1D) else base.weight,
+    y = lora_linear_multi(
+        x.to(dtype),
+        weight,
         [layer.lora_A[name].weight for name in adapters],
         [layer.lora_B[name].weight for name in adapters],
         scalings=[layer.scaling[name] for name in adapters],
         segments=sample_segments(x, [index.get(name, -1) for name in names]),
-        bias=base.bias,
+        bias=_bias(layer, [], dtype),
         dropout_p=_dropout_p(layer, adapters[0]),
         backend=layer.fused_lora_backend,
     )
+    return y.to(x.dtype) if quantized else y
 
 
 def _named(layer: peft_lora.Linear, names: Sequence[str]) -> list[str]:
@@ -259,9 +266,7 @@ def obstacle(layer: peft_lora.Linear, adapter_names: Sequence[str] | None = None
     if not adapters:
         return "none of its adapters is active"
     if adapter_names is not None:
-        if torch.compiler.is_compiling():
-            return "torch.compile does not trace the fused call of a mixed batch"
-        if type(base.weight) is not nn.Parameter:
+        if not quantized and type(base.weight) is not nn.Parameter:
             return f"its base weight is a {type(base.weight).__name__}"
         if any(name in layer.lora_variant for name in adapters):
             return "the batch mixes adapters with a variant of LoRA"
@@ -357,7 +362,8 @@ def fuse(
     rounded to int8, which bitsandbytes does. Of DoRA's norm over either nothing is rounded.
 
     On the fast path: dropout, bias, ``lora_bias``, rsLoRA, DoRA, fp32 adapters over a half base,
-    Conv1D (GPT-2), several active adapters, ``scale_layer``, patterns of r and alpha. A layer whose
+    Conv1D (GPT-2), several active adapters, batches that mix adapters (``adapter_names``), over
+    4 and 8 bits too, ``scale_layer``, patterns of r and alpha. A layer whose
     state does not allow it now (merged, disabled, ...) is listed with the reason and takes the
     fast path as soon as its state does. Calling it again changes nothing.
 

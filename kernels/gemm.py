@@ -9,7 +9,7 @@ W = W0, A = B, B = A and gets dx and dh. All are views: strides carry the transp
 The kernel has three forms, told apart by which pointers are None:
     one pass   a_ptr given            x is loaded once and multiplied by both W and A
     second     a_ptr None, h_ptr given    h was made before; h B is R / BLOCK_R more K steps
-    plain      both None              y = scale * (D o x) W, which is how `second`'s h is made
+    plain      both None              y = scale * (D o x) W + bias: how `second`'s h is made
 DoRA (col_scale_ptr given) makes it y = c o (x W + h B) + bias, c [N] fp32, in the first two forms;
 z_ptr, if given, gets x W + h B, which the gradient of c needs.
 
@@ -402,16 +402,17 @@ def gemm_add_multi(
 def gemm_scaled(
     config: TileConfig,
     x: torch.Tensor,
-    w: torch.Tensor,
+    w: torch.Tensor | QuantizedMatrix,
     *,
     scale: float,
+    bias: torch.Tensor | None = None,
     dropout: Dropout | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y = scale * (D o x) w; w [K, N] in any floating dtype, y [M, N] contiguous in x's.
+    """y = scale * (D o x) w + bias; w [K, N] in any floating dtype, y [M, N] contiguous in x's.
 
     ``out`` is where y goes: a view [M, N] in x's dtype whose rows are contiguous.
     """
     if dropout:
         scale *= dropout.keep_scale
-    return _launch(config, x, w, scale=scale, dropout=dropout, out=out)
+    return _launch(config, x, w, bias=bias, scale=scale, dropout=dropout, out=out)

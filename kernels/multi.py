@@ -388,7 +388,8 @@ def multi_grads(
     """
     M, C = q.shape
     originals = adapters.lora_As if use_A else adapters.lora_Bs
-    flat = torch.zeros(adapters.total_rank * C, dtype=originals[0].dtype, device=q.device)
+    ranks, total_rank = adapters.layout.ranks, adapters.layout.total_rank
+    flat = torch.zeros(total_rank * C, dtype=originals[0].dtype, device=q.device)
     if M and C:
         tiles_c = triton.cdiv(C, config.BLOCK_M)
         tiles_r = triton.cdiv(adapters.max_rank, config.BLOCK_N)
@@ -435,5 +436,9 @@ def multi_grads(
                     stride,
                     BLOCK=_REDUCE_BLOCK,
                 )
-    parts = flat.split([original.numel() for original in originals])
-    return [part.view(o.shape) for part, o in zip(parts, originals, strict=True)]
+    if use_A:
+        return flat.view(total_rank, C).split(ranks)
+    if len({*ranks}) == 1:  # one operation, where a view for each would be hundreds
+        return flat.view(len(ranks), C, ranks[0]).unbind()
+    parts = flat.split([C * r for r in ranks])
+    return [part.view(C, r) for part, r in zip(parts, ranks, strict=True)]

@@ -170,6 +170,44 @@ def groups_of_indices(indices: torch.Tensor, num_adapters: int) -> RowGroups:
     return RowGroups(len(indices), order.int(), adapters, offsets, on_host=None)
 
 
+@dataclass(frozen=True, eq=False)
+class AdapterLayout:
+    """Where contiguous adapters A_i [r_i, K] and B_i [N, r_i] lie, without the tensors."""
+
+    addresses: tuple[int, ...]  # of every A, then of every B
+    ranks: tuple[int, ...]
+    scalings: tuple[float, ...]
+    device: torch.device
+    _tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def max_rank(self) -> int:
+        """The rank that h is made for."""
+        return max(self.ranks)
+
+    @functools.cached_property
+    def total_rank(self) -> int:
+        """Of all adapters side by side."""
+        return sum(self.ranks)
+
+    @functools.cached_property
+    def specialisation(self) -> dict[str, int | bool]:
+        """What `load_adapter` may know of every address and every rank."""
+        aligned = all(address % 16 == 0 for address in self.addresses)
+        return {"ALIGNED": aligned, "RANK_DIVISOR": math.gcd(16, *self.ranks)}
+
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`AdapterTable`'s entries and scalings, made once for each stream."""
+        return _kept(self._tables, self.device, self._make)
+
+    def _make(self) -> tuple[torch.Tensor, torch.Tensor]:
+        rank = torch.tensor(self.ranks)
+        pointers = torch.tensor(self.addresses).view(2, len(rank))
+        entries = torch.stack((pointers[0], pointers[1], rank, rank.cumsum(0) - rank), dim=1)
+        scalings = torch.tensor(self.scalings, dtype=torch.float32)
+        return _upload(entries, self.device), _upload(scalings, self.device)
+
+
 class AdapterTable(NamedTuple):
     """Adapters A_i [r_i, K] and B_i [N, r_i], contiguous, for kernels that look them up."""
 
@@ -177,56 +215,50 @@ class AdapterTable(NamedTuple):
     scalings: torch.Tensor  # fp32 [adapters]
     lora_As: Sequence[torch.Tensor]  # all of one dtype; kept, since the table has addresses only
     lora_Bs: Sequence[torch.Tensor]
-    max_rank: int
-    total_rank: int
-    aligned: bool  # every address is a multiple of 16 bytes
-    rank_divisor: int  # of all ranks, at most 16
+    layout: AdapterLayout
+
+    @property
+    def max_rank(self) -> int:
+        """See `AdapterLayout`."""
+        return self.layout.max_rank
 
     def meta(self, use_A: bool) -> dict[str, int | bool]:
         """What `load_adapter` is compiled for."""
-        return {"USE_A": use_A, "ALIGNED": self.aligned, "RANK_DIVISOR": self.rank_divisor}
+        return {"USE_A": use_A, **self.layout.specialisation}
 
 
-Entries = tuple[torch.Tensor, torch.Tensor, bool, int]
+def addresses_of(
+    lora_As: Sequence[torch.Tensor], lora_Bs: Sequence[torch.Tensor]
+) -> tuple[int, ...]:
+    """Of every A, then of every B."""
+    return (*map(torch.Tensor.data_ptr, lora_As), *map(torch.Tensor.data_ptr, lora_Bs))
 
 
-@functools.lru_cache(maxsize=4096)
-def _of_adapters(
-    addresses: tuple[int, ...],  # of every A, then of every B
-    ranks: tuple[int, ...],
-    scalings: tuple[float, ...],
-    device: torch.device,
-) -> dict[int, Entries]:
-    return {}
-
-
-def _entries(
+@functools.lru_cache(maxsize=1024)
+def adapter_layout(
     addresses: tuple[int, ...],
     ranks: tuple[int, ...],
     scalings: tuple[float, ...],
     device: torch.device,
-) -> Entries:
-    number = len(ranks)
-    rank = torch.tensor(ranks)
-    pointers = torch.tensor(addresses).view(2, number)
-    entries = torch.stack((pointers[0], pointers[1], rank, rank.cumsum(0) - rank), dim=1)
-    return (
-        _upload(entries, device),
-        _upload(torch.tensor(scalings, dtype=torch.float32), device),
-        all(address % 16 == 0 for address in addresses),
-        math.gcd(16, *ranks),
-    )
+) -> AdapterLayout:
+    """The layout; kept, and with it its tables."""
+    return AdapterLayout(addresses, ranks, scalings, device)
 
 
 def adapter_table(
-    lora_As: Sequence[torch.Tensor], lora_Bs: Sequence[torch.Tensor], scalings: Sequence[float]
+    lora_As: Sequence[torch.Tensor],
+    lora_Bs: Sequence[torch.Tensor],
+    scalings: Sequence[float],
+    layout: AdapterLayout | None = None,
 ) -> AdapterTable:
-    """The table of these adapters; those that are not contiguous are copied."""
-    lora_As = [a.contiguous() for a in lora_As]
-    lora_Bs = [b.contiguous() for b in lora_Bs]
-    ranks = tuple(a.shape[0] for a in lora_As)
-    addresses = (*map(torch.Tensor.data_ptr, lora_As), *map(torch.Tensor.data_ptr, lora_Bs))
-    device = lora_As[0].device
-    key = (addresses, ranks, tuple(scalings), device)
-    entries, scales, aligned, divisor = _kept(_of_adapters(*key), device, lambda: _entries(*key))
-    return AdapterTable(entries, scales, lora_As, lora_Bs, max(ranks), sum(ranks), aligned, divisor)
+    """The table of these adapters; those that are not contiguous are copied.
+
+    ``layout``: theirs, where the caller knows that they are contiguous and where they lie.
+    """
+    if layout is None:
+        lora_As = [a.contiguous() for a in lora_As]
+        lora_Bs = [b.contiguous() for b in lora_Bs]
+        ranks = tuple(a.shape[0] for a in lora_As)
+        addresses = addresses_of(lora_As, lora_Bs)
+        layout = adapter_layout(addresses, ranks, tuple(scalings), lora_As[0].device)
+    return AdapterTable(*layout.tables(), lora_As, lora_Bs, layout)

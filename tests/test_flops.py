@@ -18,6 +18,7 @@ from fused_lora import (
     inject,
     lora_linear,
     lora_linear_group,
+    lora_linear_multi,
     quantize_int8,
 )
 from fused_lora.group_ops import lora_linear_group_op
@@ -147,3 +148,27 @@ assert counter.get_total_flops() == 2 * 5 * (12 * 20 + 4 * (12 + 20)), counter.g
         check=False,
     )
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("needs", NEEDS, ids=str)
+def test_of_many_adapters(needs):
+    other = problem(5, 12, 20, 2)
+    for name in NAMES[1:]:
+        getattr(other, name).requires_grad_(name in needs)
+    scalings = [1.0, 2.0]
+
+    def multi(p, **rows):
+        adapters = [p.lora_A, other.lora_A], [p.lora_B, other.lora_B]
+        return lora_linear_multi(p.x, p.weight, *adapters, scalings=scalings, **rows)
+
+    def alone(p):
+        parts = p.x.split([4, 5, 6])
+        middle = F.linear(F.linear(parts[1], other.lora_A), other.lora_B)
+        last = F.linear(F.linear(parts[2], p.lora_A), p.lora_B)
+        return F.linear(p.x, p.weight) + torch.cat((torch.zeros(4, 12), middle, last))
+
+    p = problem(15, 12, 20, 4)
+    rows = {"segments": [(-1, 4), (1, 5), (0, 6)]}
+    assert _counted(multi, p, needs, **rows) == _counted(alone, p, needs)
+    every = {"adapter_indices": torch.zeros(15, dtype=torch.int64)}
+    assert _counted(multi, p, needs, **every) == _counted(_call(_composition), p, needs)

@@ -832,13 +832,6 @@ def test_nf4_layer_of_peft_in_its_compute_dtype(fused_calls):
     assert fused_calls == ["nf4"]
 
 
-def test_what_takes_no_nf4_weight_yet_says_so():
-    q = quantize_nf4(torch.randn(8, 64))
-    x, A, B = torch.randn(3, 64), torch.randn(2, 64), torch.randn(8, 2)
-    with pytest.raises(TypeError, match="weight: is quantised, which lora_linear_multi"):
-        fused_lora.lora_linear_multi(x, q, [A], [B], scalings=1.0, adapter_indices=[0, 0, 0])
-
-
 # --- bad input
 
 
