@@ -93,7 +93,7 @@ def _with_plan(strategy: Strategy) -> Provider:
 
         def layer(x: Tensor) -> Tensor:
             y: Tensor = LoRALinearMultiFunction.apply(
-                x, weight, p.bias, scalings, None, 0, rows, plan, *As, *Bs
+                x, weight, p.bias, scalings, None, 0, rows, plan, None, *As, *Bs
             )
             return y
 

@@ -311,7 +311,7 @@ import sys
 import tempfile
 import triton
 from triton.backends.compiler import GPUTarget
-from benchmarks.compile_report import CODES, _cuobjdump, specialised
+from benchmarks.compile_report import CODES, FP8_ARCH, _cuobjdump, specialised
 from fused_lora.kernels import dora
 
 def compile(kernel, tile, pointers, constants):
@@ -336,6 +336,7 @@ for r in (16, 32):
     for weight in ("*bf16", "*fp32"):
         compile(dora.weight_norm_kernel, dora._NORM, pointers | {{"w_ptr": weight}}, constants)
     for codes, tables, block in CODES.values():
+        codes = "*u8" if codes == "*fp8e4nv" and {arch} < FP8_ARCH else codes
         quantised = pointers | {{"w_ptr": codes, "w_tables": tables}}
         layout = {{k: v for k, v in constants.items() if k != "w_tables"}}
         layout |= {{"W_LAYOUT": (*block, False), "stride_wn": 0, "stride_wk": 0}}

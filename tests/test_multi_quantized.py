@@ -136,7 +136,7 @@ def test_multi_over_nf4_with_blocks_over_the_ends_of_rows(device, backend):
 def test_multi_over_nf4_makes_no_whole_weight_on_the_torch_path(monkeypatch):
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    monkeypatch.setattr(quantize_module, "_CHUNK_BYTES", 64 << 10)
+    monkeypatch.setattr(quantize_module, "_CPU_CHUNK", 16 << 10)
     sizes = []
 
     class Watch(TorchDispatchMode):

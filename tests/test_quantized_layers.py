@@ -156,7 +156,7 @@ def test_norms_of_nf4_without_the_whole_weight(monkeypatch):
     weight = quantize_nf4(torch.randn(768, 512))
     A, B = torch.randn(4, 512), torch.randn(768, 4)
     whole = torch_path.weight_norm(weight, A, B, 0.5)
-    monkeypatch.setattr(quantize_module, "_CHUNK_BYTES", 64 << 10)
+    monkeypatch.setattr(quantize_module, "_CPU_CHUNK", 16 << 10)
     sizes = []
 
     class Watch(TorchDispatchMode):
