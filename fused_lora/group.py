@@ -15,6 +15,7 @@ from .dispatch import (
     Call,
     Explanation,
     Plan,
+    better_apart,
     checked_call,
     describe_quantized,
     explain_call,
@@ -159,21 +160,20 @@ def lora_linear_group(
     Raises what `lora_linear` does, with the number of the member; TypeError for what is no list,
     ValueError if there is no member, or not the same number of everything.
 
-    Under torch.func's transforms, dispatch modes and for tensor subclasses such as DTensor each
-    member is a call of its own.
+    Under torch.func's transforms, dispatch modes, for tensor subclasses such as DTensor, and on a
+    CPU with dropout or few rows each member is a call of its own.
 
     The members are one node of the graph: a backward pass through one output alone frees what the
     others need too, unless it is told to retain the graph.
     """
     members = _members(weights, lora_As, lora_Bs, scalings, biases, dropout_ps)
     if _special((x, *weights, *lora_As, *lora_Bs)):
-        return tuple(
-            lora_linear(x, W, A, B, scaling=s, bias=bias, dropout_p=p, backend=backend)
-            for W, A, B, s, bias, p in members
-        )
+        return _apart(x, members, backend)
     if torch.compiler.is_compiling():
         return _traced(x, members, backend)
-    x_cast, cast, _, chosen = _checked(x, members, backend)
+    x_cast, cast, calls, chosen = _checked(x, members, backend)
+    if better_apart(x, any(call.dropout for call in calls), backend):
+        return _apart(x, members, backend)
     ys: tuple[Tensor, ...] = ()
     for first in range(0, len(members), MAX_GROUP):
         part = cast[first : first + MAX_GROUP]
@@ -190,6 +190,13 @@ def lora_linear_group(
             *(member.bias for member in part),
         )
     return ys
+
+
+def _apart(x: Tensor, members: Sequence[_Member], backend: Backend) -> tuple[Tensor, ...]:
+    return tuple(
+        lora_linear(x, W, A, B, scaling=s, bias=bias, dropout_p=p, backend=backend)
+        for W, A, B, s, bias, p in members
+    )
 
 
 class _Member(NamedTuple):
@@ -275,21 +282,32 @@ def explain_group(
         if "triton" in why:
             reasons["triton"] = f"{why['triton']} (member {i})"
             break
-    reasons["h"] = "one product for all members: x is read once"
-    if any(call.dropout for call in calls):
-        reasons["h"] = "a product for each member: dropout gives each a mask of its own"
-    elif on_kernels and len({member.scaling for member in cast}) > 1:
-        reasons["h"] = "a product for each member: their scalings differ"
-    reasons["dx"] = "one tensor, each member added to it in place"
-    if on_kernels:
-        reasons["dx"] = f"one launch for {min(len(calls), MAX_GROUP)} members"
-        if any(call.quantized for call in calls):
-            reasons["dx"] += ", with the values of all that are quantised in scratch tensors"
+    if better_apart(x, any(call.dropout for call in calls), backend):
+        reasons["group"] = "not taken: on a CPU dropout and few rows are faster each on its own"
+    else:
+        reasons |= _describe(cast, calls, on_kernels)
     for i, call in enumerate(calls):
         if call.quantized is not None:
             how = describe_quantized(call.quantized, chosen)
             reasons[f"quantised W0 of member {i}"] = how
     return Explanation(chosen.backend, chosen.strategy, chosen.strategy_dx, reasons)
+
+
+def _describe(
+    members: Sequence[_Member], calls: Sequence[Call], on_kernels: bool
+) -> dict[str, str]:
+    """What a group does at once."""
+    h = "one product for all members: x is read once"
+    if any(call.dropout for call in calls):
+        h = "a product for each member: dropout gives each a mask of its own"
+    elif on_kernels and len({member.scaling for member in members}) > 1:
+        h = "a product for each member: their scalings differ"
+    dx = "one tensor, each member added to it in place"
+    if on_kernels:
+        dx = f"one launch for {min(len(calls), MAX_GROUP)} members"
+        if any(call.quantized for call in calls):
+            dx += ", with the values of all that are quantised in scratch tensors"
+    return {"h": h, "dx": dx}
 
 
 def _special(tensors: Sequence[Any]) -> bool:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import autocast_enabled
-from .dispatch import Backend
+from .dispatch import Backend, better_apart
 from .group import lora_linear_group
 from .quantize import QuantizedWeight
 
@@ -150,6 +150,8 @@ class SharedInput:
             if call is None:
                 return None
             calls.append(call)
+            if better_apart(x, call.dropout_p > 0.0, call.backend):
+                return None
         if not _fit(x, calls):
             return None
         mode, versions = _mode(x), [_versions(call) for call in calls]

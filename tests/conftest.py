@@ -52,6 +52,15 @@ def device() -> torch.device:
 
 
 @pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups are groups on a CPU too, where they would be slower for the small inputs of tests."""
+    from fused_lora import group, sharing
+
+    for module in (group, sharing):
+        monkeypatch.setattr(module, "better_apart", lambda *_: False)
+
+
+@pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernel launchers that were called, in order: which backend and strategy really ran."""
     from fused_lora import triton_backend

@@ -14,11 +14,13 @@ from fused_lora import (
     FusedLoRAGroup,
     FusedLoRALinear,
     explain_group,
+    lora_linear,
     lora_linear_group,
     merge_and_unload,
     reference,
 )
-from fused_lora.dispatch import Plan
+from fused_lora import group as group_module
+from fused_lora.dispatch import MAX_COMPOSED_M, Plan, better_apart
 from fused_lora.group import LoRALinearGroupFunction
 from fused_lora.group_ops import lora_linear_group_backward_op, lora_linear_group_op
 from fused_lora.kernels import configs
@@ -27,6 +29,7 @@ from fused_lora.kernels.dropout import Dropout, dropout_threshold
 from fused_lora.kernels.group import gemm_group
 from fused_lora.packing import pack
 
+pytestmark = pytest.mark.usefixtures("together")
 DTYPES = [
     pytest.param(torch.float32, id="fp32"),
     pytest.param(torch.float16, id="fp16"),
@@ -494,6 +497,29 @@ def test_explain(launches):
     with pytest.raises(ValueError, match="member 1: .*got r = 513, wanted at most"):
         explain_group(*tensors, backend="triton")
     assert launches == []
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("M", [1, MAX_COMPOSED_M, MAX_COMPOSED_M + 1])
+def test_members_run_apart_where_that_is_faster(monkeypatch, M, dropout_p):
+    """On a CPU: the same as calls of their own, random numbers too, and `explain_group` says so."""
+    monkeypatch.setattr(group_module, "better_apart", better_apart)
+    apart = M <= MAX_COMPOSED_M or dropout_p > 0
+    problems = _group(M, 8, SIZES[:2], device="cpu")
+    lists = [[getattr(p, n) for p in problems] for n in ("weight", "lora_A", "lora_B")]
+    options = {"scalings": 1.25, "biases": [p.bias for p in problems]}
+    options["dropout_ps"] = [dropout_p] * len(problems)
+    lists[1][0].requires_grad_()
+    torch.manual_seed(5)
+    ys = lora_linear_group(problems[0].x, *lists, **options)
+    assert ("LoRALinearGroup" in type(ys[0].grad_fn).__name__) != apart
+    torch.manual_seed(5)
+    for y, p in zip(ys, problems, strict=True):
+        tensors = (p.x, p.weight, p.lora_A, p.lora_B)
+        alone = lora_linear(*tensors, scaling=1.25, bias=p.bias, dropout_p=dropout_p)
+        torch.testing.assert_close(y, alone)
+    said = explain_group(problems[0].x, *lists, **options)
+    assert ("group" in said.reasons) == apart
 
 
 def test_module_explains_itself():

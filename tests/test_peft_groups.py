@@ -15,8 +15,10 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from fused_lora import inject, sharing  # noqa: E402
+from fused_lora.dispatch import better_apart  # noqa: E402
 from fused_lora.peft import fuse, register, unfuse  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("together")
 SMALL = {
     "vocab_size": 40,
     "hidden_size": 16,
@@ -505,3 +507,14 @@ def test_inject_groups_too(groups):
     logits = [m(input_ids=ids).logits for m in (model, plain)]
     torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-4)
     assert groups == [2, 3, 2]
+
+
+def test_few_rows_on_a_cpu_prepare_nothing(monkeypatch):
+    monkeypatch.setattr(sharing, "better_apart", better_apart)
+    model = _model()
+    batch = _batch()
+    expected = model(batch).logits
+    fuse(model)
+    with monkeypatch.context() as patched:
+        patched.setattr(sharing, "lora_linear_group", None)  # would be called, and fail
+        torch.testing.assert_close(model(batch).logits, expected)
