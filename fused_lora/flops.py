@@ -7,7 +7,6 @@ and counts nothing, as for PyTorch's own operators. torch.utils.flop_counter imp
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
@@ -100,6 +99,8 @@ _FORMULAS: dict[str, Callable[[Arguments], int]] = {
 def _register(counter: ModuleType) -> None:
     for name, formula in _FORMULAS.items():
         operator = getattr(torch.ops.fused_lora, name)
+        if operator in counter.flop_registry:  # by an import before
+            continue
         names = [argument.name for argument in operator.default._schema.arguments]
 
         def count(
@@ -114,14 +115,17 @@ def _register(counter: ModuleType) -> None:
 
 
 class _OnImport(MetaPathFinder):
-    """Registers the formulas once PyTorch's module is imported, and is gone then."""
+    """Registers the formulas whenever PyTorch's module is run: imported, or reloaded."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if fullname != _COUNTER:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        assert spec is not None
+        # Where it lies is for the other finders to say.
+        others = [f for f in sys.meta_path if not isinstance(f, _OnImport)]
+        found = (f.find_spec(fullname, path, target) for f in others if hasattr(f, "find_spec"))
+        spec = next(filter(None, found), None)
+        if spec is None or spec.loader is None:
+            return spec
         loader: Any = spec.loader
         run = loader.exec_module
 
@@ -137,5 +141,5 @@ def install() -> None:
     """Makes FlopCounterMode know our operators; they are registered already."""
     if _COUNTER in sys.modules:
         _register(sys.modules[_COUNTER])
-    else:
+    if not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _OnImport())

@@ -172,3 +172,41 @@ def test_of_many_adapters(needs):
     assert _counted(multi, p, needs, **rows) == _counted(alone, p, needs)
     every = {"adapter_indices": torch.zeros(15, dtype=torch.int64)}
     assert _counted(multi, p, needs, **every) == _counted(_call(_composition), p, needs)
+
+
+def test_what_else_happens_to_the_import():
+    """Somebody asks where the module is; its import fails once; it and we are loaded again."""
+    program = """
+import importlib, importlib.util, sys
+from importlib.machinery import SourceFileLoader
+import torch, fused_lora
+
+name = "torch.utils.flop_counter"
+assert importlib.util.find_spec(name).name == name and name not in sys.modules
+get_code = SourceFileLoader.get_code
+
+def fail(self, fullname):
+    if fullname == name:
+        raise ImportError("once")
+    return get_code(self, fullname)
+
+SourceFileLoader.get_code = fail
+try:
+    import torch.utils.flop_counter
+except ImportError:
+    pass
+SourceFileLoader.get_code = get_code
+import torch.utils.flop_counter as counter
+for module in (None, counter, fused_lora):
+    if module is not None:
+        importlib.reload(module)
+    assert torch.ops.fused_lora.lora_linear in counter.flop_registry, module
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
