@@ -3,7 +3,8 @@
 Hundreds of them take longer to look at than a decoding step takes on a GPU. What is kept for a
 set of adapters is found by their addresses, and holds only if Dynamo's guards on tensors, which
 look at all of them in one call, find every type, dtype, shape, stride and requires_grad as it was.
-So nothing has to be told of a change, and no tensor is kept alive.
+So nothing has to be told of a change, and no tensor is kept alive. The guards are private to
+PyTorch: where they are not what they were, nothing is kept, and each call looks anew.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
 
 from . import checks
 from .backends import autocast_enabled
@@ -75,20 +75,32 @@ def adapter_set(
     # Guards compare dispatch keys, which these modes change.
     modes = (torch.is_inference_mode_enabled(), autocast_enabled(lora_As[0].device))
     key = (addresses, scales, frozenset(map(type, scales)), modes)
-    found = _sets.get(key)
+    try:
+        found = _sets.get(key)
+    except TypeError:  # a list or an array among the scalings, which is for the check to refuse
+        return _make(lora_As, lora_Bs, scales, None)
     if found is not None and found[0].check(*lora_As, *lora_Bs):
         return found[1]
     made = _make(lora_As, lora_Bs, scales, addresses)
-    _sets[key] = (_guards((*lora_As, *lora_Bs)), made)
-    if len(_sets) > _MAX_SETS:
-        _sets.popitem(last=False)
+    guards = _guards((*lora_As, *lora_Bs))
+    if guards is not None:
+        _sets[key] = (guards, made)
+        if len(_sets) > _MAX_SETS:
+            _sets.popitem(last=False)
     return made
 
 
 def _guards(tensors: Sequence[Tensor]) -> Any:
-    sizes: list[Any] = [list(t.shape) for t in tensors]
-    strides: list[Any] = [list(t.stride()) for t in tensors]
-    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    """What tells whether these tensors are as they were; None where PyTorch has no such thing."""
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        sizes: list[Any] = [list(t.shape) for t in tensors]
+        strides: list[Any] = [list(t.stride()) for t in tensors]
+        guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        return guards if guards.check(*tensors) is True else None
+    except (ImportError, AttributeError, TypeError):
+        return None
 
 
 def _make(
@@ -97,7 +109,7 @@ def _make(
     scales: tuple[float, ...],
     addresses: tuple[int, ...] | None,
 ) -> AdapterSet:
-    for scaling in {*scales}:
+    for scaling in scales:
         checks.check_number("scaling", scaling)
     scales = tuple(map(float, scales))
     kinds: dict[object, int] = {}

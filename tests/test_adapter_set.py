@@ -264,3 +264,26 @@ def test_multi_saved_adapters_that_hooks_move(device, backend):
     for name, p in layer.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(p.grad, expected[name], msg=name)
+
+
+class _Other:
+    """Guards with another signature."""
+
+    def __init__(self, *tensors):
+        pass
+
+
+@pytest.mark.parametrize("guards", [None, _Other], ids=["none", "others"])
+def test_multi_nothing_is_kept_without_guards(monkeypatch, made, guards):
+    monkeypatch.setattr(adapter_set, "_sets", type(adapter_set._sets)())
+    if guards is None:
+        monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
+    else:
+        monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", guards)
+    layer, x = _layer("cpu", "torch"), torch.randn(8, 12)
+    for change in (_in_place, _new_parameter, _new_rank):
+        _agrees(layer, x)
+        change(layer)
+    _agrees(layer, x).sum().backward()
+    assert len(made) == 4
+    assert not adapter_set._sets
