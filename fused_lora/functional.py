@@ -18,7 +18,7 @@ from .dora import DoRALinearFunction, weight_norm
 from .kernels.dropout import Dropout, dropout_threshold
 from .packing import pack
 from .quantize import QuantizedWeight
-from .reference import drawn_mask
+from .reference import drawn_mask, fp8_activations
 
 Weight = Tensor | QuantizedWeight
 
@@ -110,6 +110,16 @@ def lora_linear(
                 )
             )
     return _on_device(x, weight, lora_A, lora_B, bias, scaling, threshold, backend)
+
+
+def base_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """x W0^T + bias: a layer whose adapter is merged, or that has none. A quantised W0 is whole."""
+    if not isinstance(weight, QuantizedWeight):
+        return F.linear(x, weight, bias)
+    x, _, bias = _autocast(x, weight, bias)
+    if weight.activations is not None:
+        x = fp8_activations(x)
+    return F.linear(x, weight.dequantize(x.dtype), bias)
 
 
 def _distributed() -> bool:

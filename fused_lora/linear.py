@@ -6,13 +6,12 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks, foreign
 from .dispatch import Backend, Explanation
 from .dora import over_norm
-from .functional import dora_linear, explain, lora_linear
+from .functional import base_linear, dora_linear, explain, lora_linear
 from .initial import check_init, initial_values
 from .quantize import Format, QuantizedWeight, quantize
 from .torch_backend import weight_norm
@@ -273,9 +272,7 @@ class FusedLoRALinear(nn.Module):
                     "FusedLoRALinear is merged and in training mode: call unmerge() to train the "
                     "adapter, or eval() to run the merged weight"
                 )
-            if isinstance(self.weight, QuantizedWeight):
-                return F.linear(x, self.weight.dequantize(x.dtype), self.bias)
-            return F.linear(x, self.weight, self.bias)
+            return base_linear(x, self.weight, self.bias)
         if self.shared_input is not None and not torch.compiler.is_compiling():
             shared = self.shared_input.output(self, x)
             if shared is not None:

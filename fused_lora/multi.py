@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import checks, multi_backends, multi_ops
@@ -159,7 +160,8 @@ def lora_linear_multi(
     x, bias, layer = found.x, found.bias, found.layer
     seed = _draw_seed(x.device, backend) if threshold else None
     trains = found.known.needs_grad or x.requires_grad or (bias is not None and bias.requires_grad)
-    if torch.is_grad_enabled() and trains:
+    # Of forward-mode AD too: the Function refuses what plain kernels would give no tangent.
+    if (torch.is_grad_enabled() and trains) or forward_ad._current_level >= 0:
         trained: Tensor = LoRALinearMultiFunction.apply(
             x,
             layer.weight,

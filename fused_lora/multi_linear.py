@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks
 from .dispatch import Backend
+from .functional import base_linear
 from .linear import FusedLoRALinear, _base_weight
 from .multi import lora_linear_multi
 from .quantize import Format, QuantizedWeight
@@ -188,9 +188,7 @@ class FusedMultiLoRALinear(nn.Module):
         index |= {name: i for i, name in enumerate(names)}
         rows = _rows_by_index(x, index, **given)
         if not names:  # nothing but "__base__" passed
-            weight = self.weight
-            plain = weight.dequantize(x.dtype) if isinstance(weight, QuantizedWeight) else weight
-            return F.linear(x, plain, self.bias)
+            return base_linear(x, self.weight, self.bias)
         return lora_linear_multi(
             x,
             self.weight,
@@ -219,7 +217,7 @@ def check_name(name: object) -> None:
     """Raises TypeError or ValueError unless an adapter can have this name."""
     if not isinstance(name, str):
         raise TypeError(f"name: got {type(name).__name__}, wanted a string")
-    if not name or "." in name or name == BASE or hasattr(nn.ParameterDict, name):
+    if not name or "." in name or name == BASE or hasattr(nn.ParameterDict(), name):
         raise ValueError(f"name: got {name!r}, which no adapter can be called")
 
 
@@ -251,16 +249,26 @@ def _rows_by_index(
 ) -> dict[str, Any]:
     if adapter_indices is not None:
         return {"adapter_indices": adapter_indices}
-    try:
-        if isinstance(adapter_names, str):
-            rows = x.shape[:-1].numel()
-            return {"segments": [(index[adapter_names], rows)] if rows else []}
-        if adapter_names is not None:
-            return {"segments": sample_segments(x, [index[name] for name in adapter_names])}
-        assert segments is not None
-        return {"segments": [(index[name], rows) for name, rows in segments]}
-    except KeyError as error:
-        raise ValueError(f"adapter: got {error}, wanted one of {list(index)}") from None
+
+    def place(name: object) -> int:
+        if not isinstance(name, str) or name not in index:
+            raise ValueError(f"adapter: got {name!r}, wanted one of {list(index)}")
+        return index[name]
+
+    if isinstance(adapter_names, str):
+        rows = x.shape[:-1].numel()
+        return {"segments": [(place(adapter_names), rows)] if rows else []}
+    if adapter_names is not None:
+        if not isinstance(adapter_names, (list, tuple)):
+            got = type(adapter_names).__name__
+            raise TypeError(f"adapter_names: got {got}, wanted a name or a list of names")
+        return {"segments": sample_segments(x, [place(name) for name in adapter_names])}
+    if not isinstance(segments, (list, tuple)):
+        raise TypeError(f"segments: got {type(segments).__name__}, wanted a list of pairs")
+    for i, segment in enumerate(segments):
+        if not isinstance(segment, (list, tuple)) or len(segment) != 2:
+            raise TypeError(f"segments[{i}]: got {segment!r}, wanted (adapter's name, rows)")
+    return {"segments": [(place(name), rows) for name, rows in segments]}
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import nn
 
 from fused_lora import (
     FusedLoRALinear,
+    FusedMultiLoRALinear,
     QuantizedWeight,
     explain,
     lora_linear,
@@ -320,6 +321,31 @@ def test_layer_trains_and_merges():
     assert torch.equal(layer(x), rounded)
     layer.merge(requantize=True)
     assert layer.weight.activations == "fp8"
+    check_base_alone(layer, x)
+
+
+def check_base_alone(layer, x, **options):
+    """A layer that is W0 alone rounds x, in the dtype that autocast gives it, and g does not."""
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            x = x.detach().requires_grad_()
+            y = layer(x, **options)
+        values = layer.weight.dequantize(dtype)
+        bias = None if layer.bias is None else layer.bias.to(dtype)
+        assert torch.equal(
+            y, nn.functional.linear(reference.fp8_activations(x.to(dtype)), values, bias)
+        )
+        y.sum().backward()
+        assert torch.equal(x.grad, (torch.ones_like(y) @ values).float())
+
+
+def test_layer_without_adapters_rounds_x_too():
+    weight = quantize_fp8(torch.randn(24, 256) / 16, activations="fp8")
+    layer, x = FusedMultiLoRALinear.from_linear(weight), torch.randn(5, 256)
+    check_base_alone(layer, x, adapter_names="__base__")
+    alone = layer(x, adapter_names="__base__")
+    layer.add_adapter("german", 4)
+    assert torch.allclose(layer(x, adapter_names="__base__"), alone, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("granularity", ["PerRow", "PerTensor"])

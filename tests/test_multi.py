@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from oracle import FORWARD_FACTOR, GRADIENT_FACTOR
 from torch import nn
 
@@ -412,6 +413,18 @@ def test_multi_only_the_wanted_gradients(device, backend, multi_launches):
     assert multi_launches == (["shrink", "expand", "multi_grads"] if backend == "triton" else [])
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("M", [4, 300])
+def test_multi_forward_mode_is_refused(device, backend, M):
+    """Also where nothing trains: kernels would make a y that has no tangent."""
+    shapes = ((M, 6), (5, 6), (2, 6), (5, 2))
+    x, weight, A, B = (torch.randn(shape, device=device) for shape in shapes)
+    rows = {"scalings": 1.0, "segments": [(0, M)], "backend": backend}
+    message = "must implement the jvp function"
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
+        lora_linear_multi(forward_ad.make_dual(x, x), weight, [A], [B], **rows)
+
+
 def test_multi_double_backward_is_refused(device):
     b = batch(STRADDLING, device=device)
     b.x.requires_grad_()
@@ -713,6 +726,7 @@ BAD = {
     "x no tensor": ({"x": [[1.0]]}, TypeError, "x: got list, wanted a torch.Tensor"),
     "bias": ({"bias": torch.randn(4)}, ValueError, "bias: got shape [4], wanted [5]"),
     "scaling text": ({"scalings": ["1", 2.0]}, TypeError, "scaling: got str, wanted a number"),
+    "scaling a list": ({"scalings": [[1.0], 2.0]}, TypeError, "scaling: got list, wanted a number"),
     "scalings a tensor": ({"scalings": torch.ones(2)}, TypeError, "scaling: got Tensor"),
     "weight trainable": (
         {"weight": torch.randn(5, 6, requires_grad=True)},
@@ -875,11 +889,34 @@ def test_multi_route_through_a_model():
 
 
 @pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ({"adapter_names": 3}, TypeError, "adapter_names: got int, wanted a name or a list"),
+        ({"adapter_names": "dutch"}, ValueError, "adapter: got 'dutch', wanted one of"),
+        ({"adapter_names": [["german"]] * 2}, ValueError, "adapter: got ['german'], wanted one of"),
+        ({"segments": 3}, TypeError, "segments: got int, wanted a list of pairs"),
+        ({"segments": "german"}, TypeError, "segments: got str, wanted a list of pairs"),
+        ({"segments": [("german",)]}, TypeError, "segments[0]: got ('german',), wanted"),
+        ({"segments": [("german", 1), 1]}, TypeError, "segments[1]: got 1, wanted"),
+        ({"segments": [("german", "2")]}, TypeError, "segments[0]: got (0, '2'), wanted"),
+    ],
+)
+def test_multi_layer_refuses_rows(rows, error, message):
+    layer = _layer()
+    with pytest.raises(error, match=re.escape(message)):
+        layer(torch.randn(2, 12), **rows)
+    with route(nn.Sequential(layer), **rows), pytest.raises(error, match=re.escape(message)):
+        layer(torch.randn(2, 12))
+
+
+@pytest.mark.parametrize(
     ("name", "kwargs", "error", "message"),
     [
         ("german", {}, ValueError, "there is an adapter 'german' already"),
         ("a.b", {}, ValueError, "name: got 'a.b', which no adapter can be called"),
         ("keys", {}, ValueError, "name: got 'keys'"),
+        ("training", {}, ValueError, "name: got 'training'"),
+        ("_parameters", {}, ValueError, "name: got '_parameters'"),
         ("__base__", {}, ValueError, "name: got '__base__'"),
         ("", {}, ValueError, "name: got ''"),
         (3, {}, TypeError, "name: got int"),
