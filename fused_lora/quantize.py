@@ -265,7 +265,7 @@ class QuantizedWeight(nn.Module):
         blocks = slice(cols.start // block_cols, cols.stop // block_cols)
         scales = scales.view(N, K // block_cols)[rows, blocks].contiguous()
         values = _unpack(codes, self.codebook).view(*scales.shape, block_cols)
-        return values.mul_(scales[..., None]).view(codes.shape[0], -1).to(dtype)
+        return values.mul_(scales[..., None]).view(len(codes), 2 * codes.shape[1]).to(dtype)
 
     def _all_scales(self) -> Tensor:
         """The scales in fp32, flat."""

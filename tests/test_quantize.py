@@ -935,3 +935,19 @@ def test_other_arguments_of_nf4_int8_and_fp8():
     x, A, B = (torch.randn(*s, device="meta") for s in ((3, 64), (2, 64), (4, 2)))
     with pytest.raises(ValueError, match="weight: is on cpu, wanted x's device, meta"):
         lora_linear(x, q, A, B, scaling=1.0)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_no_rows_of_codes(device, backend):
+    """As a shard may have them; what makes codes refuses empty weights."""
+    tables = {"scales": torch.empty(0), "codebook": torch.zeros(16)}
+    codes = torch.empty(0, dtype=torch.uint8)
+    weight = QuantizedWeight(
+        "nf4", codes, shape=(0, 128), dtype=torch.float32, block=(1, 64), **tables
+    ).to(device)
+    x = torch.randn(3, 128, device=device, requires_grad=True)
+    A, B = torch.randn(2, 128, device=device), torch.empty(0, 2, device=device)
+    y = lora_linear(x, weight, A, B, scaling=1.0, backend=backend)
+    assert y.shape == (3, 0)
+    y.sum().backward()
+    assert not x.grad.any()
