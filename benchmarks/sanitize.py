@@ -159,13 +159,15 @@ def main() -> int:
     """Runs all cases; returns 1 if a result is wrong."""
     torch.manual_seed(0)
     total = wrong = 0
-    for name, case in chain(_layers(), _others()):
+    for name, case in chain(_others(), _layers()):
         total += 1
+        verdict = "right"
         try:
             case()
         except AssertionError as error:
             wrong += 1
-            print(f"wrong: {name}: {error}")
+            verdict = f"wrong, {error}"
+        print(f"{name}: {verdict}", flush=True)  # a sanitizer cut short: how far it came
     where = torch.cuda.get_device_name() if CUDA else "the CPU, in Triton's interpreter"
     print(f"{total - wrong} of {total} cases right on {where}")
     return int(wrong > 0)

@@ -231,14 +231,15 @@ def is_valid(
     narrow = kind == "second" or (kind == "expand" and dropout)
     if device.capability == 89 and narrow and config.BLOCK_M == 16 and itemsize == 2:
         return False
-    # With Triton 3.6, 8 warps have 8 bytes of stack for many adapters; with 3.9, 4 warps for DoRA.
-    if kind in ("one_pass", "second", "group") and config.BLOCK_M == 64 and config.BLOCK_N == 128:
+    if itemsize == 2 and kind in ("one_pass", "second", "group"):
+        # On Blackwell 8 warps have 8 bytes with Triton 3.6, for many adapters. (4 warps have them
+        # with 3.9, for DoRA there and before Hopper.)
         four_warps = kind == "second" and not dora and device.capability >= 100
-        if itemsize == 2 and (config.num_warps == 4) != four_warps:
+        if config.BLOCK_M * config.BLOCK_N == 64 * 128 and (config.num_warps == 4) != four_warps:
             return False
-    if kind == "multi_grad" and itemsize == 2:  # BLOCK_K 64 has 8 bytes with Triton 3.6 there
-        if (config.BLOCK_K == 32) != (dropout and device.capability < 90):
-            return False
+    if itemsize == 2 and kind == "multi_grad":
+        # So has the larger BLOCK_K before Hopper, with Triton 3.6.
+        return (config.BLOCK_K == 32) == (dropout and device.capability < 90)
     threads = 32 * config.num_warps
     accumulators = config.BLOCK_M * (config.BLOCK_N + block_r) / threads
     # W's tile is in registers too, as values.

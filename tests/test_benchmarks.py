@@ -325,13 +325,17 @@ def test_the_gpu_plan_goes_on_after_a_failed_step(tmp_path):
     done = on_gpu(OUT=str(out), PYTHON="python", PATH=path, RESUME="earlier.json")
     assert done.returncode == 1
     files = {file.name for file in out.iterdir()}
-    assert files == {"summary.txt", "tests.log", "benchmark.log", "sanitizer.log"}  # and xml, rows
+    assert files == {"summary.txt", "tests.log", "benchmark.log", "sanitizer.log"}  # and rows
     summary = (out / "summary.txt").read_text()
     assert "tests: failed with 1" in summary
     for step in ("benchmark", "memcheck", "racecheck", "initcheck"):
         assert f"{step}: passed" in summary
     assert "--resume earlier.json" in (out / "benchmark.log").read_text()
-    assert "pytest tests -m gpu" in (out / "tests.log").read_text()
+    tests = (out / "tests.log").read_text()
+    call = next(line for line in tests.splitlines() if "pytest tests/test_lora_linear.py" in line)
+    assert "-m gpu and not slow" in call
+    for file in (ROOT / "tests").glob("test_*.py"):
+        assert call.count(f"tests/{file.name} ") == 1
 
 
 def test_model_projections_are_those_of_the_configs():
