@@ -1,4 +1,4 @@
-"""The kinds of cases: a plain layer, one over a quantised W0, and many adapters in one batch.
+"""The kinds of cases: a plain layer, one over a quantised W0, and many adapters over either.
 
 What belongs to a kind is imported where it is used: `run --base` measures older commits, which may
 lack what it needs, and then have no providers of it.
@@ -15,7 +15,7 @@ from oracle import expression as plain_expression
 from torch import Tensor
 
 from .providers import CPU_PROVIDERS, PROVIDERS, Provider
-from .shapes import Case
+from .shapes import PLAIN, Case
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -34,7 +34,7 @@ def make_problem(case: Case, device: torch.device) -> Problem:
             bias=False,
             dropout_p=case.dropout,
         )
-        if case.kind == "quantised":
+        if case.format != PLAIN:
             from .quantized import quantized
 
             p = quantized(p, case.format)

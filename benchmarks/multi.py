@@ -6,7 +6,9 @@ expand       its kernels with h B after the library's product
 loop         the base product, then for each adapter index_select, two products, index_add_
 peft         PEFT's own forward with `adapter_names`, for adapters with equally many rows
 bmm          rows padded to the longest adapter's: two torch.bmm
-linear       the frozen layer alone
+linear       the frozen layer alone, over the values where W0 is quantised
+
+Over a quantised W0, loop and bmm dequantise it in every forward and backward, as PEFT does.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ import torch.nn.functional as F
 from oracle import Problem
 from torch import Tensor
 
-from fused_lora import explain_multi, lora_linear_multi, reference
+from fused_lora import QuantizedWeight, explain_multi, lora_linear_multi, reference
 from fused_lora.multi import LoRALinearMultiFunction
 from fused_lora.multi_backends import MultiPlan, Strategy
 from fused_lora.multi_rows import row_groups
 
-from .providers import Layer, Provider, by_name, linear, peft_layer, plain_linear
+from .providers import Layer, Provider, by_name, frozen, linear, peft_layer, plain_linear
+from .quantized import dequantised
 
 
 @dataclass
@@ -33,6 +36,7 @@ class MultiProblem(Problem):
     """A problem with E adapters: lora_A [E, r, K], lora_B [E, N, r], ``rows`` of x for each."""
 
     rows: list[int]
+    codes: QuantizedWeight | None = None  # what ``weight`` is the values of, if it is quantised
 
     @cached_property
     def adapters(self) -> list[tuple[Tensor, Tensor]]:
@@ -67,9 +71,13 @@ def expression(p: MultiProblem) -> Tensor:
     )
 
 
-def _arguments(p: MultiProblem) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def _arguments(p: MultiProblem) -> tuple[Tensor | QuantizedWeight, list[Tensor], list[Tensor]]:
     As, Bs = map(list, zip(*p.adapters, strict=True))
-    return p.weight, As, Bs
+    return frozen(p), As, Bs
+
+
+def _base(p: MultiProblem, x: Tensor) -> Tensor:
+    return F.linear(x, p.weight, p.bias) if p.codes is None else dequantised(x, p.codes)
 
 
 def _fused(p: MultiProblem) -> Layer:
@@ -110,7 +118,7 @@ def _loop(p: MultiProblem) -> Layer:
     indices, adapters = _indices(p), p.adapters
 
     def layer(x: Tensor) -> Tensor:
-        y = F.linear(x, p.weight, p.bias)
+        y = _base(p, x)
         for index, (A, B) in zip(indices, adapters, strict=True):
             update = F.linear(F.linear(x[index], A), B)
             y = y.index_add(0, index, update, alpha=p.scaling)
@@ -128,7 +136,7 @@ def _bmm(p: MultiProblem) -> Layer:
     def layer(x: Tensor) -> Tensor:
         A, B = torch.stack(As), torch.stack(Bs)
         update = torch.bmm(torch.bmm(x[padded], A.mT), B.mT)
-        y = F.linear(x, p.weight, p.bias)
+        y = _base(p, x)
         return y.index_add(0, padded[real], update[real], alpha=p.scaling)
 
     return layer
@@ -148,6 +156,8 @@ def _peft(p: MultiProblem) -> Layer:
 def _peft_cannot(p: MultiProblem) -> str | None:
     if not importlib.util.find_spec("peft"):
         return "peft is not installed"
+    if p.codes is not None:
+        return "it is measured over plain weights"
     return None if len({*p.rows}) == 1 else "its batches have samples of one length"
 
 

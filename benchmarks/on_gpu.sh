@@ -9,7 +9,7 @@
 #
 # On a bare checkout; installs nothing. Every step has its own time limit and the next one runs
 # whatever became of it. Leaves at most 8 files, side by side, in $OUT (benchmarks/results):
-# summary.txt, tests.log, tests.xml, the rows as JSON, benchmark.log and sanitizer.log.
+# summary.txt, tests.log, the rows as JSON, benchmark.log and sanitizer.log.
 #
 #   PYTHON  the interpreter that has torch and triton (python3)
 #   COMMIT  what to call the checkout where it has no history
@@ -52,7 +52,7 @@ if [[ ${1:-} == tune ]]; then
 fi
 
 SUMMARY=$OUT/summary.txt
-rm -f "$SUMMARY" "$OUT"/tests.log "$OUT"/tests.xml "$OUT"/benchmark.log "$OUT"/sanitizer.log
+rm -f "$SUMMARY" "$OUT"/tests.log "$OUT"/benchmark.log "$OUT"/sanitizer.log
 export PYTHONUNBUFFERED=1
 failed=0
 
@@ -75,7 +75,7 @@ step() {
     if ((status == 0)); then verdict=passed; fi
     if ((status == 124 || status == 137)); then verdict="stopped at its limit of $limit s"; fi
     say "$name: $verdict, $((SECONDS - start)) s; the end of $(basename "$log"):"
-    tail -n 6 "$log" | sed 's/^/    /' | tee -a "$SUMMARY"
+    tail -n 16 "$log" | sed 's/^/    /' | tee -a "$SUMMARY"
 }
 
 say "on_gpu.sh, $(date -u +%Y-%m-%dT%H:%MZ), commit $(git rev-parse --short=8 HEAD 2>/dev/null || echo "${COMMIT:-unknown}")"
@@ -85,12 +85,30 @@ import platform, torch, triton
 print("python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__)
 print(torch.cuda.get_device_properties(0))' 2>&1 | tee -a "$SUMMARY"
 
-# With a GPU every test that launches a kernel is marked gpu. Compiling takes most of the time,
-# which processes share where xdist is installed.
-workers=()
-if "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 14); fi
-step tests 190 "$OUT/tests.log" "$PYTHON" -m pytest tests -m "gpu and not slow" -q -rfE --tb=short \
-    --continue-on-collection-errors -p no:cacheprovider --junitxml="$OUT/tests.xml" "${workers[@]}"
+# With a GPU every test that launches a kernel is marked gpu. Compiling takes most of the time, which
+# processes share, each with its part of the tests. Interrupted at its limit, pytest still says what
+# failed until then; so the kernels' own tests come first.
+tests() {
+    local logs files shards=14 pids=() pid status=0
+    logs=$(mktemp -d)
+    files=$(printf '%s\n' tests/test_{lora_linear,kernels,cuda,quantize,fp8,multi,group}.py \
+        tests/test_*.py | awk '!seen[$0]++')
+    for ((i = 0; i < shards; i++)); do
+        SHARD=$i/$shards timeout --signal=INT --kill-after=8 175 env --default-signal=INT \
+            "$PYTHON" -m pytest $files -m "gpu and not slow" -q -rfE --tb=short \
+            --continue-on-collection-errors -p no:cacheprovider >"$logs/$i" 2>&1 &
+        pids+=($!)
+    done
+    for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+    cat "$logs"/*
+    echo "== what failed, and the end of each of $shards processes"
+    grep -hE '^(FAILED|ERROR) ' "$logs"/* | sort -u
+    tail -qn 1 "$logs"/*
+    return "$status"
+}
+export PYTHON
+export -f tests
+step tests 190 "$OUT/tests.log" bash -c tests
 
 resume=()
 if [[ -n ${RESUME:-} ]]; then resume=(--resume "$RESUME"); fi

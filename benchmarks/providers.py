@@ -47,7 +47,8 @@ class Provider:
 
 def frozen(p: Problem) -> Any:
     """W0 as a layer holds it: the codes where there are any."""
-    return getattr(p, "codes", p.weight)
+    codes = getattr(p, "codes", None)
+    return p.weight if codes is None else codes
 
 
 def fused(p: Problem) -> Layer:

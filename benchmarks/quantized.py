@@ -2,7 +2,8 @@
 
 fused        `lora_linear` over the codes
 in_loop      its kernels with the codes read in the GEMM's own loop
-scratch      its kernels over a W0 made anew in every forward and backward
+scratch      its kernels over a W0 made anew in every forward and backward (where x is rounded: in
+             backward alone)
 dequantise   the same in plain PyTorch: PEFT's formula over `dequantize`, then F.linear
 peft_bnb     PEFT's own layer over bitsandbytes' Linear4bit or Linear8bitLt
 unquantised  `lora_linear` over the values, kept: the time to reach, at its memory
@@ -21,7 +22,14 @@ import torch.nn.functional as F
 from oracle import Problem
 from torch import Tensor, nn
 
-from fused_lora import QuantizedWeight, quantize_fp4, quantize_fp8, quantize_int8, quantize_nf4
+from fused_lora import (
+    QuantizedWeight,
+    quantize_fp4,
+    quantize_fp8,
+    quantize_int8,
+    quantize_nf4,
+    reference,
+)
 from fused_lora.dispatch import Strategy
 
 from .providers import (
@@ -43,6 +51,7 @@ _QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
     "fp4": quantize_fp4,
     "int8": quantize_int8,
     "fp8": quantize_fp8,
+    "fp8 activations": lambda weight: quantize_fp8(weight, activations="fp8"),
 }
 assert tuple(_QUANTIZERS) == FORMATS
 
@@ -55,9 +64,14 @@ class QuantizedProblem(Problem):
 
 
 def quantized(p: Problem, format: str) -> QuantizedProblem:
-    """The problem with its weight in codes, and in its place their values."""
+    """The problem with its weight in codes, and in its place their values.
+
+    Where x is rounded, it is one that rounding leaves as it is: all providers have one result.
+    """
     codes = _QUANTIZERS[format](p.weight)
-    return QuantizedProblem(**{**vars(p), "weight": codes.dequantize(), "codes": codes})
+    x = reference.fp8_activations(p.x) if codes.activations else p.x
+    values = {"x": x, "weight": codes.dequantize(), "codes": codes}
+    return QuantizedProblem(**{**vars(p), **values})
 
 
 class _Dequantise(torch.autograd.Function):
@@ -73,9 +87,16 @@ class _Dequantise(torch.autograd.Function):
         return g @ ctx.weight.dequantize(g.dtype), None
 
 
+def dequantised(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """The base product, over values that are there while it lasts."""
+    rounded = reference.fp8_activations(x) if weight.activations else x
+    y: Tensor = _Dequantise.apply(rounded, weight)
+    return y
+
+
 def _dequantise(p: QuantizedProblem) -> Layer:
     def layer(x: Tensor) -> Tensor:
-        base: Tensor = _Dequantise.apply(x, p.codes)
+        base = dequantised(x, p.codes)
         update = F.linear(F.linear(x.to(p.lora_A.dtype), p.lora_A), p.lora_B)
         return (base + update * p.scaling).to(x.dtype)
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, product
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -23,14 +23,19 @@ if not torch.cuda.is_available():  # read by Triton when a kernel is defined
 from oracle import check, fused, problem, run
 
 from fused_lora import (
+    QuantizedWeight,
     dora_linear,
     lora_linear,
     lora_linear_group,
     lora_linear_multi,
+    quantize_fp8,
     quantize_nf4,
 )
 from fused_lora.dispatch import Plan, Strategy
 from fused_lora.kernels.configs import MAX_SKINNY_M
+from fused_lora.multi import LoRALinearMultiFunction
+from fused_lora.multi_backends import MultiPlan
+from fused_lora.multi_rows import row_groups
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -92,19 +97,49 @@ def _others() -> Iterator[Case]:
         leaves = [x, *As, *Bs]
         if whole:
             x4, A4s = normal(M, whole), [normal(r, whole) for _ in range(3)]
-            quantised = quantize_nf4(normal(N, whole))
+            values = normal(N, whole)
+            quantised = quantize_nf4(values)
             adapted = (x4, quantised, A4s[0], Bs[0])
             calls["nf4"] = partial(lora_linear, *adapted, scaling=1.0)
             calls["nf4 dora"] = partial(dora_linear, *adapted, normal(N).abs() + 0.5, scaling=1.0)
-            calls["multi nf4"] = partial(
-                lora_linear_multi, x4, quantised, A4s, Bs, scalings=1.0, adapter_indices=rows
+            calls["nf4 group"] = partial(
+                lora_linear_group, x4, [quantised] * 3, A4s, Bs, scalings=[1.0] * 3
             )
+            for strategy in ("split", "expand"):
+                calls[f"nf4 multi {strategy}"] = partial(
+                    _multi, x4, quantised, A4s, Bs, rows, strategy
+                )
+            rounding = quantize_fp8(values, activations="fp8")
+            calls["fp8 by fp8"] = partial(lora_linear, x4, rounding, A4s[0], Bs[0], scaling=1.0)
             leaves += [x4, *A4s]
         for leaf in leaves:
             leaf.requires_grad_()
         for name, call in calls.items():
             name = f"{dtype} M, N, K, r {(M, N, K, r)} {name}"
             yield name, partial(_same_on_both, call, leaves)
+
+
+def _multi(
+    x: torch.Tensor,
+    weight: QuantizedWeight,
+    As: list[torch.Tensor],
+    Bs: list[torch.Tensor],
+    indices: torch.Tensor,
+    strategy: Literal["split", "expand"],
+    *,
+    backend: Literal["triton", "torch"],
+) -> torch.Tensor:
+    """Many adapters by one strategy, whatever their number of rows."""
+    if backend == "torch":
+        plan = MultiPlan("torch", "library", "library")
+    else:  # codes in the base product's loop can only be followed by expansion
+        plan = MultiPlan("triton", strategy, strategy, *[strategy == "expand"] * 2)
+    rows = row_groups(x.shape[:-1], x.device, len(As), indices, None)
+    scalings = (1.0,) * len(As)
+    y: torch.Tensor = LoRALinearMultiFunction.apply(
+        x, weight, None, scalings, None, 0, rows, plan, None, *As, *Bs
+    )
+    return y
 
 
 def _same_on_both(call: Callable[..., Any], leaves: list[torch.Tensor]) -> None:
@@ -124,13 +159,15 @@ def main() -> int:
     """Runs all cases; returns 1 if a result is wrong."""
     torch.manual_seed(0)
     total = wrong = 0
-    for name, case in chain(_layers(), _others()):
+    for name, case in chain(_others(), _layers()):
         total += 1
+        verdict = "right"
         try:
             case()
         except AssertionError as error:
             wrong += 1
-            print(f"wrong: {name}: {error}")
+            verdict = f"wrong, {error}"
+        print(f"{name}: {verdict}", flush=True)  # a sanitizer cut short: how far it came
     where = torch.cuda.get_device_name() if CUDA else "the CPU, in Triton's interpreter"
     print(f"{total - wrong} of {total} cases right on {where}")
     return int(wrong > 0)

@@ -9,8 +9,9 @@ from typing import Literal
 
 Kind = Literal["plain", "quantised", "multi"]
 PLAIN = "none"
-# nf4 and fp4 quantise their scales too, as QLoRA does; fp8 has a scale for each 128 x 128 block.
-FORMATS = ("nf4", "nf4 single", "fp4", "int8", "fp8")
+# nf4 and fp4 quantise their scales too, as QLoRA does; fp8 has a scale for each 128 x 128 block;
+# with "fp8 activations" x is rounded to fp8 too.
+FORMATS = ("nf4", "nf4 single", "fp4", "int8", "fp8", "fp8 activations")
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,6 @@ class Case:
     format: str = PLAIN  # of the frozen weight, one of FORMATS
     adapters: int = 1  # in the batch, each with its own rows of x
     ragged: bool = False  # whether adapters have different numbers of rows
-
-    def __post_init__(self) -> None:
-        if self.adapters > 1 and self.format != PLAIN:
-            raise ValueError(f"{self}: many adapters are measured over plain weights")
 
     @property
     def kind(self) -> Kind:
@@ -120,14 +117,15 @@ def _cases(
         yield Case(layer, m, N, K, rank, p, d, adapter_dtype or d, f)
 
 
-def many_adapters(side: int, dtype: str, training: int, decoding: Iterable[int]) -> Iterator[Case]:
+def many_adapters(
+    side: int, dtype: str, training: int, decoding: Iterable[int], format: str = PLAIN
+) -> Iterator[Case]:
     """Joint training of 4 adapters on ``training`` rows, and decoding, a row an adapter."""
+    common = (side, side, 16, 0.0, dtype, dtype, format)
     for ragged in (True, False):
-        yield Case(
-            "joint training", training, side, side, 16, 0.0, dtype, dtype, adapters=4, ragged=ragged
-        )
+        yield Case("joint training", training, *common, adapters=4, ragged=ragged)
     for adapters in decoding:
-        yield Case("decoding", adapters, side, side, 16, 0.0, dtype, dtype, adapters=adapters)
+        yield Case("decoding", adapters, *common, adapters=adapters)
 
 
 def _overhead(dtype: str) -> Iterator[Case]:
@@ -139,8 +137,10 @@ def _quick() -> Iterator[Case]:
     yield from _overhead("bf16")
     yield from _cases([square(4096)], (8192,), adapter_dtype="fp32")
     gate_up = projections("llama-3.1-8b")[2]
-    yield from _cases([gate_up], (8192, 16), dropout=(0.0,), format=("nf4", "fp8"))
-    yield from many_adapters(4096, "bf16", 8192, (64,))
+    formats = ("nf4", "fp8", "fp8 activations")
+    yield from _cases([gate_up], (8192, 16), dropout=(0.0,), format=formats)
+    for format in (PLAIN, "nf4"):
+        yield from many_adapters(4096, "bf16", 8192, (64,), format)
     yield from _cases(layers, (8192, 2048), r=(16, 64))
 
 
@@ -176,6 +176,7 @@ def _quantized() -> Iterator[Case]:
 def _multi() -> Iterator[Case]:
     for side in GRID_SIDES:
         yield from many_adapters(side, "bf16", 8192, (16, 64, 256))
+        yield from many_adapters(side, "bf16", 8192, (64,), "nf4")
 
 
 def _cpu_quantized() -> Iterator[Case]:
@@ -191,6 +192,7 @@ def _cpu_quantized() -> Iterator[Case]:
 def _cpu_multi() -> Iterator[Case]:
     for dtype in ("fp32", "bf16"):
         yield from many_adapters(576, dtype, 1024, (16, 64, 256))
+    yield from many_adapters(576, "fp32", 1024, (64,), "nf4")
 
 
 def _tiny() -> Iterator[Case]:
@@ -200,6 +202,7 @@ def _tiny() -> Iterator[Case]:
         [("tiny", 64, 64)], (5,), r=(4,), dropout=(0.0,), dtype=("fp32",), format=FORMATS
     )
     yield from many_adapters(32, "fp32", 10, (3,))
+    yield from many_adapters(64, "fp32", 10, (3,), "nf4")
 
 
 SELECTIONS: dict[str, Callable[[], Iterator[Case]]] = {

@@ -80,6 +80,7 @@ _GEMM_16BIT = (
     TileConfig(128, 256, 32, num_warps=8, num_stages=3),
     TileConfig(128, 128, 64, num_warps=8, num_stages=3),
     TileConfig(64, 128, 64, num_warps=8, num_stages=3),
+    TileConfig(64, 128, 64, num_warps=4, num_stages=3),  # Blackwell's: see `is_valid`
     TileConfig(64, 64, 64, num_warps=4, num_stages=3),
     TileConfig(16, 64, 64, num_warps=4, num_stages=3),
 )
@@ -168,7 +169,10 @@ _EXPAND_16BIT = (
 )
 _GRAD_16BIT = (TileConfig(128, 64, 64, num_warps=4, num_stages=3),)
 # Rows through `order` take registers too.
-_MULTI_GRAD_16BIT = (TileConfig(128, 64, 64, num_warps=8, num_stages=3),)
+_MULTI_GRAD_16BIT = (
+    TileConfig(128, 64, 64, num_warps=8, num_stages=3),
+    TileConfig(128, 64, 32, num_warps=8, num_stages=3),  # before Hopper, with dropout
+)
 _GRAD_32BIT = (TileConfig(64, 32, 32, num_warps=4, num_stages=3),)
 
 
@@ -227,6 +231,15 @@ def is_valid(
     narrow = kind == "second" or (kind == "expand" and dropout)
     if device.capability == 89 and narrow and config.BLOCK_M == 16 and itemsize == 2:
         return False
+    if itemsize == 2 and kind in ("one_pass", "second", "group"):
+        # On Blackwell 8 warps have 8 bytes with Triton 3.6, for many adapters. (4 warps have them
+        # with 3.9, for DoRA there and before Hopper.)
+        four_warps = kind == "second" and not dora and device.capability >= 100
+        if config.BLOCK_M * config.BLOCK_N == 64 * 128 and (config.num_warps == 4) != four_warps:
+            return False
+    if itemsize == 2 and kind == "multi_grad":
+        # So has the larger BLOCK_K before Hopper, with Triton 3.6.
+        return (config.BLOCK_K == 32) == (dropout and device.capability < 90)
     threads = 32 * config.num_warps
     accumulators = config.BLOCK_M * (config.BLOCK_N + block_r) / threads
     # W's tile is in registers too, as values.

@@ -1,7 +1,8 @@
 """Where the tests run, and what watches them.
 
 With a CUDA device the kernels run on it, and every test that takes `device` is marked `gpu`.
-Without one they run in Triton's interpreter, on CPU tensors.
+Without one they run in Triton's interpreter, on CPU tensors. SHARD=i/n takes every n-th test
+from test i on: n processes share them where there is no xdist (on_gpu.sh).
 """
 
 import os
@@ -24,6 +25,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
         elif not CUDA and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    first, shards = map(int, os.environ.get("SHARD", "0/1").split("/"))
+    items[:] = items[first::shards]
 
 
 @pytest.fixture(autouse=True)

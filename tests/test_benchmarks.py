@@ -19,7 +19,7 @@ from benchmarks.shapes import FORMATS, SELECTIONS, Case, select
 ROOT = Path(__file__).parents[1]
 TINY = Case("tiny", 5, 48, 32, 4, 0.1, "fp32", "fp32")
 QUANTISED = Case("tiny", 5, 48, 64, 4, 0.0, "fp32", "fp32", "nf4")
-MANY = Case("tiny", 12, 48, 32, 4, 0.0, "fp32", "fp32", adapters=3)
+MANY = Case("tiny", 12, 48, 64, 4, 0.0, "fp32", "fp32", adapters=3)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,11 +38,6 @@ def test_selections_have_each_shape_once(selection):
     assert len({replace(case, layer="") for case in cases}) == len(cases)
 
 
-def test_many_adapters_over_quantised_weights_are_no_case():
-    with pytest.raises(ValueError, match="many adapters are measured over plain weights"):
-        replace(MANY, format="nf4")
-
-
 def test_quick_has_what_the_gpu_plan_asks_for():
     cases = set(select("quick"))
     llama = [(14336, 4096), (4096, 14336), (1024, 4096)]
@@ -54,8 +49,10 @@ def test_quick_has_what_the_gpu_plan_asks_for():
                         (c.M, c.N, c.K, c.r, c.dropout, c.dtype) == (M, N, K, r, dropout, "bf16")
                         for c in cases
                     )
-    assert {c.format for c in cases if c.kind == "quantised"} == {"nf4", "fp8"}
-    assert any(c.kind == "multi" and c.ragged for c in cases)
+    formats = {c.format for c in cases if c.kind == "quantised"}
+    assert formats == {"nf4", "fp8", "fp8 activations"}
+    for format in ("none", "nf4"):
+        assert any(c.kind == "multi" and c.ragged and c.format == format for c in cases)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -84,10 +81,11 @@ def test_providers_of_quantised_weights_are_correct(device, name, format):
     assert held == (p.weight.nbytes if name in ("unquantised", "linear") else p.codes.nbytes)
 
 
+@pytest.mark.parametrize("format", ["none", "nf4"])
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("name", MULTI)
-def test_providers_of_many_adapters_are_correct(device, name, ragged):
-    case = replace(MANY, ragged=ragged)
+def test_providers_of_many_adapters_are_correct(device, name, ragged, format):
+    case = replace(MANY, ragged=ragged, format=format)
     assert case.rows == ([2, 4, 6] if ragged else [4, 4, 4])
     provider, p = MULTI[name], kinds.make_problem(case, device)
     if why := provider.obstacle(p):
@@ -327,13 +325,17 @@ def test_the_gpu_plan_goes_on_after_a_failed_step(tmp_path):
     done = on_gpu(OUT=str(out), PYTHON="python", PATH=path, RESUME="earlier.json")
     assert done.returncode == 1
     files = {file.name for file in out.iterdir()}
-    assert files == {"summary.txt", "tests.log", "benchmark.log", "sanitizer.log"}  # and xml, rows
+    assert files == {"summary.txt", "tests.log", "benchmark.log", "sanitizer.log"}  # and rows
     summary = (out / "summary.txt").read_text()
     assert "tests: failed with 1" in summary
     for step in ("benchmark", "memcheck", "racecheck", "initcheck"):
         assert f"{step}: passed" in summary
     assert "--resume earlier.json" in (out / "benchmark.log").read_text()
-    assert "pytest tests -m gpu" in (out / "tests.log").read_text()
+    tests = (out / "tests.log").read_text()
+    call = next(line for line in tests.splitlines() if "pytest tests/test_lora_linear.py" in line)
+    assert "-m gpu and not slow" in call
+    for file in (ROOT / "tests").glob("test_*.py"):
+        assert call.count(f"tests/{file.name} ") == 1
 
 
 def test_model_projections_are_those_of_the_configs():

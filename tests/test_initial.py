@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fused_lora import FusedLoRALinear, inject, load_adapter, save_adapter
+from fused_lora import FusedLoRALinear, inject
 
 INITS = [True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_3", "olora"]
 RESIDUAL = ["pissa", "pissa_niter_3", "olora"]
@@ -127,6 +127,8 @@ def test_saved_adapters_go_with_the_original_model(tmp_path, init, use_rslora, u
     """Ours and PEFT's loaders make of the original model and the files what was trained."""
     pytest.importorskip("safetensors")
     peft = pytest.importorskip("peft")
+    from fused_lora import load_adapter, save_adapter
+
     net, x = _net(), torch.randn(5, 12)
     options = {"alpha_pattern": {"2": 5}, "rank_pattern": {"2": 6}, "use_rslora": use_rslora}
     options |= {"use_dora": use_dora}
@@ -142,6 +144,8 @@ def test_saved_adapters_go_with_the_original_model(tmp_path, init, use_rslora, u
 
 def test_adapters_are_not_loaded_over_residual_weights(tmp_path):
     pytest.importorskip("safetensors")
+    from fused_lora import load_adapter, save_adapter
+
     save_adapter(_adapted(True), tmp_path)
     with pytest.raises(ValueError, match="0 has a residual weight"):
         load_adapter(_adapted("olora"), tmp_path)

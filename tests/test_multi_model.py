@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from fused_lora import (
+pytest.importorskip("safetensors")
+peft = pytest.importorskip("peft")
+from fused_lora import (  # noqa: E402
     FusedMultiLoRALinear,
     add_adapter,
     delete_adapter,
@@ -17,9 +19,6 @@ from fused_lora import (
     route,
     save_adapter,
 )
-
-pytest.importorskip("safetensors")
-peft = pytest.importorskip("peft")
 
 CONFIGS = {
     "german": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},

@@ -19,7 +19,6 @@ from fused_lora import (
     explain,
     explain_group,
     inject,
-    load_adapter,
     lora_linear_group,
     merge_and_unload,
     quantize_fp4,
@@ -27,7 +26,6 @@ from fused_lora import (
     quantize_int8,
     quantize_nf4,
     reference,
-    save_adapter,
 )
 from fused_lora import quantize as quantize_module
 from fused_lora import torch_backend as torch_path
@@ -292,6 +290,8 @@ def test_dora_layer_trains_and_merges(format):
 
 def test_dora_over_nf4_is_saved_and_merged(tmp_path):
     pytest.importorskip("safetensors")
+    from fused_lora import load_adapter, save_adapter
+
     model, x = nn.Sequential(nn.Linear(64, 32)), torch.randn(5, 64)
     inject(model, 2, 4, ["0"], quantize="nf4", use_dora=True)
     nn.init.normal_(model[0].lora_B)
@@ -617,6 +617,8 @@ def test_reset_starts_again_from_about_the_original_weight(init):
 def test_residual_adapters_over_nf4_go_with_the_original_model(tmp_path, init, use_dora):
     """W + what was learnt: apart from the codes' error, what the trained model is."""
     pytest.importorskip("safetensors")
+    from fused_lora import load_adapter, save_adapter
+
     net, x = nn.Sequential(_linear()), torch.randn(50, 128)
     model = copy.deepcopy(net)
     inject(model, 8, 16, ["0"], quantize="int8", init_lora_weights=init, use_dora=use_dora)
