@@ -25,6 +25,7 @@ from .inject import has_peft_layers, inject, is_linear, match_modules, per_layer
 from .linear import FusedLoRALinear
 from .multi_linear import FusedMultiLoRALinear
 from .multi_model import add_adapter, can_adapt, layers_with
+from .quantize import Format, Quantizer
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -95,8 +96,11 @@ def save_adapter(
     if not layers:
         if has_peft_layers(model):
             raise ValueError("model: has PEFT's adapters; call its own save_pretrained")
-        wanted = "one made with fused_lora.inject, or an adapter_name that it has"
-        raise ValueError(f"model: has no FusedLoRALinear; wanted {wanted}")
+        named = _adapter_names(model)
+        if named or adapter_name is not None:
+            wanted = f"one of {named}" if named else "None: the model has no adapters with names"
+            raise ValueError(f"adapter_name: got {adapter_name!r}, wanted {wanted}")
+        raise ValueError("model: has no FusedLoRALinear; wanted one made with fused_lora.inject")
     merged = [path for path, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(f"model: {merged[0]} is merged; call unmerge() before saving")
@@ -116,7 +120,11 @@ def save_adapter(
 
 
 def load_adapter(
-    model: nn.Module, directory: str | os.PathLike[str], *, adapter_name: str | None = None
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    adapter_name: str | None = None,
+    quantize: Format | Quantizer | None = None,
 ) -> None:
     """Loads what `save_adapter` or PEFT saved.
 
@@ -127,6 +135,10 @@ def load_adapter(
     With ``adapter_name`` it becomes one of several adapters (see `add_adapter`), whose layers,
     ranks and scaling may differ; `route` says which samples take it.
 
+    ``quantize``: as for `inject` or `add_adapter`, the format of weights that the adapter was
+    trained over. One saved after "pissa", "olora" or "loftq" was trained over the codes of a
+    residual, which those of the whole weight are not.
+
     Raises:
         FileNotFoundError: a file is missing.
         TypeError, ValueError: a file is not what it should be, asks for something that changes the
@@ -134,9 +146,19 @@ def load_adapter(
             model is unchanged then.
     """
     if adapter_name is not None:
-        _load_named(model, Path(directory), adapter_name)
+        _load_named(model, Path(directory), adapter_name, quantize)
         return
     layers = _layers(model)
+    named = _adapter_names(model)
+    if named:
+        raise ValueError(
+            f"model: has adapters {named}; wanted an adapter_name for this one, or a model without"
+        )
+    if layers and quantize is not None:
+        raise ValueError(
+            f"quantize: got {quantize!r}, but the model has adapters already, whose weights stay "
+            "as they are; wanted None"
+        )
     if not layers and has_peft_layers(model):
         raise ValueError(
             "model: has PEFT's adapters; wanted a plain model, or one made with fused_lora.inject "
@@ -186,6 +208,7 @@ def load_adapter(
             lora_dropout=config["lora_dropout"],
             use_rslora=config["use_rslora"],
             use_dora=config["use_dora"],
+            quantize=quantize,
             **options,
         )
         layers = _layers(model)
@@ -196,9 +219,15 @@ def load_adapter(
                     getattr(layer, name).copy_(tensors[_key(path, name)])
 
 
-def _load_named(model: nn.Module, folder: Path, adapter_name: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
+def _load_named(
+    model: nn.Module, folder: Path, adapter_name: str, quantize: Format | Quantizer | None
+) -> None:
+    layers = _layers(model)
+    if layers:
+        raise ValueError(
+            f"model: has adapters already, in a FusedLoRALinear at {next(iter(layers))}; wanted a "
+            "model without, or with named ones"
+        )
     config = read_config(folder / CONFIG_NAME)
     if config["use_dora"]:
         raise ValueError(
@@ -213,7 +242,8 @@ def _load_named(model: nn.Module, folder: Path, adapter_name: str) -> None:
     _check_tensors(tensors, {path: (ranks[path], modules[path]) for path in paths}, False)
     names = ("exclude_modules", "rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora")
     numbers = (config["r"], config["lora_alpha"], config["target_modules"])
-    add_adapter(model, adapter_name, *numbers, **{name: config[name] for name in names})
+    options = {name: config[name] for name in names}
+    add_adapter(model, adapter_name, *numbers, quantize=quantize, **options)
     with torch.no_grad():
         for path, layer in layers_with(model, adapter_name).items():
             layer.lora_A[adapter_name].copy_(tensors[_key(path, "lora_A")])
@@ -254,6 +284,12 @@ def _layers(model: object, adapter_name: str | None = None) -> dict[str, Any]:
         dropout = max((layer.lora_dropout for layer in found.values()), default=0.0)
         return {path: _named(layer, adapter_name, dropout) for path, layer in found.items()}
     return {path: m for path, m in model.named_modules() if isinstance(m, FusedLoRALinear)}
+
+
+def _adapter_names(model: nn.Module) -> list[str]:
+    """Those of `add_adapter`'s."""
+    layers = [m for m in model.modules() if isinstance(m, FusedMultiLoRALinear)]
+    return list(dict.fromkeys(name for layer in layers for name in layer.adapters))
 
 
 class _Saved(NamedTuple):

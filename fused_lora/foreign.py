@@ -52,7 +52,10 @@ def _four_bit(linear: Any) -> QuantizedWeight:
     if state is None:
         raise ValueError("linear: is a Linear4bit that is not quantised yet; move it to its device")
     if getattr(state, "packing_format_for_cpu", False):
-        raise ValueError("linear: its codes are in bitsandbytes' CPU order, made for inference")
+        raise ValueError(
+            "linear: its codes are in bitsandbytes' CPU order, into which a call in eval() puts "
+            "them; wanted a layer that was not called in eval() yet"
+        )
     nested: dict[str, Any] = {}
     if state.state2 is not None:
         if state.state2.blocksize != 256:

@@ -15,7 +15,7 @@ from . import checks, foreign, sharing
 from .dispatch import Backend
 from .linear import FusedLoRALinear
 from .multi_linear import FusedMultiLoRALinear
-from .quantize import Format, QuantizedWeight, check_format
+from .quantize import Format, QuantizedWeight, Quantizer, check_format
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class InjectReport:
 
     layers: tuple[str, ...]  # paths of the modules that were replaced
     skipped: dict[str, str]  # paths and targets that were not replaced -> why
-    trainable: int  # parameters of the adapters
+    trainable: int  # parameters of the adapters that were put in
     total: int  # all parameters, the adapters' included, shared ones counted once
     adapted: int  # parameters of the replaced weights: what full fine-tuning of them would train
     groups: tuple[tuple[str, ...], ...] = ()  # paths of layers that are computed together
@@ -69,7 +69,7 @@ def inject(
     use_dora: bool = False,
     backend: Backend = "auto",
     groups: bool = True,
-    quantize: Format | None = None,
+    quantize: Format | Quantizer | None = None,
 ) -> InjectReport:
     """Replaces matching `nn.Linear`s with `FusedLoRALinear`s in place and freezes everything else.
 
@@ -87,7 +87,8 @@ def inject(
         groups: compute the projections that share their input (q, k, v; gate, up) together, in the
             families of transformers' models where they are known to: see `fused_lora.peft.fuse`.
         quantize: "nf4" (QLoRA), "fp4", "int8" or "fp8": the adapted layers get their weights in
-            codes. Layers that bitsandbytes or torchao quantised are taken as they are, without it.
+            codes. Or a function, such as ``functools.partial(quantize_fp8, activations="fp8")``.
+            Layers that bitsandbytes or torchao quantised are taken as they are, without it.
             With "pissa" (QPiSSA), "olora" or "loftq" the codes are those of the residual; the
             report says by how much W0 changes in all.
 
@@ -116,7 +117,8 @@ def inject(
     if quantize is not None:
         check_format(quantize)
     modules = dict(model.named_modules(remove_duplicate=False))
-    adapted = [path for path, module in modules.items() if isinstance(module, FusedLoRALinear)]
+    kinds = (FusedLoRALinear, FusedMultiLoRALinear)
+    adapted = [path for path, module in modules.items() if isinstance(module, kinds)]
     if adapted:
         more = len(adapted) - 1
         raise ValueError(f"model: has adapters already, at {adapted[0]} and {more} more")
@@ -124,15 +126,7 @@ def inject(
 
     matched = match_modules(model, target_modules, exclude_modules)
     layers = [path for path in matched if path in linears]
-    skipped = {
-        path: f"is a {type(modules[path]).__name__}, not an nn.Linear"
-        for path in matched
-        if path not in linears
-    }
-    if not isinstance(target_modules, str):
-        for name in target_modules:
-            if not any(path == name or path.endswith("." + name) for path in modules):
-                skipped[name] = "matches no module"
+    skipped = why_skipped(modules, matched, layers, target_modules)
     if not layers:
         names = sorted({path.rpartition(".")[2] for path in linears})
         raise ValueError(
@@ -161,7 +155,10 @@ def inject(
                 backend=backend,
                 quantize=quantize,
             )
-            changes += _change(linear, replacements[linear])
+            layer, start = replacements[linear], None
+            if layer.lora_A_init is not None and layer.lora_B_init is not None:
+                start = layer._product(layer.lora_A_init, layer.lora_B_init)
+            changes += change(linear, layer.weight, start)
     model.requires_grad_(False)
     for path in layers:
         parent, _, name = path.rpartition(".")
@@ -169,8 +166,8 @@ def inject(
     found = tuple(sharing.find_groups(model, (FusedLoRALinear,))) if groups else ()
     for paths in found:
         group = sharing.SharedInput([model.get_submodule(path) for path in paths], _arguments)
-        for layer in group.members:
-            layer.__dict__["shared_input"] = group
+        for member in group.members:
+            member.__dict__["shared_input"] = group
     return InjectReport(
         layers=tuple(layers),
         skipped=skipped,
@@ -178,7 +175,7 @@ def inject(
         total=_count(model),
         adapted=sum(layer.weight.numel() for layer in replacements.values()),
         groups=found,
-        quantization_error=_relative(changes) if changes else None,
+        quantization_error=relative(changes) if changes else None,
     )
 
 
@@ -198,25 +195,47 @@ def _arguments(layer: FusedLoRALinear, x: Tensor) -> sharing.Arguments | None:
 
 
 @torch.no_grad()
-def _change(linear: nn.Module, layer: FusedLoRALinear) -> list[tuple[float, float]]:
-    """||W - W0|| and ||W|| if W0 is codes that were made here of W."""
-    if not isinstance(layer.weight, QuantizedWeight):
+def change(
+    linear: nn.Module, weight: Tensor | QuantizedWeight, start: Tensor | None = None
+) -> list[tuple[float, float]]:
+    """||W - W0|| and ||W|| if W0 is codes that were made here of W, or of W less ``start``."""
+    if not isinstance(weight, QuantizedWeight):
         return []
     if isinstance(linear, nn.Linear) and not foreign.is_quantized(linear):
         original = linear.weight.float()
-    elif layer.lora_A_init is None:
+    elif start is None:
         return []  # taken as it was
     else:
         original = foreign.read(linear).dequantize(torch.float32)
-    now = layer.weight.dequantize(torch.float32)
-    if layer.lora_A_init is not None and layer.lora_B_init is not None:
-        now += layer.scaling * layer.lora_B_init.float() @ layer.lora_A_init.float()
+    now = weight.dequantize(torch.float32)
+    if start is not None:
+        now += start
     return [((now - original).norm().item(), original.norm().item())]
 
 
-def _relative(changes: list[tuple[float, float]]) -> float:
-    change, size = (math.hypot(*norms) for norms in zip(*changes, strict=True))
-    return change / size if size else 0.0
+def relative(changes: list[tuple[float, float]]) -> float:
+    """The norm of all changes over that of all weights."""
+    changed, size = (math.hypot(*norms) for norms in zip(*changes, strict=True))
+    return changed / size if size else 0.0
+
+
+def why_skipped(
+    modules: Mapping[str, nn.Module],
+    matched: Collection[str],
+    layers: Collection[str],
+    target_modules: str | Collection[str],
+) -> dict[str, str]:
+    """Why what was matched but ``layers`` gets no adapter, and which names match nothing."""
+    skipped = {
+        path: f"is a {type(modules[path]).__name__}, not an nn.Linear"
+        for path in matched
+        if path not in layers
+    }
+    if not isinstance(target_modules, str):
+        for name in target_modules:
+            if not any(path == name or path.endswith("." + name) for path in modules):
+                skipped[name] = "matches no module"
+    return skipped
 
 
 def has_peft_layers(model: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from .dispatch import Backend, Explanation
 from .dora import over_norm
 from .functional import base_linear, dora_linear, explain, lora_linear
 from .initial import check_init, initial_values
-from .quantize import Format, QuantizedWeight, quantize
+from .quantize import Format, QuantizedWeight, Quantizer, quantize
 from .torch_backend import weight_norm
 
 _ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_A_init", "lora_B_init")
@@ -112,7 +112,7 @@ class FusedLoRALinear(nn.Module):
         init_lora_weights: bool | str = True,
         use_dora: bool = False,
         backend: Backend = "auto",
-        quantize: Format | None = None,
+        quantize: Format | Quantizer | None = None,
     ) -> FusedLoRALinear:
         """A layer over ``linear``'s own weight and bias: the storage is shared, not copied.
 
@@ -125,7 +125,8 @@ class FusedLoRALinear(nn.Module):
                 torchao made int8 or float8; or a `QuantizedWeight`, which makes a layer with no
                 bias. A weight in codes is read as it is. x is not quantised, whatever the layer's
                 own library does with it.
-            quantize: "nf4", "fp4", "int8" or "fp8": the layer gets ``linear``'s weight in codes.
+            quantize: "nf4", "fp4", "int8" or "fp8", or a function such as `quantize_nf4` with
+                options of its own: the layer gets ``linear``'s weight in codes.
                 "pissa" and "olora" start from the weight itself, and put the rest of it into codes;
                 over a weight that is in codes already, from what these stand for.
 
@@ -297,6 +298,9 @@ class FusedLoRALinear(nn.Module):
         """
         if self.merged:
             reasons = {"library": "taken: the adapter is merged into the weight"}
+            if isinstance(self.weight, QuantizedWeight):
+                how = "turned into values once, in a scratch tensor"
+                reasons["quantised W0"] = f"{self.weight.layout.format}, {how}"
             return Explanation("torch", "library", "library", reasons)
         adapter, magnitude = (self.lora_A, self.lora_B), self.lora_magnitude_vector
         found = explain(x, self.weight, *adapter, magnitude=magnitude, **self._options())
@@ -474,14 +478,17 @@ def _fill(parameter: nn.Parameter, value: Tensor) -> None:
 
 
 def _base_weight(
-    linear: nn.Linear | QuantizedWeight, format: Format | None
+    linear: nn.Linear | QuantizedWeight, format: Format | Quantizer | None
 ) -> Tensor | QuantizedWeight:
     if not isinstance(linear, QuantizedWeight):
         if type(linear) is nn.Linear and not foreign.is_quantized(linear):
             return linear.weight if format is None else quantize(linear.weight, format)
         linear = foreign.read(linear)
     if format is not None:
-        raise ValueError(f"quantize: got {format!r}, but the weight is {linear.layout.format} now")
+        raise ValueError(
+            f"quantize: got {format!r}, but the weight is in {linear.layout.format} codes already, "
+            "which are taken as they are; wanted None"
+        )
     return linear
 
 

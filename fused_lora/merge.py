@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from .linear import FusedLoRALinear
+from .multi_linear import FusedMultiLoRALinear
+from .quantize import QuantizedWeight
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
@@ -19,15 +21,26 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     As PEFT's method of that name. Returns ``model``, whose weights stay frozen. A layer that is
     used at several paths stays one layer.
 
-    Raises ValueError if the model has no adapters, or if a merged weight would not be finite; no
-    layer has been replaced then.
+    Weights in codes become plain ones in their dtype. Raises ValueError if the model has no
+    adapters, several (`add_adapter`), or ones merged into codes (``merge(requantize=True)``), or if
+    a merged weight would not be finite; no layer has been replaced then.
     """
     paths: dict[FusedLoRALinear, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, FusedLoRALinear):
             if not path:
                 raise ValueError("model: got a FusedLoRALinear itself; call its merge()")
+            if module.merged and isinstance(module.weight, QuantizedWeight):
+                raise ValueError(
+                    f"model: {path} is merged into codes, which an nn.Linear cannot have; call its "
+                    "unmerge() before, or keep the layer"
+                )
             paths.setdefault(module, []).append(path)
+        elif isinstance(module, FusedMultiLoRALinear):
+            raise ValueError(
+                f"model: {path} has adapters {module.adapters}, each for rows of its own; save one "
+                "with save_adapter, load it into a plain model without a name, and merge that"
+            )
     if not paths:
         raise ValueError("model: has no FusedLoRALinear; wanted one made with fused_lora.inject")
     for layer in paths:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .dispatch import Backend
+from .dispatch import Backend, Explanation
 from .functional import base_linear
 from .linear import FusedLoRALinear, _base_weight
-from .multi import lora_linear_multi
-from .quantize import Format, QuantizedWeight
+from .multi import explain_multi, lora_linear_multi
+from .quantize import Format, QuantizedWeight, Quantizer
 
 BASE = "__base__"  # PEFT's name for no adapter
 NamedSegments = Sequence[tuple[str, int]]
@@ -64,7 +64,7 @@ class FusedMultiLoRALinear(nn.Module):
         *,
         lora_dropout: float = 0.0,
         backend: Backend = "auto",
-        quantize: Format | None = None,
+        quantize: Format | Quantizer | None = None,
     ) -> FusedMultiLoRALinear:
         """A layer over ``linear``'s own weight and bias: the storage is shared, not copied.
 
@@ -169,6 +169,39 @@ class FusedMultiLoRALinear(nn.Module):
         One of the three, or none inside `route`, which then says it. Raises what
         `lora_linear_multi` does.
         """
+        rows = self._rows(x, adapter_names, adapter_indices, segments)
+        if not self.lora_A:  # nothing but "__base__" passed
+            return base_linear(x, self.weight, self.bias)
+        options = self._options() | rows
+        return lora_linear_multi(x, *self._tensors(), **options)
+
+    def explain(
+        self,
+        x: Tensor,
+        *,
+        adapter_names: str | Sequence[str] | None = None,
+        adapter_indices: Tensor | Sequence[int] | None = None,
+        segments: NamedSegments | None = None,
+    ) -> Explanation:
+        """Which backend and strategy `forward` takes for these arguments, and why.
+
+        `explain_multi` with the layer's own tensors; raises what that does, computes nothing.
+        """
+        rows = self._rows(x, adapter_names, adapter_indices, segments)
+        if not self.lora_A:
+            reasons = {"library": "taken: F.linear, as the layer has no adapter"}
+            return Explanation("torch", "library", "library", reasons)
+        options = self._options() | rows
+        return explain_multi(x, *self._tensors(), **options)
+
+    def _rows(
+        self,
+        x: Tensor,
+        adapter_names: str | Sequence[str] | None,
+        adapter_indices: Tensor | Sequence[int] | None,
+        segments: NamedSegments | None,
+    ) -> dict[str, Any]:
+        """The argument of `lora_linear_multi` that says which row takes which adapter."""
         given: dict[str, Any] = {
             "adapter_names": adapter_names,
             "adapter_indices": adapter_indices,
@@ -183,23 +216,21 @@ class FusedMultiLoRALinear(nn.Module):
                 f"adapter_names, adapter_indices, segments: got {len(given)} of the three, wanted "
                 "one, or a call inside fused_lora.route"
             )
-        names = self.adapters
         index = dict.fromkeys((BASE, *elsewhere), -1)
-        index |= {name: i for i, name in enumerate(names)}
-        rows = _rows_by_index(x, index, **given)
-        if not names:  # nothing but "__base__" passed
-            return base_linear(x, self.weight, self.bias)
-        return lora_linear_multi(
-            x,
-            self.weight,
-            _values(self.lora_A, names),
-            _values(self.lora_B, names),
-            scalings=[self.scaling[name] for name in names],
-            bias=self.bias,
-            dropout_p=self.lora_dropout if self.training else 0.0,
-            backend=self.backend,
-            **rows,
-        )
+        index |= {name: i for i, name in enumerate(self.adapters)}
+        return _rows_by_index(x, index, **given)
+
+    def _tensors(self) -> tuple[Tensor | QuantizedWeight, list[Tensor], list[Tensor]]:
+        names = self.adapters
+        return self.weight, _values(self.lora_A, names), _values(self.lora_B, names)
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "scalings": [self.scaling[name] for name in self.adapters],
+            "bias": self.bias,
+            "dropout_p": self.lora_dropout if self.training else 0.0,
+            "backend": self.backend,
+        }
 
     def extra_repr(self) -> str:
         parts = [
@@ -218,7 +249,10 @@ def check_name(name: object) -> None:
     if not isinstance(name, str):
         raise TypeError(f"name: got {type(name).__name__}, wanted a string")
     if not name or "." in name or name == BASE or hasattr(nn.ParameterDict(), name):
-        raise ValueError(f"name: got {name!r}, which no adapter can be called")
+        raise ValueError(
+            f"name: got {name!r}, which no adapter can be called: wanted a name without a dot, "
+            f"not {BASE!r} and no attribute of nn.ParameterDict"
+        )
 
 
 def _values(adapters: nn.ParameterDict, names: list[str]) -> list[Tensor]:
@@ -303,7 +337,9 @@ def route(
         )
     layers = [module for module in model.modules() if isinstance(module, FusedMultiLoRALinear)]
     if not layers:
-        raise ValueError("model: has no FusedMultiLoRALinear")
+        raise ValueError(
+            "model: has no FusedMultiLoRALinear; wanted one with fused_lora.add_adapter's adapters"
+        )
     orders = {tuple(layer.adapters): None for layer in layers}
     if adapter_indices is not None and len(orders) > 1:
         raise ValueError(

@@ -17,14 +17,23 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import checks
 from .dispatch import Backend
-from .inject import InjectReport, _count, is_linear, match_modules, per_layer
+from .inject import (
+    InjectReport,
+    _count,
+    change,
+    is_linear,
+    match_modules,
+    per_layer,
+    relative,
+    why_skipped,
+)
 from .linear import FusedLoRALinear
 from .multi_linear import FusedMultiLoRALinear, check_name
-from .quantize import Format
+from .quantize import Format, QuantizedWeight, Quantizer, check_format
 
 
 def layers_with(model: nn.Module, adapter_name: str) -> dict[str, FusedMultiLoRALinear]:
@@ -52,7 +61,7 @@ def add_adapter(
     alpha_pattern: Mapping[str, float] | None = None,
     adapter_dtype: torch.dtype | None = None,
     backend: Backend = "auto",
-    quantize: Format | None = None,
+    quantize: Format | Quantizer | None = None,
 ) -> InjectReport:
     """Gives the matched layers of ``model`` an adapter of this name, beside those they have.
 
@@ -64,7 +73,8 @@ def add_adapter(
         model: without adapters of `inject`'s or PEFT's.
         adapter_name: any string without a dot but "__base__", which is PEFT's name for none.
         lora_dropout, backend, quantize: of layers that get their first adapter; the others keep
-            what they have, as it is one for all adapters of a layer.
+            what they have, as it is one for all adapters of a layer, and must be asked for no other
+            ``quantize``.
         Others: as for `inject`.
 
     Returns the report: which layers, what was skipped and why, and the numbers of parameters.
@@ -90,11 +100,7 @@ def add_adapter(
     modules = dict(model.named_modules(remove_duplicate=False))
     matched = match_modules(model, target_modules, exclude_modules)
     layers = [path for path in matched if can_adapt(modules[path])]
-    skipped = {
-        path: f"is a {type(modules[path]).__name__}, not an nn.Linear"
-        for path in matched
-        if path not in layers
-    }
+    skipped = why_skipped(modules, matched, layers, target_modules)
     if not layers:
         names = sorted({p.rpartition(".")[2] for p, m in modules.items() if can_adapt(m)})
         raise ValueError(f"target_modules: {target_modules!r} matches no nn.Linear; have {names}")
@@ -105,8 +111,16 @@ def add_adapter(
     for alpha in alphas.values():
         checks.check_number("lora_alpha", alpha)
 
+    if quantize is not None:
+        check_format(quantize)
+        for path in layers:
+            module = modules[path]
+            if isinstance(module, FusedMultiLoRALinear):
+                _check_same_codes(path, module.weight, quantize)
+
     # Made first and put in last, so that a failure leaves the model as it was.
     multi: dict[nn.Module, FusedMultiLoRALinear] = {}
+    changes: list[tuple[float, float]] = []
     for path in layers:
         module = modules[path]
         if isinstance(module, FusedMultiLoRALinear):
@@ -118,6 +132,7 @@ def add_adapter(
                 backend=backend,
                 quantize=quantize,
             )
+            changes += change(module, multi[module].weight)
     for path in layers:
         layer = multi[modules[path]]
         if adapter_name not in layer.adapters:  # a module used at several paths is one
@@ -138,10 +153,27 @@ def add_adapter(
     return InjectReport(
         layers=tuple(layers),
         skipped=skipped,
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        trainable=sum(
+            adapters[adapter_name].numel()
+            for layer in multi.values()
+            for adapters in (layer.lora_A, layer.lora_B)
+        ),
         total=_count(model),
         adapted=sum(layer.weight.numel() for layer in multi.values()),
+        quantization_error=relative(changes) if changes else None,
     )
+
+
+def _check_same_codes(
+    path: str, weight: Tensor | QuantizedWeight, quantize: Format | Quantizer
+) -> None:
+    quantized = isinstance(weight, QuantizedWeight)
+    now = weight.layout.format if isinstance(weight, QuantizedWeight) else str(weight.dtype)
+    if not quantized or (isinstance(quantize, str) and quantize != now):
+        raise ValueError(
+            f"quantize: got {quantize!r}, but the weight of {path} is in {now}, for adapters that "
+            "it has or had; wanted None, or the same for all"
+        )
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:

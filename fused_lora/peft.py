@@ -28,10 +28,10 @@ from transformers.pytorch_utils import Conv1D
 
 from . import checks, foreign, sharing
 from .backends import autocast_enabled
-from .dispatch import Backend
-from .functional import dora_linear, lora_linear
+from .dispatch import Backend, Explanation
+from .functional import dora_linear, explain, lora_linear
 from .group import is_hooked
-from .multi import lora_linear_multi
+from .multi import explain_multi, lora_linear_multi
 from .multi_linear import sample_segments
 from .quantize import QuantizedWeight
 from .sharing import Arguments, SharedInput
@@ -59,6 +59,32 @@ class _FusedForward:
             y = _quantized(self, x)
             return y
         return _fused(self, x, _plain_arguments(self))
+
+    def explain(self: Any, x: Tensor, *, adapter_names: Sequence[str] | None = None) -> Explanation:
+        """Which backend and strategy `forward` takes for x, and why, or why it is PEFT's own.
+
+        Computes nothing; raises what `fused_lora.explain` does.
+        """
+        why = obstacle(self, adapter_names)
+        if why is None and not _fits(self, x):
+            why = "x is not what the base layer takes"
+        if why is None and adapter_names is not None and not _takes_batch(self, x, adapter_names):
+            why = "adapter_names are not one for each sample of x"
+        if why is not None:
+            reasons = {"fused": f"not taken: {why}", "peft": "taken: PEFT's own forward"}
+            return Explanation("torch", "peft", "peft", reasons)
+        quantized = isinstance(self, _OVER_CODES)
+        if quantized:
+            x = torch.empty_like(x, dtype=_compute_dtype(self, x))
+        if adapter_names is not None:
+            tensors, options = _mixed_arguments(self, x, adapter_names)
+            return explain_multi(x, *tensors, **options)
+        if quantized:
+            call = _arguments(self, _read(self.base_layer), x.dtype)
+        else:
+            call = _plain_arguments(self)
+        adapter = (call.lora_A, call.lora_B)
+        return explain(x, call.weight, *adapter, magnitude=_magnitude(self), **_options(call))
 
 
 class FusedPeftLinear(_FusedForward, peft_lora.Linear):  # type: ignore[misc]  # peft is untyped
@@ -112,17 +138,28 @@ def _quantized(layer: Any, x: Tensor) -> Tensor:
 
 def _fused(layer: Any, x: Tensor, call: Arguments) -> Tensor:
     base, adapter = (x, call.weight), (call.lora_A, call.lora_B)
-    options: dict[str, Any] = {
+    magnitude = _magnitude(layer)
+    if magnitude is not None:
+        return dora_linear(*base, *adapter, magnitude, **_options(call))
+    return lora_linear(*base, *adapter, **_options(call))
+
+
+def _options(call: Arguments) -> dict[str, Any]:
+    return {
         "scaling": call.scaling,
         "bias": call.bias,
         "dropout_p": call.dropout_p,
         "backend": call.backend,
     }
+
+
+def _magnitude(layer: Any) -> Tensor | None:
+    """DoRA's, of the active adapter: the only variant that `obstacle` lets through."""
     first = _active(layer)[0]
-    if first in layer.lora_variant:  # DoRA, or `obstacle` had said so
-        magnitude = layer.lora_magnitude_vector[first].weight
-        return dora_linear(*base, *adapter, magnitude, **options)
-    return lora_linear(*base, *adapter, **options)
+    if first not in layer.lora_variant:
+        return None
+    magnitude: Tensor = layer.lora_magnitude_vector[first].weight
+    return magnitude
 
 
 def _plain_arguments(layer: FusedPeftLinear) -> Arguments:
@@ -178,27 +215,34 @@ def _takes_batch(layer: FusedPeftLinear, x: object, names: Sequence[str]) -> boo
 
 
 def _mixed_batch(layer: FusedPeftLinear, x: Tensor, names: Sequence[str]) -> Tensor:
-    base, dtype = layer.base_layer, x.dtype
-    weight: Any = base.weight
     quantized = isinstance(layer, _OVER_CODES)
-    if quantized:
-        weight, dtype = _read(base), _compute_dtype(layer, x)
+    cast = x.to(_compute_dtype(layer, x)) if quantized else x
+    tensors, options = _mixed_arguments(layer, cast, names)
+    y = lora_linear_multi(cast, *tensors, **options)
+    return y.to(x.dtype) if quantized else y
+
+
+def _mixed_arguments(
+    layer: FusedPeftLinear, x: Tensor, names: Sequence[str]
+) -> tuple[tuple[Any, list[Tensor], list[Tensor]], dict[str, Any]]:
+    """What `lora_linear_multi` takes besides x, which is in the compute dtype."""
+    base = layer.base_layer
+    weight: Any = base.weight
+    if isinstance(layer, _OVER_CODES):
+        weight = _read(base)
     elif isinstance(base, Conv1D):
         weight = weight.t()
     adapters = _named(layer, names)
     index = {name: i for i, name in enumerate(adapters)}
-    y = lora_linear_multi(
-        x.to(dtype),
-        weight,
-        [layer.lora_A[name].weight for name in adapters],
-        [layer.lora_B[name].weight for name in adapters],
-        scalings=[layer.scaling[name] for name in adapters],
-        segments=sample_segments(x, [index.get(name, -1) for name in names]),
-        bias=_bias(layer, [], dtype),
-        dropout_p=_dropout_p(layer, adapters[0]),
-        backend=layer.fused_lora_backend,
-    )
-    return y.to(x.dtype) if quantized else y
+    As = [layer.lora_A[name].weight for name in adapters]
+    Bs = [layer.lora_B[name].weight for name in adapters]
+    return (weight, As, Bs), {
+        "scalings": [layer.scaling[name] for name in adapters],
+        "segments": sample_segments(x, [index.get(name, -1) for name in names]),
+        "bias": _bias(layer, [], x.dtype),
+        "dropout_p": _dropout_p(layer, adapters[0]),
+        "backend": layer.fused_lora_backend,
+    }
 
 
 def _named(layer: peft_lora.Linear, names: Sequence[str]) -> list[str]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 Format = Literal["nf4", "fp4", "int8", "fp8"]
 Activations = Literal["fp8"]
+Quantizer = Callable[[Tensor], "QuantizedWeight"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 FP8 = torch.float8_e4m3fn
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes' own
@@ -215,9 +216,11 @@ class QuantizedWeight(nn.Module):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """W0 [N, K] in ``dtype`` (None: the weight's own); each value is rounded once, from fp32.
 
-        On a GPU it is one kernel where it can be.
+        On a GPU it is one kernel where it can be. Raises TypeError if dtype is no floating one.
         """
         dtype = dtype or self.dtype
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype: got {dtype}, wanted a floating dtype")
         if self.device.type == "cuda" and self.layout.tiled and torch.version.cuda:
             from .kernels.quantized import dequantize
 
@@ -438,8 +441,9 @@ def quantize_fp8(
     recipe, https://arxiv.org/abs/2412.19437). GPUs from compute capability 8.9 on then multiply
     codes by codes, at twice the rate; others get the same numbers. The rounding changes y, as much
     as that of W0 does. The adapter has x as it is, and the gradients count the rounding as the
-    identity: g is not rounded, and dx = g W0 + ... is that of W0's values in g's dtype. Merged into
-    a plain weight, a layer does not round x any more.
+    identity: g is not rounded, and dx = g W0 + ... is that of W0's values in g's dtype. Merged, a
+    layer does not round x any more. ``quantize=functools.partial(quantize_fp8, activations="fp8")``
+    is for `inject`.
 
     Raises what `quantize_nf4` raises.
     """
@@ -471,9 +475,12 @@ _QUANTIZERS: dict[Format, Callable[[Tensor], QuantizedWeight]] = {
 
 
 def check_format(format: object) -> None:
-    """Raises ValueError unless format is one of `FORMATS`."""
-    if format not in FORMATS:
-        raise ValueError(f"quantize: got {format!r}, wanted one of {', '.join(FORMATS)}")
+    """Raises ValueError unless format is one of `FORMATS`, or a function."""
+    if not callable(format) and format not in FORMATS:
+        raise ValueError(
+            f"quantize: got {format!r}, wanted one of {', '.join(FORMATS)}, or a function such as "
+            "quantize_nf4"
+        )
 
 
 def check_activations(activations: object) -> None:
@@ -482,10 +489,22 @@ def check_activations(activations: object) -> None:
         raise ValueError(f"activations: got {activations!r}, wanted None or 'fp8'")
 
 
-def quantize(weight: Tensor, format: Format) -> QuantizedWeight:
-    """``weight`` [N, K] in codes, as quantize_nf4, quantize_fp4, quantize_int8 or quantize_fp8."""
+def quantize(weight: Tensor, format: Format | Quantizer) -> QuantizedWeight:
+    """``weight`` [N, K] in codes, as quantize_nf4, quantize_fp4, quantize_int8 or quantize_fp8.
+
+    Or by a function, which is how their options are given. Raises TypeError or ValueError if it
+    gives no `QuantizedWeight` of that shape.
+    """
     check_format(format)
-    return _QUANTIZERS[format](weight)
+    quantized = format(weight) if callable(format) else _QUANTIZERS[format](weight)
+    if not isinstance(quantized, QuantizedWeight):
+        got = type(quantized).__name__
+        raise TypeError(f"quantize: the function gave a {got}, wanted a QuantizedWeight")
+    if quantized.shape != weight.shape:
+        raise ValueError(
+            f"quantize: the function gave {list(quantized.shape)} for a weight {list(weight.shape)}"
+        )
+    return quantized
 
 
 def _check_weight(weight: object) -> None:

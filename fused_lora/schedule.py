@@ -36,7 +36,10 @@ class MicroBatch:
 
     @property
     def segments(self) -> list[tuple[int, int]]:
-        """(adapter, rows) for `lora_linear_multi`: one stretch a job."""
+        """(adapter, rows) for `lora_linear_multi`: one stretch a job.
+
+        For a whole model by name: ``route(model, segments=[(names[j], n) for j, n in segments])``.
+        """
         return [
             (job, sum(sample.tokens for sample in samples))
             for job, samples in groupby(self.samples, key=lambda sample: sample.job)

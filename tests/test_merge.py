@@ -166,3 +166,15 @@ def test_info_command(saved):
     bad = _run("info", "--model", "/nowhere")
     assert bad.exit_code == 2
     assert "error:" in bad.output
+
+
+def test_what_is_merged_into_codes_is_no_plain_layer():
+    model = nn.Sequential(nn.Linear(64, 4), nn.Linear(4, 64))
+    inject(model, 2, 4, "all-linear", quantize="nf4")
+    model[1].merge(requantize=True)
+    assert "nf4" in model[1].explain(torch.randn(2, 4)).reasons["quantised W0"]
+    with pytest.raises(ValueError, match="1 is merged into codes, which an nn.Linear cannot have"):
+        merge_and_unload(model)
+    assert not model[0].merged
+    model[1].unmerge()
+    assert type(merge_and_unload(model)[1]) is nn.Linear

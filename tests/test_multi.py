@@ -944,3 +944,21 @@ def test_multi_layer_refuses_calls():
         layer(x, segments=[("german", 3)])
     with pytest.raises(ValueError, match="adapter: got 'dutch'"):
         layer.delete_adapter("dutch")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_multi_layer_explains_its_call(backend, launches):
+    layer, x = _layer(), torch.randn(4, 12)
+    layer.backend = backend
+    names = ["german", "french", "__base__", "german"]
+    explained = layer.explain(x, adapter_names=names)
+    assert not launches  # it computes nothing
+    assert (explained.backend, str(explained)[:8]) == (backend, "backend ")
+    with route(nn.Sequential(layer), adapter_names=names):
+        assert layer.explain(x) == explained
+    with pytest.raises(ValueError, match="got 0 of the three, wanted one"):
+        layer.explain(x)
+    for name in layer.adapters:
+        layer.delete_adapter(name)
+    explained = layer.explain(x, adapter_names="__base__")
+    assert explained.reasons == {"library": "taken: F.linear, as the layer has no adapter"}

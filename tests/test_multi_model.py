@@ -16,6 +16,7 @@ from fused_lora import (  # noqa: E402
     delete_adapter,
     inject,
     load_adapter,
+    merge_and_unload,
     route,
     save_adapter,
 )
@@ -159,7 +160,8 @@ def test_multi_new_adapters_beside_others_and_their_end():
     before = copy.deepcopy(model.state_dict())
     report = add_adapter(model, "two", 3, 4, "all-linear", lora_dropout=0.2, use_rslora=True)
     assert len(report.layers) == 14
-    assert report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    new = [p for n, p in model.named_parameters() if p.requires_grad and n.endswith("two")]
+    assert report.trainable == sum(p.numel() for p in new)
     q, up = model.model.layers[0].self_attn.q_proj, model.model.layers[0].mlp.up_proj
     assert (q.adapters, q.lora_dropout, up.adapters, up.lora_dropout) == (
         ["one", "two"], 0.0, ["two"], 0.2
@@ -265,7 +267,7 @@ def test_multi_files_that_do_not_fit_change_nothing(saved, tmp_path):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=message):
             load_adapter(model, tmp_path, adapter_name="new")
-    with pytest.raises(ValueError, match="an adapter_name that it has"):
+    with pytest.raises(ValueError, match=r"adapter_name: got 'new', wanted one of \['german'\]"):
         save_adapter(model, tmp_path / "other", adapter_name="new")
     assert _state(model) == before
     assert not (tmp_path / "other").exists()
@@ -290,3 +292,66 @@ def test_multi_adapters_of_peft_over_a_bitsandbytes_nf4_model(tmp_path):
     torch.testing.assert_close(y[1:], base[1:], rtol=1e-4, atol=1e-4)  # a new one adds nothing
     grads = {n for n, p in model.named_parameters() if p.grad is not None}
     assert grads == {f"up.lora_{AB}.{name}" for AB in "AB" for name in ("one", "two")}
+
+
+def test_multi_report_counts_the_new_adapter_and_names_what_matches_nothing():
+    model = llama()
+    add_adapter(model, "one", 8, 8, "all-linear")
+    report = add_adapter(model, "two", 2, 4, ["q_proj", "nothing"])
+    q = model.model.layers[0].self_attn.q_proj
+    new = [*q.lora_A["two"].shape, *q.lora_B["two"].shape]
+    assert report.trainable == 2 * (new[0] * new[1] + new[2] * new[3])
+    assert report.skipped == {"nothing": "matches no module"}
+    assert report.quantization_error is None
+    plain = llama()
+    report = add_adapter(plain, "one", 2, 4, ["q_proj"], quantize="nf4")
+    assert 0.05 < report.quantization_error < 0.12  # of normally distributed weights
+    assert "differ from the original ones" in str(report)
+
+
+def test_multi_weights_stay_in_the_codes_that_their_adapters_have():
+    model = llama()
+    add_adapter(model, "one", 2, 4, ["q_proj"])
+    with pytest.raises(ValueError, match=r"q_proj is in torch.float32, for adapters"):
+        add_adapter(model, "two", 2, 4, ["q_proj", "v_proj"], quantize="nf4")
+    assert type(model.model.layers[0].self_attn.v_proj) is nn.Linear
+    model = llama()
+    add_adapter(model, "one", 2, 4, ["q_proj"], quantize="nf4")
+    with pytest.raises(ValueError, match=r"quantize: got 'int8', .* q_proj|q_proj is in nf4"):
+        add_adapter(model, "two", 2, 4, ["q_proj"], quantize="int8")
+    add_adapter(model, "two", 2, 4, ["q_proj"], quantize="nf4")
+
+
+def test_multi_adapters_from_disk_over_codes(saved):
+    folder, _ = saved
+    model, expected = llama(), llama()
+    load_adapter(model, folder / "legal", adapter_name="legal", quantize="nf4")
+    load_adapter(expected, folder / "legal", quantize="nf4")
+    assert model.model.layers[0].mlp.down_proj.weight.layout.format == "nf4"
+    with torch.no_grad(), route(model, adapter_names="legal"):
+        torch.testing.assert_close(model(TOKENS).logits, expected(TOKENS).logits)
+
+
+def test_multi_models_say_what_they_are_where_one_adapter_is_wanted(saved, tmp_path):
+    folder, _ = saved
+    model = loaded(folder, "german", "french")
+    before = _state(model)
+    with pytest.raises(ValueError, match=r"has adapters \['german', 'french'\]; wanted an "):
+        load_adapter(model, folder / "legal")
+    with pytest.raises(ValueError, match=r"adapter_name: got None, wanted one of \['german', "):
+        save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match=r"has adapters .*; save one with save_adapter"):
+        merge_and_unload(model)
+    with pytest.raises(ValueError, match="model: has adapters already, at model.layers.0"):
+        inject(model, 2, 4, "all-linear")
+    assert _state(model) == before
+    injected = llama()
+    load_adapter(injected, folder / "legal")
+    before = _state(injected)
+    with pytest.raises(ValueError, match="has adapters already, in a FusedLoRALinear at"):
+        load_adapter(injected, folder / "german", adapter_name="german")
+    with pytest.raises(ValueError, match="quantize: got 'nf4', but the model has adapters already"):
+        load_adapter(injected, folder / "legal", quantize="nf4")
+    with pytest.raises(ValueError, match="adapter_name: got 'german', wanted None"):
+        save_adapter(injected, tmp_path, adapter_name="german")
+    assert _state(injected) == before

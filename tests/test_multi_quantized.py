@@ -193,7 +193,7 @@ def test_multi_layer_over_codes_trains_and_keeps_its_state(name):
     other.add_adapter("french", 2)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x, segments=segments), layer(x, segments=segments))
-    with pytest.raises(ValueError, match=f"quantize: got 'nf4', but the weight is {name} now"):
+    with pytest.raises(ValueError, match=f"quantize: got 'nf4', but the weight is in {name} codes"):
         FusedMultiLoRALinear.from_linear(layer.weight, quantize="nf4")
     layer.delete_adapter("german")
     layer.delete_adapter("french")

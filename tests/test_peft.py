@@ -561,3 +561,29 @@ def test_compile(calls, use_dora):
     fuse(model)
     y = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
     torch.testing.assert_close(y, expected)
+
+
+def test_fused_layers_explain_their_calls(launches):
+    model, x = _model(adapters=2, use_dora=False), torch.randn(6, 12)
+    fuse(model, backend="triton")
+    layer = model.base_model.model.up
+    names = ["default", "__base__", "other1"] * 2
+    explained = layer.explain(x)
+    assert (explained.backend, "dora" in explained.reasons) == ("triton", False)
+    assert "taken" in str(layer.explain(x, adapter_names=names))
+    assert model.base_model.model.conv.explain(torch.randn(6, 20)).backend == "triton"
+    assert not launches  # it computes nothing
+    why = layer.explain(x, adapter_names=names[:2]).reasons["fused"]
+    assert why == "not taken: adapter_names are not one for each sample of x"
+    why = layer.explain(x.double()).reasons["fused"]
+    assert why == "not taken: x is not what the base layer takes"
+    with model.disable_adapter():
+        explained = layer.explain(x)
+    assert (explained.strategy, explained.strategy_dx) == ("peft", "peft")
+    assert explained.reasons["fused"] == "not taken: its adapters are disabled"
+
+
+def test_fused_dora_layers_explain_their_calls():
+    model = _model(use_dora=True)
+    fuse(model)
+    assert "norm" in model.base_model.model.up.explain(torch.randn(6, 12)).reasons["dora"]

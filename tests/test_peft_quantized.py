@@ -173,6 +173,7 @@ def test_dora_of_peft_over_nf4_codes(stand_in, calls, config):
     assert calls == ["dora_linear"]
 
 
+@pytest.mark.usefixtures("together")
 def test_groups_of_peft_over_nf4_codes(stand_in, calls):
     model, expected = stand_in(_llama())
     report = fuse(model, strict=True)
@@ -188,6 +189,7 @@ def test_groups_of_peft_over_nf4_codes(stand_in, calls):
     assert calls == ["lora_linear"] * 14
 
 
+@pytest.mark.usefixtures("together")
 def test_a_group_over_codes_sees_what_changes(stand_in, calls):
     """Another compute dtype, and codes put in between: nothing prepared is handed out."""
     model, _ = stand_in(_llama())
@@ -210,6 +212,7 @@ def test_a_group_over_codes_sees_what_changes(stand_in, calls):
         assert q(x).dtype == k(x).dtype == torch.float32  # as bitsandbytes': x's
 
 
+@pytest.mark.usefixtures("together")
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 def test_groups_of_inject_over_quantised_weights(format, monkeypatch):
     model = _llama()

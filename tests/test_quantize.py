@@ -722,7 +722,7 @@ def test_nf4_layer_of_bitsandbytes(name, storage):
     assert layer.weight.codes.data_ptr() == linear.weight.data_ptr()
     x = torch.randn(5, 128, requires_grad=True)
     torch.testing.assert_close(layer(x), linear(x))
-    with pytest.raises(ValueError, match=f"quantize: got 'nf4', but the weight is {name} now"):
+    with pytest.raises(ValueError, match=f"quantize: got 'nf4', but the weight is in {name} codes"):
         FusedLoRALinear.from_linear(linear, 4, quantize="nf4")
 
 
@@ -951,3 +951,28 @@ def test_no_rows_of_codes(device, backend):
     assert y.shape == (3, 0)
     y.sum().backward()
     assert not x.grad.any()
+
+
+def test_a_function_quantizes_with_options_of_its_own():
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(256, 128))
+
+    quantizer = functools.partial(quantize_fp8, block_size=128, activations="fp8")
+    for start in (True, "pissa"):
+        made = model()
+        report = inject(made, 2, 4, ["0"], quantize=quantizer, init_lora_weights=start)
+        assert (made[0].weight.layout.format, made[0].weight.activations) == ("fp8", "fp8")
+        assert made[0].bias is not None
+        assert 0 < report.quantization_error < 0.04  # e4m3 has 3 bits of mantissa
+    unchanged = model()
+    with pytest.raises(TypeError, match="the function gave a Parameter, wanted a QuantizedWeight"):
+        inject(unchanged, 2, 4, ["0"], quantize=lambda weight: weight)
+    with pytest.raises(ValueError, match=r"gave \[256, 128\] for a weight \[128, 256\]"):
+        inject(unchanged, 2, 4, ["0"], quantize=lambda weight: quantize_nf4(weight.t()))
+    assert type(unchanged[0]) is nn.Linear
+
+
+def test_dequantize_takes_floating_dtypes():
+    with pytest.raises(TypeError, match="dtype: got torch.int8, wanted a floating dtype"):
+        quantize_nf4(torch.randn(4, 64)).dequantize(torch.int8)
