@@ -227,9 +227,9 @@ def is_valid(
     loops = 2 if kind == "skinny" else 1  # over W and over A, each with memory of its own
     if loops * config.num_stages * (operands + adapter) > device.shared_memory:
         return False
-    # With Triton 3.9 some of their forms have 8 bytes of stack there.
-    narrow = kind == "second" or (kind == "expand" and dropout)
-    if device.capability == 89 and narrow and config.BLOCK_M == 16 and itemsize == 2:
+    # Some of their forms have 8 bytes of stack: on sm_89 with Triton 3.9, on sm_90 with 3.6.
+    narrow_on = {"second": (89,), "expand": (89, 90) if dropout else ()}.get(kind, ())
+    if device.capability in narrow_on and config.BLOCK_M == 16 and itemsize == 2:
         return False
     if itemsize == 2 and kind in ("one_pass", "second", "group"):
         # On Blackwell 8 warps have 8 bytes with Triton 3.6, for many adapters. (4 warps have them
