@@ -107,7 +107,7 @@ def lora_linear_multi(
 
     Equal to calling `lora_linear` once for each adapter with the same dropout mask and taking each
     row from its own; the base product is made once, no row is padded, and no adapter is copied (by
-    PyTorch's path, small ones are: see `multi_backends.side_by_side`).
+    PyTorch's path, small ones are: see `multi_backends.batches`).
 
     Args:
         x, weight, bias, dropout_p, backend: as for `lora_linear`. M is the number of rows of x.
@@ -249,9 +249,9 @@ def explain_multi(
         mixed = known.mixed if backend != "torch" else None
         why = f"not taken: {mixed}"
         reasons = {"triton": why} if mixed else dict(explain_call(call, backend, ()).reasons)
-        lists = multi_backends.side_by_side(layer, x.dtype)
-        several = [len(spans) for spans in lists if len(spans) > 1]
-        how = f"taken: F.linear, then the products of {len(lists) - len(several)} adapters in turn"
+        sizes = [len(batch.adapters) for batch in layer.batches(x.dtype)]
+        several = [size for size in sizes if size > 1]
+        how = f"taken: F.linear, then the products of {len(sizes) - len(several)} adapters in turn"
         if several:
             how += f" and of {sum(several)} side by side in {len(several)} bmm"
         reasons["library"] = f"{how}, added in place"

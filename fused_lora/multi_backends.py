@@ -8,6 +8,7 @@ in a scratch tensor on the kernels, some rows or columns at a time in PyTorch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -27,8 +28,7 @@ from .torch_backend import _add_base_dx, _base
 
 # split: h, then the GEMM adds h B; expand: h, the base product, then h B added in place.
 Strategy = Literal["split", "expand", "library"]
-Span = tuple[int, int, int]  # an adapter, its first position, its last one + 1
-# Of what `side_by_side` takes: rows of an adapter, bytes of its A or B, and of all A's or B's.
+# Of what `batches` puts side by side: rows of an adapter, bytes of its A or B, and of all of them.
 _FEW_ROWS = 16
 _SMALL, _STACKED = 128 << 10, 1 << 20
 Gradients = tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]
@@ -47,6 +47,20 @@ class MultiPlan:
     in_loop_dx: bool = False
 
 
+class Batch(NamedTuple):
+    """Adapters of one rank with as many rows each."""
+
+    adapters: tuple[int, ...]
+    each: int  # rows
+    rank: int
+    positions: slice | Tensor  # those of the first adapter, then of the second, ...
+    rows: slice | Tensor  # those at these positions
+
+    def of_each(self, rows: Tensor) -> Tensor:
+        """The batch's rows [adapters * each, C] as [adapters, each, C], a view."""
+        return rows.view(len(self.adapters), self.each, rows.shape[1])
+
+
 class Adapted(NamedTuple):
     """A frozen weight, its adapters, and which rows of the batch take which of them."""
 
@@ -61,6 +75,14 @@ class Adapted(NamedTuple):
     def table(self) -> AdapterTable:
         """The kernels' table of the adapters."""
         return adapter_table(self.lora_As, self.lora_Bs, self.scalings, self.layout)
+
+    def ranks(self) -> tuple[int, ...]:
+        """Of every adapter."""
+        return self.layout.ranks if self.layout else tuple(A.shape[0] for A in self.lora_As)
+
+    def batches(self, dtype: torch.dtype) -> tuple[Batch, ...]:
+        """The adapters as PyTorch multiplies them, in ``dtype``; see `batches`."""
+        return batches(self.rows, self.ranks(), max(self.weight.shape) * dtype.itemsize)
 
     def unpacked(self) -> Adapted:
         """For adapters that were saved: hooks may have moved them, and what is known is dropped."""
@@ -182,90 +204,93 @@ def _mask(layer: Adapted, M: int) -> tuple[Tensor | None, float]:
     return keep_mask(seed, threshold, M, layer.weight.shape[1]), layer.dropout.keep_scale
 
 
-def _kept(x: Tensor, keep: Tensor | None, index: slice | Tensor) -> Tensor:
-    part = x[index]
-    return part if keep is None else torch.where(keep[index], part, 0.0)
+@functools.lru_cache(maxsize=64)
+def batches(rows: RowGroups, ranks: tuple[int, ...], row_bytes: int) -> tuple[Batch, ...]:
+    """Every adapter with rows, in batches that PyTorch multiplies by one bmm each.
 
-
-def _add_product(y: Tensor, index: slice | Tensor, a: Tensor, b: Tensor) -> None:
-    """y[index] += a b, in place."""
-    if isinstance(index, slice):
-        y[index].addmm_(a, b)
-    else:
-        y.index_add_(0, index, a @ b)  # no row twice, so that there is no order of additions
-
-
-def side_by_side(layer: Adapted, dtype: torch.dtype) -> list[list[Span]]:
-    """The spans of the rows' adapters, in lists that PyTorch multiplies by one bmm each.
-
-    In a list all have as many rows, so that nothing is padded, and few; one rank, so that the
-    adapters can be copied into one tensor; and these copies are small: up to 1 MB, in a CPU's
-    cache. On a CPU 64 adapters of r 16 with a row each took 0.3 instead of 0.8 ms (fp32, N and K
-    576) and 0.4 instead of 6.5 ms (bf16); from 128 KB for A or B on, a loop is as fast in fp32.
+    In a batch of several all have as many rows, so that nothing is padded, and few; one rank, so
+    that the adapters can be copied into one tensor; and these copies are small: up to 1 MB, in a
+    CPU's cache. From 128 KB for A or B on, a loop is as fast in fp32. ``row_bytes``: of a row of A
+    or a column of B. Kept, as are the rows' groups: every layer of a model asks.
     """
-    lists: dict[object, list[Span]] = {}
-    wide = max(layer.weight.shape) * dtype.itemsize
-    for span in layer.rows.spans():
+    spans: dict[object, list[tuple[int, int, int]]] = {}
+    for span in rows.spans():
         adapter, first, last = span
-        A, B = layer.lora_As[adapter], layer.lora_Bs[adapter]
-        size = len(A) * wide
+        size = ranks[adapter] * row_bytes
         key: object = adapter
         if last - first <= _FEW_ROWS and size < _SMALL:
-            key = (last - first, len(A), A.dtype, B.dtype)
-        found = lists.setdefault(key, [])
+            key = (last - first, ranks[adapter])
+        found = spans.setdefault(key, [])
         found.append(span)
         if len(found) * size >= _STACKED:
-            lists[key, adapter] = lists.pop(key)  # full
-    return list(lists.values())
+            spans[key, adapter] = spans.pop(key)  # full
+    return tuple(_batch(rows, ranks, found) for found in spans.values())
+
+
+def _batch(rows: RowGroups, ranks: tuple[int, ...], spans: list[tuple[int, int, int]]) -> Batch:
+    adapters, firsts, lasts = zip(*spans, strict=True)
+    positions: slice | Tensor
+    if firsts[1:] == lasts[:-1]:  # one after the other
+        positions = slice(firsts[0], lasts[-1])
+    else:
+        ranges = [torch.arange(first, last) for _, first, last in spans]
+        positions = torch.cat(ranges).to(rows.offsets.device)
+    index = positions if rows.order is None else rows.order[positions]
+    return Batch(adapters, lasts[0] - firsts[0], ranks[adapters[0]], positions, index)
+
+
+def _stacked(adapters: Sequence[Tensor], batch: Batch, dtype: torch.dtype) -> Tensor:
+    if len(batch.adapters) == 1:
+        return adapters[batch.adapters[0]][None].to(dtype)
+    return torch.stack([adapters[i] for i in batch.adapters]).to(dtype)
+
+
+def _scale_(h: Tensor, layer: Adapted, batch: Batch, keep_scale: float) -> None:
+    """h [adapters, rows, r] times each adapter's scaling, in place."""
+    scales = [layer.scalings[i] * keep_scale for i in batch.adapters]
+    if len({*scales}) == 1:
+        h *= scales[0]
+    else:
+        wide = torch.promote_types(h.dtype, torch.float32)
+        h *= torch.tensor(scales, dtype=wide, device=h.device)[:, None, None]
+
+
+def _kept(x: Tensor, keep: Tensor | None, batch: Batch) -> Tensor:
+    """The batch's rows of D o x [adapters, rows, K]."""
+    part = x[batch.rows]
+    return batch.of_each(part if keep is None else torch.where(keep[batch.rows], part, 0.0))
+
+
+def _add_product(y: Tensor, batch: Batch, a: Tensor, b: Tensor, keep: Tensor | None) -> None:
+    """The batch's rows of y += D o (a b), in place; no row is there twice."""
+    if keep is None and isinstance(batch.rows, slice):
+        batch.of_each(y[batch.rows]).baddbmm_(a, b)
+        return
+    product = torch.bmm(a, b).flatten(0, 1)
+    if keep is not None:
+        product.masked_fill_(~keep[batch.rows], 0.0)
+    y[batch.rows] += product
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b of each adapter, for a [adapters, rows, m] and b [adapters, rows, n]."""
+    # Of one row each, a bmm takes three times as long on a CPU.
+    return a.mT * b if a.shape[1] == 1 else torch.bmm(a.mT, b)
 
 
 def _torch_forward(
     x: Tensor, layer: Adapted, bias: Tensor | None, *, need_h: bool
 ) -> tuple[Tensor, Tensor | None]:
     y = _base(x, layer.weight, bias)
-    h = x.new_empty((len(x), max(A.shape[0] for A in layer.lora_As))) if need_h else None
+    h = x.new_empty((len(x), max(layer.ranks()))) if need_h else None
     keep, keep_scale = _mask(layer, len(x))
-    for spans in side_by_side(layer, x.dtype):
-        if len(spans) > 1:
-            _add_side_by_side(x, y, h, layer, spans, keep, keep_scale)
-            continue
-        adapter, first, last = spans[0]
-        A, B = layer.lora_As[adapter], layer.lora_Bs[adapter]
-        index = layer.rows.rows(first, last)
-        part = F.linear(_kept(x, keep, index), A.to(x.dtype))
-        part *= layer.scalings[adapter] * keep_scale
-        _add_product(y, index, part, B.to(x.dtype).t())
+    for batch in layer.batches(x.dtype):
+        part = torch.bmm(_kept(x, keep, batch), _stacked(layer.lora_As, batch, x.dtype).mT)
+        _scale_(part, layer, batch, keep_scale)
+        _add_product(y, batch, part, _stacked(layer.lora_Bs, batch, x.dtype).mT, None)
         if h is not None:
-            h[first:last, : len(A)] = part
+            h[batch.positions, : batch.rank] = part.flatten(0, 1)
     return y, h
-
-
-def _add_side_by_side(
-    x: Tensor,
-    y: Tensor,
-    h: Tensor | None,
-    layer: Adapted,
-    spans: list[Span],
-    keep: Tensor | None,
-    keep_scale: float,
-) -> None:
-    """y += h B^T in place for spans of as many rows and one rank each, and h."""
-    adapters, firsts, lasts = zip(*spans, strict=True)
-    count = lasts[0] - firsts[0]
-    positions = torch.tensor(firsts, device=x.device)[:, None] + torch.arange(
-        count, device=x.device
-    )
-    positions = positions.view(-1)
-    index = positions if layer.rows.order is None else layer.rows.order[positions]
-    A = torch.stack([layer.lora_As[i] for i in adapters]).to(x.dtype)
-    B = torch.stack([layer.lora_Bs[i] for i in adapters]).to(x.dtype)
-    scales = [layer.scalings[i] * keep_scale for i in adapters]
-    part = torch.bmm(_kept(x, keep, index).view(len(spans), count, -1), A.mT)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    part *= torch.tensor(scales, dtype=wide, device=x.device)[:, None, None]
-    y.index_add_(0, index, torch.bmm(part, B.mT).flatten(0, 1))  # no row twice
-    if h is not None:
-        h[positions, : part.shape[-1]] = part.flatten(0, 1)
 
 
 def _torch_backward(
@@ -277,28 +302,35 @@ def _torch_backward(
     elif need_dx:
         dx = g.new_zeros((len(g), layer.weight.shape[1]))
         _add_base_dx(dx, g, layer.weight)
-    dAs = [None if x is None else torch.zeros_like(A) for A in layer.lora_As]
-    dBs = [None if h is None else torch.zeros_like(B) for B in layer.lora_Bs]
+    dAs: list[Tensor | None] = [None] * len(layer.lora_As)
+    dBs: list[Tensor | None] = [None] * len(layer.lora_Bs)
     needs_dh = need_dx or x is not None
     keep, keep_scale = _mask(layer, len(g)) if needs_dh else (None, 1.0)
-    for adapter, first, last in layer.rows.spans():
-        A, B = layer.lora_As[adapter], layer.lora_Bs[adapter]
-        dA, dB = dAs[adapter], dBs[adapter]
-        index = layer.rows.rows(first, last)
-        part = g[index]
-        if h is not None and dB is not None:
-            dB.copy_(part.t() @ h[first:last, : len(A)])
+    for batch in layer.batches(g.dtype):
+        part = _kept(g, None, batch)
+        if h is not None:
+            h_part = batch.of_each(h[batch.positions, : batch.rank])
+            _put(dBs, batch, _outer(part, h_part), layer.lora_Bs)
         if not needs_dh:
             continue
-        dh = part @ B.to(g.dtype)
-        dh *= layer.scalings[adapter] * keep_scale
-        if x is not None and dA is not None:
-            dA.copy_(dh.t() @ _kept(x, keep, index))
-        if dx is None:
-            continue
-        if keep is None:
-            _add_product(dx, index, dh, A.to(g.dtype))
-        else:
-            dropped = (dh @ A.to(g.dtype)).masked_fill_(~keep[index], 0.0)
-            dx[index] += dropped
+        dh = torch.bmm(part, _stacked(layer.lora_Bs, batch, g.dtype))
+        _scale_(dh, layer, batch, keep_scale)
+        if x is not None:
+            _put(dAs, batch, _outer(dh, _kept(x, keep, batch)), layer.lora_As)
+        if dx is not None:
+            _add_product(dx, batch, dh, _stacked(layer.lora_As, batch, g.dtype), keep)
+    if x is not None:
+        dAs = _or_zeros(dAs, layer.lora_As)
+    if h is not None:
+        dBs = _or_zeros(dBs, layer.lora_Bs)
     return dx, dAs, dBs
+
+
+def _put(to: list[Tensor | None], batch: Batch, stacked: Tensor, like: Sequence[Tensor]) -> None:
+    for i, gradient in zip(batch.adapters, stacked.unbind(), strict=True):
+        to[i] = gradient.to(like[i].dtype)
+
+
+def _or_zeros(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
+    pairs = zip(gradients, like, strict=True)
+    return [torch.zeros_like(t) if gradient is None else gradient for gradient, t in pairs]
