@@ -30,7 +30,7 @@ from .torch_backend import _add_base_dx, _base
 Strategy = Literal["split", "expand", "library"]
 # Of what `batches` puts side by side: rows of an adapter, bytes of its A or B, and of all of them.
 _FEW_ROWS = 16
-_SMALL, _STACKED = 128 << 10, 1 << 20
+_SMALL, _STACKED = 256 << 10, 1 << 20
 Gradients = tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]
 
 
@@ -210,7 +210,7 @@ def batches(rows: RowGroups, ranks: tuple[int, ...], row_bytes: int) -> tuple[Ba
 
     In a batch of several all have as many rows, so that nothing is padded, and few; one rank, so
     that the adapters can be copied into one tensor; and these copies are small: up to 1 MB, in a
-    CPU's cache. From 128 KB for A or B on, a loop is as fast in fp32. ``row_bytes``: of a row of A
+    CPU's cache. From 256 KB for A or B on, a loop is as fast in fp32. ``row_bytes``: of a row of A
     or a column of B. Kept, as are the rows' groups: every layer of a model asks.
     """
     spans: dict[object, list[tuple[int, int, int]]] = {}

@@ -277,8 +277,10 @@ class QuantizedWeight(nn.Module):
             return scales
         assert self.nested_codebook is not None
         assert self.nested_offset is not None
-        nested = self.nested_scales.repeat_interleave(_NESTED_BLOCK)[: scales.numel()]
-        return self.nested_codebook[scales.int()] * nested + self.nested_offset
+        values = self.nested_codebook.index_select(0, scales.int())
+        whole = slice(0, values.numel())
+        _scale_blocks(values[None], self.nested_scales[None], whole, _NESTED_BLOCK)
+        return values.add_(self.nested_offset)
 
     def matrix(self) -> Any:
         """What the kernels' launchers take in place of a tensor; ``layout.tiled`` ones only."""

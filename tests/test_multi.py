@@ -490,7 +490,7 @@ def test_multi_side_by_side_is_for_few_rows_and_small_adapters():
     b = batch([(0, 20), (1, 20), (2, 1), (3, 1)], (4, 4, 5, 7))
     explained = explain_multi(b.x, b.weight, b.As, b.Bs, adapter_indices=b.indices)
     assert "the products of 4 adapters in turn, added" in explained.reasons["library"]
-    b = batch([(0, 1), (1, 1)], (16, 16), K=2048)
+    b = batch([(0, 1), (1, 1)], (16, 16), K=4096)
     explained = explain_multi(b.x, b.weight, b.As, b.Bs, adapter_indices=b.indices)
     assert "the products of 2 adapters in turn, added" in explained.reasons["library"]
 
