@@ -38,7 +38,7 @@ _CODE_DTYPES: dict[Format, torch.dtype] = {
 # Values of W0 that a call holds at a time on the PyTorch path. On a CPU larger chunks fall out of
 # the cache, and their memory goes back to the system and has to be mapped anew.
 _CHUNK = 8 << 20
-_CPU_CHUNK = 1 << 20
+_CPU_CHUNK = 1 << 19
 
 # The quantiles of a normal distribution that the paper gives (appendix E), in fp32.
 _NF4 = (
