@@ -120,9 +120,8 @@ def _e4m3_values(codes):
     if codes.dtype == tl.uint8:
         # e4m3's bits in fp16's place: the exponent's bias is 8 less there, subnormals included. Its
         # one NaN, all ones, carries into the exponent's upper bit.
-        wide = codes.to(tl.int16)
-        magnitude = wide & 0x7F
-        bits = ((wide & 0x80) << 8) | (magnitude << 7) | (((magnitude + 1) & 0x80) << 7)
+        wide = codes.to(tl.int8, bitcast=True).to(tl.int16)
+        bits = ((wide << 7) & -0x4001) | ((((wide & 0x7F) + 1) & 0x80) << 7)
         return bits.to(tl.float16, bitcast=True) * 256.0
     return codes.to(tl.float16)
 
