@@ -110,7 +110,8 @@ def label(case: Case) -> str:
 
 def batch(case: Case) -> str:
     """Many adapters in one batch, without its sizes."""
-    return f"{case.layer}, {case.adapters} adapters" + ", ragged" * case.ragged
+    over = "" if case.format == PLAIN else f" over {case.format}"
+    return f"{case.layer}, {case.adapters} adapters{over}" + ", ragged" * case.ragged
 
 
 def order(case: Case) -> tuple[object, ...]:

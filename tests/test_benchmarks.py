@@ -253,7 +253,7 @@ def test_report(results, tmp_path):
     assert f"## {devices[0].device}" in text
     assert "| tiny | 5 | 48 | 32 | 4 | fp32 | 0.1 |" in text
     assert "| tiny | 5 | 48 | 64 | 4 | nf4 | fp32 |" in text
-    assert "| tiny, 3 adapters | 12 | 48 | 32 | 4 | fp32 | forward+backward |" in text
+    assert "| tiny, 3 adapters | 12 | 48 | 64 | 4 | fp32 | forward+backward |" in text
     assert all(path.stat().st_size > 1000 for path in written[1:])
 
 
