@@ -360,7 +360,7 @@ def explain_call(call: Call, backend: Backend, operands: Operands) -> Explanatio
         if chosen.composed:
             reasons["autograd"] = f"PyTorch's own nodes: up to {MAX_COMPOSED_M} rows they cost less"
         if call.quantized is not None:
-            reasons["quantised W0"] = describe_quantized(call.quantized, chosen)
+            reasons["quantised W0"] = describe_quantized(call, "torch", False)
         if rounds_input(call):
             reasons["x in fp8"] = "rounded to it, and multiplied in its own dtype"
         return Explanation(chosen.backend, chosen.strategy, chosen.strategy_dx, reasons)
@@ -381,23 +381,26 @@ def explain_call(call: Call, backend: Backend, operands: Operands) -> Explanatio
             why += "; taken only where a tuned table says so"
         reasons[strategy] = f"{verdict}: {why}"
     flops, bandwidth = ceilings(device)
-    if rounds_input(call):
-        how = "codes by codes" if has_fp8(call.device) else "as values: the GPU has no fp8 products"
-        reasons["quantised W0"] = f"fp8, and x is rounded to fp8 first; multiplied {how}"
-    elif call.quantized is not None:
-        reasons["quantised W0"] = describe_quantized(call.quantized, chosen)
+    if call.quantized is not None:
+        in_loop = chosen.strategy == "in_loop"
+        reasons["quantised W0"] = describe_quantized(call, "triton", in_loop)
     reasons["model"] = f"ceilings of {flops / 1e12:.0f} TFLOP/s and {bandwidth / 1e12:.1f} TB/s"
     return Explanation(chosen.backend, chosen.strategy, chosen.strategy_dx, reasons)
 
 
-def describe_quantized(layout: Layout, chosen: Plan) -> str:
-    """A quantised W0's format, and how a plan's forward turns its codes into values."""
-    if chosen.backend == "torch":
-        tiles = "some rows or columns" if layout.tiled else "the whole of it"
-        return f"{layout.format}, made values {tiles} at a time"
-    if chosen.strategy == "in_loop":
-        return f"{layout.format}, tiles become values in the K loop"
-    return f"{layout.format}, turned into values once, in a scratch tensor"
+def describe_quantized(call: Call, backend: str, in_loop: bool) -> str:
+    """A quantised W0's format, and how the forward turns its codes into values."""
+    assert call.quantized is not None
+    format = call.quantized.format
+    if backend == "torch":
+        tiles = "some rows or columns" if call.quantized.tiled else "the whole of it"
+        return f"{format}, made values {tiles} at a time"
+    if rounds_input(call):
+        how = "codes by codes" if has_fp8(call.device) else "as values: the GPU has no fp8 products"
+        return f"{format}, and x is rounded to fp8 first; multiplied {how}"
+    if in_loop:
+        return f"{format}, tiles become values in the K loop"
+    return f"{format}, turned into values once, in a scratch tensor"
 
 
 def _strategy_obstacle(

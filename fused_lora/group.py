@@ -288,7 +288,7 @@ def explain_group(
         reasons |= _describe(cast, calls, on_kernels)
     for i, call in enumerate(calls):
         if call.quantized is not None:
-            how = describe_quantized(call.quantized, chosen)
+            how = describe_quantized(call, chosen.backend, chosen.strategy == "in_loop")
             reasons[f"quantised W0 of member {i}"] = how
     return Explanation(chosen.backend, chosen.strategy, chosen.strategy_dx, reasons)
 

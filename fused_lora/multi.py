@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import checks, multi_backends, multi_ops
 from .adapter_set import check_lists
-from .dispatch import Backend, Explanation, explain_call
-from .functional import Weight, _autocast, _check_options, _draw_seed, _is_constant
+from .dispatch import Backend, Explanation, describe_quantized, explain_call
+from .functional import Weight, _autocast, _check_options, _draw_seed, _fold_scaling
 from .kernels.dropout import Dropout, dropout_threshold
 from .kernels.rows import AdapterLayout, RowGroups
 from .multi_backends import Adapted, MultiPlan
@@ -195,12 +195,8 @@ def _observed(
     backend: Backend,
 ) -> Tensor:
     """By the registered operator, which checks what is not known while tracing: the rows."""
-    Bs, scales = list(lora_Bs), list(scalings)
-    for i, scaling in enumerate(scales):
-        if torch.compiler.is_compiling() and not _is_constant(scaling):
-            # An operator's float is a constant of the graph: each alpha would recompile.
-            Bs[i] = Bs[i].to(torch.promote_types(Bs[i].dtype, torch.float32)) * scaling
-            scales[i] = 1.0
+    folded = [_fold_scaling(B, s) for B, s in zip(lora_Bs, scalings, strict=True)]
+    Bs, scales = [B for B, _ in folded], [s for _, s in folded]
     if adapter_indices is not None and not isinstance(adapter_indices, Tensor):
         adapter_indices = torch.tensor(adapter_indices)
     flat = [part for segment in segments or () for part in segment]
@@ -264,8 +260,5 @@ def explain_multi(
             "(a model, not a measurement)"
         )
     if call.quantized is not None:
-        how = "tiles become values in the base product's K loop"
-        if not chosen.in_loop:
-            how = "turned into values once, in a scratch tensor"
-        reasons["quantised W0"] = f"{call.quantized.format}, {how}"
+        reasons["quantised W0"] = describe_quantized(call, "triton", chosen.in_loop)
     return Explanation(chosen.backend, chosen.strategy, chosen.strategy_dx, reasons)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_lora import reference
 from fused_lora.autograd import LoRALinearFunction
@@ -151,3 +153,18 @@ def compare(got: Result, exact: Result, magnitude: Result, same_dtype: Result) -
         ours = (tensor.double() - exact[name]).norm()
         theirs = (same_dtype[name].double() - exact[name]).norm()
         assert ours <= factor * theirs + floor, f"{name}: error {ours:.2e}, PyTorch's {theirs:.2e}"
+
+
+class Made(TorchDispatchMode):
+    """Sizes of the floating tensors that operators make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = func is not torch.ops.aten.detach.default
+        if made and isinstance(result, Tensor) and result.is_floating_point():
+            self.sizes.append(result.numel())
+        return result

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from oracle import Made
 from test_multi import STRADDLING, batch, check, fused, run
 from torch import nn
 
@@ -134,24 +135,12 @@ def test_multi_over_nf4_with_blocks_over_the_ends_of_rows(device, backend):
 
 
 def test_multi_over_nf4_makes_no_whole_weight_on_the_torch_path(monkeypatch):
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     monkeypatch.setattr(quantize_module, "_CPU_CHUNK", 16 << 10)
-    sizes = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            made = func is not torch.ops.aten.detach.default
-            if made and isinstance(result, torch.Tensor) and result.is_floating_point():
-                sizes.append(result.numel())
-            return result
-
     b = batch([(1, 5), (0, 3)], (3, 4), N=768, K=512)
     b, weight = quantized(b, "nf4")
-    with Watch():
+    with Made() as made:
         result = run(over(weight, fused(PLANS["torch"])), b)
-    assert max(sizes) <= weight.numel() // 4
+    assert max(made.sizes) <= weight.numel() // 4
     monkeypatch.undo()
     check(result, b)
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import check, fused, problem, run
+from oracle import Made, check, fused, problem, run
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -320,23 +320,11 @@ def test_state_dict_of_another_format_is_refused():
 @pytest.mark.parametrize("name", ["nf4", "int8", "fp8"])
 def test_no_whole_weight_on_the_torch_path(name, monkeypatch):
     """The largest tensor made in forward and backward is a tile, not W0."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     monkeypatch.setattr(quantize_module, "_CPU_CHUNK", 16 << 10)
-    sizes = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            made = func is not torch.ops.aten.detach.default
-            if made and isinstance(result, torch.Tensor) and result.is_floating_point():
-                sizes.append(result.numel())
-            return result
-
     p, weight = _quantized(problem(8, 768, 512, 4), name)
-    with Watch():
+    with Made() as made:
         result = run(_over(weight, "torch"), p)
-    assert max(sizes) <= weight.numel() // 4
+    assert max(made.sizes) <= weight.numel() // 4
     monkeypatch.undo()
     check(result, p)
 

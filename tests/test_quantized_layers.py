@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import Problem, check, compare, expression, in_fp64, magnitudes, problem, run
+from oracle import Made, Problem, check, compare, expression, in_fp64, magnitudes, problem, run
 from torch import Tensor, nn
 
 from fused_lora import (
@@ -149,25 +149,13 @@ def test_norms_of_codes(device, name, shape):
 
 
 def test_norms_of_nf4_without_the_whole_weight(monkeypatch):
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     weight = quantize_nf4(torch.randn(768, 512))
     A, B = torch.randn(4, 512), torch.randn(768, 4)
     whole = torch_path.weight_norm(weight, A, B, 0.5)
     monkeypatch.setattr(quantize_module, "_CPU_CHUNK", 16 << 10)
-    sizes = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            made = func is not torch.ops.aten.detach.default
-            if made and isinstance(result, torch.Tensor) and result.is_floating_point():
-                sizes.append(result.numel())
-            return result
-
-    with Watch():
+    with Made() as made:
         norm = torch_path.weight_norm(weight, A, B, 0.5)
-    assert max(sizes) <= weight.numel() // 4
+    assert max(made.sizes) <= weight.numel() // 4
     torch.testing.assert_close(norm, whole)
 
 
