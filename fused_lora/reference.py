@@ -19,6 +19,8 @@ _LANE_VALUES = 1 << 16
 _LOW_WORD = 0xFFFF_FFFF
 # Counters per pass of keep_mask: its few int64 temporaries then stay in a core's L2 cache.
 _CHUNK = 1 << 16
+# Elements of a mask below which the operators of 16-bit lanes cost more than they save.
+_FEW = 2048
 FP8_BLOCK = 128  # columns of a rounded x that share a scale
 
 
@@ -52,7 +54,8 @@ def keep_mask(seed: Tensor, threshold: int, M: int, K: int) -> Tensor:
     Element (m, k) is kept iff lane k % 8 (16 bits) of Philox(seed, counter = (k // 8, m, 0, 0)) is
     at least ``threshold``: a function of (seed, m, k) alone, the same on every device and backend.
     But for a negative seed on a CPU, which is what `lora_linear` draws there, PyTorch's path takes
-    16-bit lanes of PyTorch's own generator: in int64 operators Philox takes 2 to 15 times as long.
+    the `drawn_mask` of a generator with that seed: in int64 operators Philox takes 2 to 15 times as
+    long.
     ``seed``: int64 tensor of one element, which also says the device; or the mask itself, bool.
     """
     if seed.dtype == torch.bool:
@@ -86,19 +89,24 @@ def drawn_mask(
 ) -> Tensor:
     """A dropout mask [M, K] in ``dtype``, 1 where x is kept, from a generator on the CPU.
 
-    None is PyTorch's own. Four elements share a draw of 64 bits, 16 each.
+    None is PyTorch's own. Four elements share a draw of 64 bits, 16 each; but a few of them
+    PyTorch draws one by one, as in `F.dropout`.
     """
+    if M * K <= _FEW:
+        mask = torch.empty((M, K), dtype=dtype, device="cpu")
+        return mask.bernoulli_(1 - threshold / _LANE_VALUES, generator=generator)
+    if K % 4 == 0 and M * K <= 4 * _CHUNK:
+        return _drawn(threshold, (M, K // 4), generator).to(dtype)
     words = -(-M * K // 4)
-    if words <= _CHUNK:
-        return _drawn(threshold, words, generator).to(dtype)[: M * K].view(M, K)
-    keep = torch.empty(4 * words, dtype=dtype)
+    keep = torch.empty(4 * words, dtype=dtype, device="cpu")
     for piece in torch.split(keep, 4 * _CHUNK):
-        piece.copy_(_drawn(threshold, len(piece) // 4, generator))
+        piece.copy_(_drawn(threshold, (len(piece) // 4,), generator))
     return keep[: M * K].view(M, K)
 
 
-def _drawn(threshold: int, words: int, generator: torch.Generator | None) -> Tensor:
-    drawn = torch.empty(words, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+def _drawn(threshold: int, words: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    drawn = torch.empty(words, dtype=torch.int64, device="cpu")
+    drawn.random_(-(2**63), None, generator=generator)
     # Compared in place, as int16: into a bool, PyTorch takes ten times as long.
     return drawn.view(torch.int16).ge_(threshold - _LANE_VALUES // 2)
 

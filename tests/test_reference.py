@@ -29,10 +29,10 @@ def test_philox_known_answers(rounds, counter, key, expected):
 
 def test_mask_of_a_long_matrix_is_made_in_pieces_that_fit_together(monkeypatch):
     seeds = torch.tensor([7]), torch.tensor([-7])
-    whole = [reference.keep_mask(seed, 20_000, 50, 30) for seed in seeds]
+    whole = [reference.keep_mask(seed, 20_000, 60, 50) for seed in seeds]
     monkeypatch.setattr(reference, "_CHUNK", 8)
     assert all(
-        torch.equal(keep, reference.keep_mask(seed, 20_000, 50, 30))
+        torch.equal(keep, reference.keep_mask(seed, 20_000, 60, 50))
         for keep, seed in zip(whole, seeds, strict=True)
     )
     assert torch.equal(whole[0][:20, :11], reference.keep_mask(seeds[0], 20_000, 20, 11))
@@ -46,6 +46,19 @@ def test_share_of_kept_elements(p, sign):
     kept = reference.keep_mask(seed, reference.dropout_threshold(p), 1000, 1000).sum().item()
     sigma = (n * p * (1 - p)) ** 0.5
     assert abs(kept - n * (1 - p)) <= 6 * sigma + n * 2**-17
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (2, 1024), (3, 1024), (41, 50), (41, 51)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_drawn_mask_is_the_same_in_every_dtype(shape, dtype):
+    """One by one, or four to a draw: backward may have it in another dtype than forward."""
+
+    def drawn(dtype):
+        return reference.drawn_mask(1 << 15, *shape, dtype, torch.Generator().manual_seed(5))
+
+    keep = drawn(torch.bool)
+    assert torch.equal(drawn(dtype), keep.to(dtype))
+    assert abs(keep.double().mean().item() - 0.5) <= 3 / keep.numel() ** 0.5
 
 
 @pytest.mark.parametrize("seed", [3, -3])
