@@ -20,6 +20,7 @@ from .configs import TileConfig
 from .device import device_guard, device_info
 from .dropout import Dropout
 from .gemm import dot_precision
+from .launch import Launcher
 from .tiles import keep_mask
 
 REDUCE_BLOCK = 1024
@@ -162,6 +163,9 @@ def sum_partials_kernel(
         add_partials(partial2_ptr, out2_ptr, numel2, SPLIT_M, block, BLOCK)
 
 
+_launch_grads, _launch_sum = Launcher(lora_grad_kernel), Launcher(sum_partials_kernel)
+
+
 def rows_in_split(M: int, tiles: int, block: int, num_sms: int) -> int:
     """Enough ranges of rows for two programs on every multiprocessor, in whole blocks."""
     splits = max(1, min(triton.cdiv(2 * num_sms, tiles), triton.cdiv(M, block)))
@@ -180,10 +184,9 @@ def sum_partials(
     The same of the second pair, where there is one, in the same launch.
     """
     numel, numel2 = out.numel(), 0 if out2 is None else out2.numel()
-    grid = (triton.cdiv(numel, REDUCE_BLOCK) + triton.cdiv(numel2, REDUCE_BLOCK),)
-    sum_partials_kernel[grid](
-        partial, out, partial2, out2, numel, numel2, SPLIT_M, BLOCK=REDUCE_BLOCK
-    )
+    blocks = triton.cdiv(numel, REDUCE_BLOCK) + triton.cdiv(numel2, REDUCE_BLOCK)
+    tensors = (partial, out, partial2, out2)
+    _launch_sum((blocks, 1, 1), tensors, (numel, numel2, SPLIT_M), BLOCK=REDUCE_BLOCK)
 
 
 class _Product(NamedTuple):
@@ -228,29 +231,33 @@ def _launch(
     partial = first.partial(SPLIT_M)
     partial2 = second.partial(SPLIT_M) if second is not None else None
     with device_guard(first.q.device):
-        lora_grad_kernel[(tiles_c, tiles_r, SPLIT_M)](
-            first.q,
-            first.l,
-            partial,
-            dropout.seed if dropout else None,
-            second.q if second is not None else None,
-            second.l if second is not None else None,
-            partial2,
-            M,
-            C,
-            second.q.shape[1] if second is not None else 0,
-            R,
-            rows_per_split,
-            *first.q.stride(),
-            first.l.stride(0),
-            first.out.numel(),
-            *first.out.stride(),
-            *(second.q.stride() if second is not None else (0, 0)),
-            second.l.stride(0) if second is not None else 0,
-            second.out.numel() if second is not None else 0,
-            *(second.out.stride() if second is not None else (0, 0)),
-            dropout.keep_scale if dropout else 1.0,
-            dropout.threshold if dropout else 0,
+        _launch_grads(
+            (tiles_c, tiles_r, SPLIT_M),
+            (
+                first.q,
+                first.l,
+                partial,
+                dropout.seed if dropout else None,
+                second.q if second is not None else None,
+                second.l if second is not None else None,
+                partial2,
+            ),
+            (
+                M,
+                C,
+                second.q.shape[1] if second is not None else 0,
+                R,
+                rows_per_split,
+                *first.q.stride(),
+                first.l.stride(0),
+                first.out.numel(),
+                *first.out.stride(),
+                *(second.q.stride() if second is not None else (0, 0)),
+                second.l.stride(0) if second is not None else 0,
+                second.out.numel() if second is not None else 0,
+                *(second.out.stride() if second is not None else (0, 0)),
+            ),
+            (dropout.keep_scale if dropout else 1.0, dropout.threshold if dropout else 0),
             EVEN_K=M % config.BLOCK_K == 0,
             PRECISION=dot_precision(first.q.dtype),
             **config.meta(),

@@ -19,6 +19,7 @@ from .configs import TileConfig, padded
 from .device import device_guard, device_info
 from .dropout import Dropout
 from .gemm import dot_precision
+from .launch import Launcher
 from .tiles import keep_mask
 
 MAX_SPLIT_K = 8  # the sum is unrolled, and compiled once for each
@@ -188,6 +189,9 @@ def skinny_sum_kernel(
     tl.store(y_ptr + rows * N + cols, acc.to(dtype), mask=in_m & in_n)
 
 
+_launch_partial, _launch_sum = Launcher(skinny_partial_kernel), Launcher(skinny_sum_kernel)
+
+
 def skinny(
     config: TileConfig,
     x: torch.Tensor,
@@ -207,8 +211,7 @@ def skinny(
     """
     (M, K), (R, N) = x.shape, b.shape
     assert M <= config.BLOCK_M
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    h = torch.empty((M, R), dtype=x.dtype, device=x.device)
+    y, h = x.new_empty(M, N), x.new_empty(M, R)
     if M == 0 or N == 0:
         return y, h
     if dropout and drop_x:
@@ -223,40 +226,21 @@ def skinny(
     partial = torch.empty((SPLIT_K, M, N + R), dtype=torch.float32, device=x.device)
     precision = dot_precision(x.dtype)
     with device_guard(x.device):
-        skinny_partial_kernel[(tiles, SPLIT_K)](
-            x,
-            w,
-            a,
-            partial,
-            seed if drop_x else None,
-            M,
-            N,
-            K,
-            R,
-            k_per_split,
-            *x.stride(),
-            *w.stride(),
-            *a.stride(),
-            threshold,
+        _launch_partial(
+            (tiles, SPLIT_K, 1),
+            (x, w, a, partial, seed if drop_x else None),
+            (M, N, K, R, k_per_split, *x.stride(), *w.stride(), *a.stride()),
+            (threshold,),
             EVEN_K=K % config.BLOCK_K == 0,
             PRECISION=precision,
             **config.meta(),
         )
-        skinny_sum_kernel[(-(-N // SUM_BLOCK_N),)](
-            partial,
-            bias,
-            h,
-            b,
-            y,
-            None if drop_x else seed,
-            M,
-            N,
-            R,
-            bias.stride(0) if bias is not None else 0,
-            *b.stride(),
-            scale,
-            dropout.keep_scale if dropout else 1.0,
-            threshold,
+        stride_bias = bias.stride(0) if bias is not None else 0
+        _launch_sum(
+            (-(-N // SUM_BLOCK_N), 1, 1),
+            (partial, bias, h, b, y, None if drop_x else seed),
+            (M, N, R, stride_bias, *b.stride()),
+            (scale, dropout.keep_scale if dropout else 1.0, threshold),
             SPLIT_K=SPLIT_K,
             BLOCK_M=config.BLOCK_M,
             BLOCK_N=SUM_BLOCK_N,

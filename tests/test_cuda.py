@@ -9,6 +9,7 @@ import copy
 
 import pytest
 import torch
+from oracle import check, fused, problem, run
 from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import (
 )
 
 from fused_lora import FusedLoRALinear
+from fused_lora.dispatch import Plan
 
 pytestmark = pytest.mark.gpu
 SIZE = 256
@@ -211,3 +213,16 @@ def test_data_parallel():
     got = torch.autograd.grad(y.float().sum(), [layer.lora_A, layer.lora_B])
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("strategy", ["one_pass", "split", "skinny"])
+def test_known_launches_read_the_tensors_of_their_own_call(device, strategy):
+    """Only the first of a kind goes through Triton's look at the arguments (kernels/launch.py)."""
+    plan = Plan("triton", strategy, strategy)
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()):
+        p = problem(8, 96, 80, 16, dtype=torch.bfloat16, device=device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            got = run(fused(plan), p)
+        torch.cuda.current_stream().wait_stream(stream)
+        check(got, p)

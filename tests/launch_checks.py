@@ -1,0 +1,114 @@
+"""What test_launch.py runs in a process of its own, where Triton compiles: a stand-in for the GPU.
+
+A launch that Triton did not look at has to hand the driver what it would have: the same kernel,
+grid and arguments, with addresses for tensors.
+"""
+
+from unittest import mock
+
+import torch
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from benchmarks import launch_overhead
+from fused_lora.kernels import gemm
+from fused_lora.kernels.launch import Launcher
+
+LOOKED = []  # kernels that Triton looked at the arguments of
+LAUNCHES = {"one_pass": 1, "split": 2, "skinny": 2}  # of y; the gradients of A and B share one
+_run, _launch = JITFunction.run, Launcher.__call__
+
+
+def _counted(self, *args, **kwargs):
+    LOOKED.append(self.fn.__name__)
+    return _run(self, *args, **kwargs)
+
+
+JITFunction.run = _counted
+
+
+def _launches(call):
+    """What the driver got, each tensor as its address, and which kernels Triton looked at."""
+    launch_overhead.launches = []
+    LOOKED.clear()
+    call()
+    plain = [
+        (name, grid, [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args])
+        for name, grid, args in launch_overhead.launches
+    ]
+    return plain, list(LOOKED)
+
+
+def check_known_launches(strategy, dropout_p, M, backward):
+    """Every launch three times: by Triton, as it comes, and again."""
+    x = torch.randn(M, launch_overhead.SIDE, dtype=torch.bfloat16, requires_grad=True)
+    layer = launch_overhead.kernel_path(strategy, dropout_p)
+    names = []
+
+    def thrice(self, grid, tensors, sizes, numbers=(), **constants):
+        def launch():
+            _launch(self, grid, tensors, sizes, numbers, **constants)
+
+        triton, looked = _launches(
+            lambda: self.kernel[grid](*tensors, *sizes, *numbers, **constants)
+        )
+        names.extend(looked)
+        assert _launches(launch)[0] == triton
+        assert _launches(launch) == (triton, [])
+
+    with mock.patch.object(Launcher, "__call__", thrice):
+        y = layer(x)
+        if backward:
+            y.backward(torch.ones_like(y))
+    assert len(names) == LAUNCHES[strategy] + backward * (1 + LAUNCHES[strategy])
+
+
+def check_another_call_is_looked_at():
+    """Where Triton may have another kernel: sizes, strides, dtypes, alignment, what is there."""
+    options = {"bias": None, "scale": 1.0, "store_h": True}
+    config = gemm.TileConfig(16, 64, 64, num_warps=4, num_stages=4)
+
+    def operands(M=2, K=64, N=64, r=16, dtype=torch.bfloat16):
+        shapes = (M, K), (K, N), (K, r), (r, N)
+        return [torch.randn(shape).to(dtype) for shape in shapes]
+
+    def looked(operands, **changed):
+        found = _launches(lambda: gemm.gemm_one_pass(config, *operands, **(options | changed)))
+        return found[1] != []
+
+    known = operands()
+    assert looked(known)
+    assert not looked(operands())  # other tensors, the same call
+    assert not looked(known, scale=3.0)
+    assert looked(known, bias=torch.randn(64).bfloat16())
+    assert looked(known, store_h=False)
+    for change in ({"M": 1}, {"M": 16}, {"K": 65}, {"N": 48}, {"r": 8}, {"dtype": torch.float16}):
+        assert looked(operands(**change)), change
+    x, w, a, b = known
+    assert looked([x, w.t().contiguous().t(), a, b])
+    assert looked([x, w, a.float(), b])
+    shifted = torch.randn(2 * 64 + 1).bfloat16()[1:].view(2, 64)  # 2 bytes off
+    assert shifted.data_ptr() % 16
+    assert looked([shifted, w, a, b])
+    assert looked([shifted, w, a, b])  # every time: which of them are aligned is not kept
+    assert not looked(known)
+
+
+def check_the_memory_of_launches_is_bounded():
+    launcher = Launcher(gemm.lora_gemm_kernel)
+    launcher._known = {(i,): (None, ()) for i in range(4096)}
+    gemm._launch_gemm = launcher
+    check_another_call_is_looked_at()
+    assert 0 < len(launcher._known) < 20
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    driver.set_active(launch_overhead.StandIn())
+    check_another_call_is_looked_at()
+    check_the_memory_of_launches_is_bounded()
+    for strategy in ("one_pass", "split", "skinny"):
+        check_known_launches(strategy, 0.0, 1, False)
+        check_known_launches(strategy, 0.0, 3, True)
+    for strategy in ("split", "skinny"):
+        check_known_launches(strategy, 0.1, 3, True)
