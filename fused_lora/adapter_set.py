@@ -73,7 +73,7 @@ def adapter_set(
     except (TypeError, RuntimeError):  # no tensor, or one without an address
         return _make(lora_As, lora_Bs, scales, None)
     # Guards compare dispatch keys, which these modes change.
-    modes = (torch.is_inference_mode_enabled(), autocast_enabled(lora_As[0].device))
+    modes = (torch.is_inference_mode_enabled(), autocast_enabled(lora_As[0]))
     key = (addresses, scales, frozenset(map(type, scales)), modes)
     try:
         found = _sets.get(key)

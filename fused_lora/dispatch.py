@@ -18,6 +18,7 @@ from .kernels.configs import (
     Kind,
     TileConfig,
     choose_config,
+    computed,
     is_tma,
     padded,
     ship,
@@ -38,6 +39,7 @@ CEILINGS = {"H100": (798e12, 3.0e12), "H200": (788e12, 4.3e12)}
 # Up to here PyTorch's own nodes beat one of ours on a CPU, which saves passes but costs 25 us.
 MAX_COMPOSED_M = 64
 _LAUNCH = 4e-6  # seconds that a second, dependent launch adds: an estimate
+_LATENCY = 0.7e-6  # seconds that a load from a busy memory takes: an estimate
 # Codes that become values in the K loop in a second: about 12 instructions each, on 132 SMs of 128
 # lanes at 1.7 GHz. Counted, not measured.
 _DECODED = 2.4e12
@@ -53,7 +55,7 @@ KINDS: dict[Strategy, Kind] = {
     "skinny": "skinny",
     "in_loop": "quantized",
 }
-_BY_MODEL: tuple[Strategy, ...] = ("one_pass", "split", "in_loop")
+_BY_MODEL: tuple[Strategy, ...] = ("one_pass", "split", "skinny", "in_loop")
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,10 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
     skinny      one read of W; parts of y written and read; one more launch
     library     as split, and one more read and write of y and a third launch
 
+    The base product takes whole rounds of tiles (`configs.computed`). Few tiles have too few bytes
+    on their way to keep the memory busy: those over the latency of a load are their bandwidth.
+    skinny has two programs for every multiprocessor. cuBLAS's tiles are taken to be ours.
+
     tma_ strategies differ from their namesakes in how well they reach the ceilings, which the
     model does not know.
 
@@ -172,45 +178,57 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
     M, N, K, r = call.M, call.N, call.K, call.r
     itemsize = call.dtype.itemsize
     flops, bandwidth = ceilings(device)
-    gemm = 2 * M * N * K / flops
-    traffic = itemsize * (M * K + K * N + M * N) / bandwidth
-    read_x = itemsize * M * K / bandwidth
+
+    def reached(tile: TileConfig, programs: int) -> float:
+        """Bytes a second."""
+        stage = tile.BLOCK_K * (min(M, tile.BLOCK_M) + tile.BLOCK_N) * itemsize
+        return min(programs * (tile.num_stages - 1) * stage / _LATENCY, bandwidth)
+
+    def product(kind: Kind, N: int, dropout: bool = False) -> tuple[TileConfig, float, float]:
+        """Tile of the launch for y [M, N], its multiplications in seconds, and `reached`."""
+        tile = choose_config(kind, M, N, r, itemsize, dropout, device)
+        tiles = -(-M // tile.BLOCK_M) * -(-N // tile.BLOCK_N)
+        multiplying = 2 * computed(tile, M, N, device) * K / flops
+        return tile, multiplying, reached(tile, min(tiles, device.num_sms))
+
     touch_y = 2 * itemsize * M * N / bandwidth
+    if M * N * K == 0:
+        return {"split": _LAUNCH, "library": touch_y + 2 * _LAUNCH}
+    moved = itemsize * (M * K + K * N + M * N)
+    read_x = itemsize * M * K / product("plain", padded(r))[2]
     if rounds_input(call):
         native = has_fp8(call.device)
-        traffic = (itemsize * (M * N + 2 * M * K) + N * K) / bandwidth
-        traffic += 2 * M * K * (1 if native else itemsize) / bandwidth
-        return {"in_loop": max(gemm / (2 if native else 1), traffic) + 2 * _LAUNCH}
-    base = max(gemm, traffic)
+        moved = itemsize * (M * N + 2 * M * K) + N * K + 2 * M * K * (1 if native else itemsize)
+        _, gemm, speed = product("fp8", N)
+        return {"in_loop": max(gemm / (2 if native else 1), moved / speed) + 2 * _LAUNCH}
+    _, gemm, speed = product("second", N)
+    base = max(gemm, moved / speed)
     seconds: dict[Strategy, float] = {
         "split": base + read_x + _LAUNCH,
         "library": base + read_x + touch_y + 2 * _LAUNCH,
     }
-    if M * N * K == 0:
-        return seconds
-    scratch = 0.0
-    if call.quantized is not None:
-        code_bytes = 0.5 if call.quantized.format in ("nf4", "fp4") else 1.0
-        scratch = N * K * (code_bytes + itemsize) / bandwidth + _LAUNCH
     for strategy, kind in KINDS.items():
         if strategy in ("split", "in_loop") or not ship(kind, r, itemsize, call.dropout, device):
             continue
         if strategy in ("one_pass", "tma_one_pass"):
-            tile = choose_config(kind, M, N, r, itemsize, False, device)
-            seconds[strategy] = max(gemm * (1 + padded(r) / tile.BLOCK_N), traffic)
+            tile, gemm, speed = product(kind, N)
+            seconds[strategy] = max(gemm * (1 + padded(r) / tile.BLOCK_N), moved / speed)
         elif strategy == "tma_split":
             seconds[strategy] = seconds["split"]
         elif strategy == "one_launch":
             seconds[strategy] = base + read_x
         elif strategy == "skinny" and M <= MAX_SKINNY_M:
-            parts = 2 * 4 * M * (N + r) * max(1, 2 * device.num_sms * 64 // N) / bandwidth
-            seconds[strategy] = traffic + parts + _LAUNCH
+            parts = 2 * 4 * M * (N + r) * max(1, 2 * device.num_sms * 64 // N)
+            tile = choose_config(kind, M, N, r, itemsize, False, device)
+            seconds[strategy] = (moved + parts) / reached(tile, 2 * device.num_sms) + _LAUNCH
     if call.quantized is not None:
+        code_bytes = 0.5 if call.quantized.format in ("nf4", "fp4") else 1.0
+        scratch = N * K * (code_bytes + itemsize) / bandwidth + _LAUNCH
         seconds = {strategy: time + scratch for strategy, time in seconds.items()}
-        tile = choose_config("quantized", M, N, r, itemsize, call.dropout, device)
-        saved = N * K * (itemsize - code_bytes) / bandwidth
+        tile, gemm, speed = product("quantized", N, call.dropout)
+        saved = N * K * (itemsize - code_bytes)
         decoding = -(-M // tile.BLOCK_M) * N * K / _DECODED
-        seconds["in_loop"] = max(gemm, traffic - saved) + read_x + _LAUNCH + decoding
+        seconds["in_loop"] = max(gemm, (moved - saved) / speed) + read_x + _LAUNCH + decoding
     return seconds
 
 

@@ -33,7 +33,7 @@ def weight_norm(
 
         w = weight if isinstance(weight, Tensor) else weight.matrix()
         return dora.weight_norm(w, lora_A, lora_B, scale=scaling)
-    with backends._no_autocast(weight.device):
+    with backends._no_autocast(lora_A):
         return torch_backend.weight_norm(weight, lora_A, lora_B, scaling)
 
 

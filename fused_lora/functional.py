@@ -48,7 +48,7 @@ def _autocast(x: Tensor, weight: Weight, bias: Tensor | None) -> tuple[Any, Any,
     The adapters are not cast: both backends take them in any dtype, so that fp32 adapters get
     fp32 gradients and x needs no fp32 copy.
     """
-    if not isinstance(x, Tensor) or not autocast_enabled(x.device):
+    if not isinstance(x, Tensor) or not autocast_enabled(x):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
 

@@ -201,7 +201,7 @@ def _lasting_arguments(layer: FusedPeftLinear, x: Tensor) -> Arguments | None:
         return _plain_arguments(layer) if type(base) is nn.Linear else None
     # Where x and y are cast nowhere on the way, and the bias neither.
     casts = {_compute_dtype(layer, x), x.dtype if base.bias is None else base.bias.dtype}
-    if autocast_enabled(x.device):
+    if autocast_enabled(x):
         casts = {torch.get_autocast_dtype(x.device.type)}
     return _arguments(layer, _read(base), x.dtype) if casts == {x.dtype} else None
 
@@ -278,7 +278,7 @@ def _fits(layer: peft_lora.Linear, x: object) -> bool:
         return False
     if isinstance(layer, _OVER_CODES):
         return x.dtype in checks.DTYPES
-    return x.dtype == layer.base_layer.weight.dtype or autocast_enabled(x.device)
+    return x.dtype == layer.base_layer.weight.dtype or autocast_enabled(x)
 
 
 def obstacle(layer: peft_lora.Linear, adapter_names: Sequence[str] | None = None) -> str | None:

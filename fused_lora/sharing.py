@@ -84,7 +84,7 @@ def _mode(x: Tensor) -> tuple[object, ...]:
         x.requires_grad,
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        autocast_enabled(x.device) and torch.get_autocast_dtype(device),
+        autocast_enabled(x) and torch.get_autocast_dtype(device),
         torch.cuda.current_stream(x.device) if device == "cuda" else None,
     )
 
@@ -114,7 +114,7 @@ def _fit(x: Tensor, calls: Sequence[Arguments]) -> bool:
         and x.ndim > 0
         and all(call.weight.shape[-1] == x.shape[-1] for call in calls)
         and len({call.backend for call in calls}) == 1
-        and (autocast_enabled(x.device) or all(t.dtype == x.dtype for t in plain))
+        and (autocast_enabled(x) or all(t.dtype == x.dtype for t in plain))
     )
 
 

@@ -40,6 +40,9 @@ MAX_GROUP = 3  # members of one launch: its code is as long as they are many
 MIN_DOT = 16  # tl.dot takes no smaller side
 MAX_SKINNY_M = 64
 _TMA_ALIGNMENT = 16  # bytes
+# A tile's time for an element of y is 1 + this / BLOCK_M + this / BLOCK_N: 128 x 128 at 0.95 of the
+# speed of 128 x 256, and 64 x 64 at 0.79. An estimate, of what CUTLASS's profiler usually says.
+_OPERANDS = 16
 MAX_CHUNK_R = 64  # ranks of h B whose operands a persistent program holds while it multiplies x W
 
 
@@ -82,6 +85,8 @@ _GEMM_16BIT = (
     TileConfig(64, 128, 64, num_warps=8, num_stages=3),
     TileConfig(64, 128, 64, num_warps=4, num_stages=3),  # Blackwell's: see `is_valid`
     TileConfig(64, 64, 64, num_warps=4, num_stages=3),
+    # Few rows: as many bytes of W on their way as fit.
+    TileConfig(16, 64, 64, num_warps=4, num_stages=5),
     TileConfig(16, 64, 64, num_warps=4, num_stages=3),
 )
 # W's tile is in registers, in fp32, between its codes and the product; and it is read in codes, so
@@ -311,10 +316,12 @@ def choose_config(
     device: DeviceInfo,
     dora: bool = False,
 ) -> TileConfig:
-    """The largest valid tile that gives every multiprocessor one of the output [M, N].
+    """The valid tile that should be done with the output [M, N] first.
 
-    Where none does, the one that makes the most tiles; in either case none that is more than half
-    empty rows, if there is another. Raises ValueError where `ship` is empty.
+    Multiprocessors work through tiles in rounds, the last of which may be mostly empty; and a tile
+    of BLOCK_M x BLOCK_N reads BLOCK_M + BLOCK_N operands for each step of K, so that a small one is
+    slower for what it computes. None is more than half empty rows, if there is another. Raises
+    ValueError where `ship` is empty.
     """
     valid = ship(kind, r, itemsize, dropout, device, dora)
     if not valid:
@@ -325,10 +332,18 @@ def choose_config(
         return next((c for c in valid if c.BLOCK_M >= M), valid[-1])
     valid = tuple(c for c in valid if c.BLOCK_M <= 2 * padded(M)) or valid[-1:]
 
-    def tiles(config: TileConfig) -> int:
-        return -(-M // config.BLOCK_M) * -(-N // config.BLOCK_N)
+    def cost(config: TileConfig) -> float:
+        side_m, side_n = config.BLOCK_M, config.BLOCK_N
+        return computed(config, M, N, device) * (1 + _OPERANDS / side_m + _OPERANDS / side_n)
 
-    return next((c for c in valid if tiles(c) >= device.num_sms), max(valid, key=tiles))
+    return min(valid, key=cost)
+
+
+def computed(config: TileConfig, M: int, N: int, device: DeviceInfo) -> int:
+    """Elements that a GPU has time for in the rounds of tiles that y [M, N] takes; M N at least."""
+    tiles = -(-M // config.BLOCK_M) * -(-N // config.BLOCK_N)
+    programs = device.num_sms * config.programs_per_sm
+    return -(-tiles // programs) * programs * config.BLOCK_M * config.BLOCK_N
 
 
 def tma_obstacle(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor | None = None) -> str | None:

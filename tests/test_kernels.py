@@ -120,6 +120,11 @@ def test_choice_of_a_tile():
 
     assert (choose(8192, 4096).BLOCK_M, choose(8192, 4096).BLOCK_N) == (128, 256)
     assert choose(1, 4096).BLOCK_M == 16
+    # One round of the larger tile instead of two of the smaller one, and one that is full.
+    assert (choose(1024, 4096).BLOCK_M, choose(1024, 4096).BLOCK_N) == (128, 256)
+    assert (choose(512, 1024).BLOCK_M, choose(512, 1024).BLOCK_N) == (64, 64)
+    # 2.4 rounds of 128 x 256 take as long as 3; 4.8 of 128 x 128 as long as 5 halves.
+    assert (choose(2048, 5120).BLOCK_M, choose(2048, 5120).BLOCK_N) == (128, 128)
     with pytest.raises(ValueError, match="no one_pass tile configuration takes rank 65"):
         choose(8192, 4096, r=65)
 
