@@ -292,6 +292,8 @@ torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
 assert losses[-1] != losses[0]
 if accelerator.is_main_process:
     print("equal")
+accelerator.wait_for_everyone()
+accelerator.end_training()  # else gloo may abort where one process ends before the other
 """
 
 
