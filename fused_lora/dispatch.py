@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import os
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -330,8 +330,32 @@ def _facts(tensor: Tensor | QuantizedWeight) -> tuple[object, ...]:
     return tensor.shape, tensor.dtype, tensor.device, tensor.layout, type(tensor), negated
 
 
+class Decision(NamedTuple):
+    """All that there is to know of a call before it runs."""
+
+    call: Call
+    plan: Plan
+    scaling: float
+    threshold: int  # of its dropout
+
+
 _calls: dict[tuple[object, ...], Call] = {}  # a checked call by the facts about its arguments
+decisions: dict[tuple[object, ...], Decision] = {}  # and with all its options
 _MAX_CALLS = 4096
+
+
+def remember(key: tuple[object, ...] | None, decision: Decision) -> None:
+    """Keeps a decision for calls of the same ``key``, if there is one, until `forget_plans`."""
+    if key is not None:
+        if len(decisions) >= _MAX_CALLS:
+            decisions.clear()
+        decisions[key] = decision
+
+
+def forget_plans() -> None:
+    """Lets every call be decided anew: a table has changed."""
+    plan.cache_clear()
+    decisions.clear()
 
 
 def checked_call(

@@ -191,5 +191,5 @@ def tune(
             if progress is not None:
                 progress(done, len(problems), m)
         tables.save(gpu, best)  # after each, so that a run that is cut off has kept the rest
-    dispatch.plan.cache_clear()
+    dispatch.forget_plans()
     return best

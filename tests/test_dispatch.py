@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fused_lora import dispatch, explain
-from fused_lora.dispatch import Call, plan, predicted_seconds
+from fused_lora.dispatch import Call, forget_plans, plan, predicted_seconds
 from fused_lora.kernels.device import SHARED_MEMORY, DeviceInfo, device_info
 from fused_lora.tables import Strategy
 
@@ -28,9 +28,9 @@ CALL = Call(
 def h100(monkeypatch):
     """Lets the dispatcher believe that cuda:0 is an H100."""
     monkeypatch.setattr(dispatch, "device_info", lambda device: H100)
-    plan.cache_clear()
+    forget_plans()
     yield
-    plan.cache_clear()
+    forget_plans()
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_only_hopper_and_later_have_tensor_descriptors():
 def test_too_old_a_gpu(monkeypatch):
     old = DeviceInfo(capability=75, num_sms=40, shared_memory=65536)
     monkeypatch.setattr(dispatch, "device_info", lambda device: old)
-    plan.cache_clear()
+    forget_plans()
     assert plan(CALL, "auto").backend == "torch"
     with pytest.raises(RuntimeError, match="older than compute capability 8.0"):
         plan(CALL, "triton")

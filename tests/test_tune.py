@@ -13,7 +13,7 @@ import torch
 from oracle import check, fused, problem, run
 
 from fused_lora import dispatch, tables
-from fused_lora.dispatch import Call, plan
+from fused_lora.dispatch import Call, forget_plans, plan
 from fused_lora.kernels.configs import TileConfig, ship
 from fused_lora.kernels.device import INTERPRETED
 from fused_lora.tables import Choice, key, save, table, user_path
@@ -28,10 +28,10 @@ CALL = Call(5, 16, 24, 8, torch.float16, torch.device("cpu"), False, plain_tenso
 def own_cache(monkeypatch, tmp_path):
     """A user cache folder of the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for forget in (table.cache_clear, plan.cache_clear):
+    for forget in (table.cache_clear, forget_plans):
         forget()
     yield
-    for forget in (table.cache_clear, plan.cache_clear):
+    for forget in (table.cache_clear, forget_plans):
         forget()
 
 
