@@ -24,12 +24,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fused_lora import dispatch, lora_linear
+from fused_lora import dispatch, lora_linear, quantize_nf4
 from fused_lora.dispatch import Strategy
 from fused_lora.kernels.device import SHARED_MEMORY
 
 SIDE, RANK, ARCH = 64, 16, 90
-STRATEGIES: tuple[Strategy, ...] = ("one_pass", "split", "skinny")
+STRATEGIES: tuple[Strategy, ...] = ("one_pass", "split", "skinny", "in_loop")
 
 Launch = tuple[str, tuple[Any, ...], tuple[Any, ...]]  # kernel, grid, arguments
 launches: list[Launch] | None = None  # the stand-in puts them here, where there is a list
@@ -72,7 +72,10 @@ class StandIn:
 def kernel_path(
     strategy: Strategy, dropout_p: float = 0.0
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A layer of SIDE x SIDE in bf16 that takes the kernels, and one strategy, on CPU tensors."""
+    """A layer of SIDE x SIDE in bf16 that takes the kernels, and one strategy, on CPU tensors.
+
+    For "in_loop" its weight is in nf4.
+    """
     driver.set_active(StandIn())
     decided = {
         "kernel_obstacle": lambda call: None,
@@ -81,7 +84,8 @@ def kernel_path(
     }
     vars(dispatch).update(decided)
     dispatch.forget_plans()
-    weight = torch.randn(SIDE, SIDE, dtype=torch.bfloat16)
+    plain = torch.randn(SIDE, SIDE, dtype=torch.bfloat16)
+    weight = quantize_nf4(plain) if strategy == "in_loop" else plain
     A = torch.randn(RANK, SIDE, dtype=torch.bfloat16, requires_grad=True)
     B = torch.randn(SIDE, RANK, dtype=torch.bfloat16, requires_grad=True)
     return lambda x: lora_linear(x, weight, A, B, scaling=2.0, dropout_p=dropout_p)
@@ -119,7 +123,7 @@ def main() -> None:
         return
     print(f"M 1, {SIDE} x {SIDE}, r {RANK}, bf16, Triton {triton.__version__}: us a call")
     for strategy, times in found.items():
-        print(f"{strategy:9s} no_grad {times['no_grad']:5.1f}   grad {times['grad']:5.1f}")
+        print(f"{strategy:8s} no_grad {times['no_grad']:5.1f}   grad {times['grad']:5.1f}")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,11 @@ itself. Sizes, dtypes and constants that are as in an earlier call need no look:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
+from torch import Tensor
 from triton.compiler import CompiledKernel
 
 _MAX_KNOWN = 4096  # launches of one kernel: every M of a dynamic batch is one
@@ -31,22 +34,23 @@ class Launcher:
     ) -> None:
         """``kernel[grid](*tensors, *sizes, *numbers, **constants)`` on the current device's stream.
 
-        tensors: None is one that is not there; the first is. A tuple of some (a quantised weight's
-        tables) leaves the launch to Triton.
-        numbers: what the kernel is not specialised by, always of the same types. constants: the
-        constant parameters and the compiler's options, always in the same order.
+        tensors: the first is one, others may be None or a tuple of such (a quantised weight's
+        tables). numbers: what the kernel is not specialised by, always of the same types.
+        constants: the constant parameters and the compiler's options, always in the same order.
         """
         try:
             pointers = [None if t is None else t.data_ptr() for t in tensors]
+            dtypes = [None if t is None else t.dtype for t in tensors]
+            addresses = pointers
         except AttributeError:  # a tuple
-            self.kernel[grid](*tensors, *sizes, *numbers, **constants)
-            return
-        dtypes = [None if t is None else t.dtype for t in tensors]
-        key = (tensors[0].get_device(), sizes, *dtypes, *constants.values())
+            pointers = _nested(Tensor.data_ptr, tensors)
+            dtypes = _nested(attrgetter("dtype"), tensors)
+            addresses = [p for part in pointers for p in (part if type(part) is tuple else (part,))]
         bits = 0
-        for pointer in pointers:
-            if pointer is not None:
-                bits |= pointer
+        for address in addresses:
+            if address is not None:
+                bits |= address
+        key = (tensors[0].get_device(), sizes, *dtypes, *constants.values())
         known = self._known.get(key)
         if known is not None and not bits & 15:
             compiled, tail = known
@@ -60,3 +64,11 @@ class Launcher:
             given = len(tensors) + len(sizes) + len(numbers)
             tail = tuple(constants.get(p.name, p.default) for p in self.kernel.params[given:])
             self._known[key] = compiled, tail
+
+
+def _nested(read: Callable[[Tensor], object], tensors: tuple[Any, ...]) -> list[Any]:
+    """What ``read`` finds of each tensor; of a tuple, one of them."""
+    return [
+        None if t is None else tuple(_nested(read, t)) if isinstance(t, tuple) else read(t)
+        for t in tensors
+    ]

@@ -15,7 +15,12 @@ from fused_lora.kernels import gemm
 from fused_lora.kernels.launch import Launcher
 
 LOOKED = []  # kernels that Triton looked at the arguments of
-LAUNCHES = {"one_pass": 1, "split": 2, "skinny": 2}  # of y; the gradients of A and B share one
+LAUNCHES = {
+    "one_pass": 1,
+    "split": 2,
+    "skinny": 2,
+    "in_loop": 2,
+}  # of y; the gradients of A and B share one
 _run, _launch = JITFunction.run, Launcher.__call__
 
 
@@ -27,14 +32,19 @@ def _counted(self, *args, **kwargs):
 JITFunction.run = _counted
 
 
+def _address(argument):
+    if isinstance(argument, tuple):
+        return tuple(map(_address, argument))
+    return argument.data_ptr() if isinstance(argument, torch.Tensor) else argument
+
+
 def _launches(call):
     """What the driver got, each tensor as its address, and which kernels Triton looked at."""
     launch_overhead.launches = []
     LOOKED.clear()
     call()
     plain = [
-        (name, grid, [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args])
-        for name, grid, args in launch_overhead.launches
+        (name, grid, [_address(a) for a in args]) for name, grid, args in launch_overhead.launches
     ]
     return plain, list(LOOKED)
 
@@ -107,7 +117,7 @@ if __name__ == "__main__":
     driver.set_active(launch_overhead.StandIn())
     check_another_call_is_looked_at()
     check_the_memory_of_launches_is_bounded()
-    for strategy in ("one_pass", "split", "skinny"):
+    for strategy in LAUNCHES:
         check_known_launches(strategy, 0.0, 1, False)
         check_known_launches(strategy, 0.0, 3, True)
     for strategy in ("split", "skinny"):
