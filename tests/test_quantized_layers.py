@@ -245,7 +245,7 @@ def test_dora_over_nf4_under_torch_func():
 
 
 def test_dora_over_nf4_is_explained():
-    p, weight = _dora_problem(5, 6, 64, 2, quantizer="nf4")
+    p, weight = _dora_problem(5, 512, 1024, 2, quantizer="nf4")
     said = str(explain(p.x, weight, p.lora_A, p.lora_B, magnitude=p.magnitude, backend="triton"))
     assert "dora: one more read of W0 for the norm; the column scale is in the epilogue" in said
     assert "nf4, tiles become values in the K loop" in said
