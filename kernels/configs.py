@@ -55,10 +55,11 @@ class TileConfig:
     BLOCK_K: int
     num_warps: int
     num_stages: int
-    # Of the persistent kernel only; None elsewhere.
+    # Of the persistent kernels only; None elsewhere.
     GROUP_M: int | None = None  # rows of tiles that run side by side and share W's tiles in L2
     SUBTILES: int | None = None  # parts that y's tile is stored in: 1, 2 or 4
     FLATTEN: bool | None = None  # the next tile's first loads overlap this tile's end
+    COOPERATIVE: bool | None = None  # both consumers work on one tile, else on one each
     programs_per_sm: int = 1
 
     def meta(self) -> dict[str, int | bool]:
