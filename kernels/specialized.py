@@ -147,7 +147,7 @@ def loader(
     PARTS: gl.constexpr,
     W_TRANSPOSED: gl.constexpr,
 ):
-    """The loading warp: draws the items, or counts them, and loads what they take in their order."""
+    """The loading warp: draws the items, or counts them, and loads what each takes in turn."""
     TILE_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
     items = num_m * (num_r + num_n)
@@ -256,16 +256,21 @@ def multiply(
 
 
 @gluon.jit
+def split_columns(tile, PARTS: gl.constexpr):
+    """The tile as PARTS tiles side by side: 1, 2, 4, ..."""
+    if PARTS == 1:
+        return (tile,)
+    else:
+        left, right = halves(tile)
+        return split_columns(left, PARTS // 2) + split_columns(right, PARTS // 2)
+
+
+@gluon.jit
 def store_y(y_desc, acc, y_stage, row, col, consumer: gl.constexpr, SUBTILES: gl.constexpr):
-    """Stores a consumer's tile in SUBTILES parts, each through staging memory that is free again."""
+    """Stores a consumer's tile in SUBTILES parts, by way of staging memory that is free again."""
     WIDTH: gl.constexpr = y_desc.block_type.shape[1]
     BUFFERS: gl.constexpr = y_stage.shape[0] // CONSUMERS
-    tiles = (acc,)
-    for _ in gl.static_range(SUBTILES.bit_length() - 1):
-        parts = ()
-        for i in gl.static_range(len(tiles)):
-            parts = parts + halves(tiles[i])
-        tiles = parts
+    tiles = split_columns(acc, SUBTILES)
     for i in gl.static_range(SUBTILES):
         tile = tiles[i].to(y_desc.dtype)
         stage = y_stage.index(consumer * BUFFERS + i % BUFFERS)
@@ -312,9 +317,7 @@ def consume(
 ):
     """A multiplying warp group: its part of each item, or each second item."""
     TILE_M: gl.constexpr = y_desc.block_type.shape[0]
-    layout: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [CONSUMER_WARPS, 1], [16, BLOCK_N, 16]
-    )
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [CONSUMER_WARPS, 1], [16, BLOCK_N, 16])
     layout_h: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [CONSUMER_WARPS, 1], [16, BLOCK_K, 16]
     )
@@ -332,29 +335,27 @@ def consume(
         pid_m, column = work_item(item, num_m, num_n, num_r, GROUP_M)
         row = (pid_m * PARTS + part) * TILE_M
         mine = PARTS == CONSUMERS or index % CONSUMERS == consumer
-        if PARTS == 1:
-            if mine:
-                # A parity tells one phase of `ready` from the next: the steps before must be there.
-                mbarrier.wait(turns.index(consumer), (index // CONSUMERS + other) & 1)
+        if PARTS == 1 and mine:
+            # A parity tells a phase of `ready` from the next only: the steps before must be there.
+            mbarrier.wait(turns.index(consumer), (index // CONSUMERS + other) & 1)
         if column < num_r:
-            if sync_ptr is not None:
-                if mine:
-                    acc = gl.zeros([TILE_M, BLOCK_K], gl.float32, layout_h)
-                    acc = multiply(
-                        acc, step, steps_k, step, x_ring, w_ring, ready, empty, part,
-                        STAGES, PARTS, BLOCK_K, W_TRANSPOSED,
-                    )  # fmt: skip
-                    if PARTS == 1:
-                        mbarrier.arrive(turns.index(other))
-                    acc = warpgroup_mma_wait(0, deps=(acc,))
-                    last, _ = ring_place(step + steps_k - 1, STAGES)
-                    mbarrier.arrive(empty.index(last))
-                    offs_m = row + gl.arange(0, TILE_M, gl.SliceLayout(1, layout_h))
-                    offs_r = column * BLOCK_K + gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout_h))
-                    store_h(h_ptr, (acc * scale).to(y_desc.dtype), offs_m, offs_r, M, R)
-                    proxy_fence()
-                    flag = (pid_m * num_r + column) * PARTS + part
-                    publish(sync_ptr + FLAGS + flag, epoch)
+            if sync_ptr is not None and mine:
+                acc = gl.zeros([TILE_M, BLOCK_K], gl.float32, layout_h)
+                acc = multiply(
+                    acc, step, steps_k, step, x_ring, w_ring, ready, empty, part,
+                    STAGES, PARTS, BLOCK_K, W_TRANSPOSED,
+                )  # fmt: skip
+                if PARTS == 1:
+                    mbarrier.arrive(turns.index(other))
+                acc = warpgroup_mma_wait(0, deps=(acc,))
+                last, _ = ring_place(step + steps_k - 1, STAGES)
+                mbarrier.arrive(empty.index(last))
+                offs_m = row + gl.arange(0, TILE_M, gl.SliceLayout(1, layout_h))
+                offs_r = column * BLOCK_K + gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout_h))
+                store_h(h_ptr, (acc * scale).to(y_desc.dtype), offs_m, offs_r, M, R)
+                proxy_fence()
+                flag = (pid_m * num_r + column) * PARTS + part
+                publish(sync_ptr + FLAGS + flag, epoch)
             step += steps_k
         else:
             if mine:
@@ -432,10 +433,12 @@ def lora_specialized_kernel(
         x_desc.dtype, [STAGES * PARTS, TILE_M, BLOCK_K], x_desc.layout
     )
     w_ring = gl.allocate_shared_memory(
-        w_desc.dtype, [STAGES] + w_desc.block_type.shape, w_desc.layout
+        w_desc.dtype,
+        [STAGES, w_desc.block_type.shape[0], w_desc.block_type.shape[1]],
+        w_desc.layout,
     )
     y_stage = gl.allocate_shared_memory(
-        y_desc.dtype, [CONSUMERS * BUFFERS] + y_desc.block_type.shape, y_desc.layout
+        y_desc.dtype, [CONSUMERS * BUFFERS, TILE_M, BLOCK_N // SUBTILES], y_desc.layout
     )
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -463,7 +466,7 @@ def lora_specialized_kernel(
                     board, posted, taken, sync_ptr, epoch, num_m, num_n, num_r, M, N, K, R,
                     stride_bias, scale, BLOCK_N, BLOCK_K, DEPTH_R, GROUP_M, STAGES, PARTS,
                     SUBTILES, W_TRANSPOSED, 0,
-                ),  # fmt: skip
+                ),
             ),
             (
                 consume,
@@ -472,7 +475,7 @@ def lora_specialized_kernel(
                     board, posted, taken, sync_ptr, epoch, num_m, num_n, num_r, M, N, K, R,
                     stride_bias, scale, BLOCK_N, BLOCK_K, DEPTH_R, GROUP_M, STAGES, PARTS,
                     SUBTILES, W_TRANSPOSED, 1,
-                ),  # fmt: skip
+                ),
             ),
             (
                 loader,
@@ -480,12 +483,12 @@ def lora_specialized_kernel(
                     x_desc, w_desc, a_desc, h_desc, b_desc, x_ring, w_ring, ready, empty,
                     board, posted, taken, sync_ptr, epoch, num_m, num_n, num_r, K, R,
                     BLOCK_N, GROUP_M, STAGES, PARTS, W_TRANSPOSED,
-                ),  # fmt: skip
+                ),
             ),
         ],
         [CONSUMER_WARPS, 1],
         [CONSUMER_REGISTERS, LOADER_REGISTERS],
-    )
+    )  # fmt: skip
 
 
 def _descriptor(t: torch.Tensor, rows: int, columns: int, turned: bool = False) -> TensorDescriptor:

@@ -58,6 +58,7 @@ class _Thread(threading.Thread):
         self.done = False
         self.products: list[Callable[[], None]] = []  # in flight, in order
         self.stores: list[Callable[[], None]] = []
+        self.committed: list[Callable[[], None]] = []  # all stores so far
         self.dirty: list[Callable[[], None]] = []  # stored plainly, not fenced yet
 
     def run(self) -> None:
@@ -202,7 +203,7 @@ class Shared:
         return self.plain.clone()
 
     def store(self, value: torch.Tensor) -> None:
-        assert self.dtype == value.dtype and self.shape == list(value.shape)
+        assert (self.dtype, self.shape) == (value.dtype, list(value.shape))
         self.plain.copy_(value)
         self.machine.current.dirty.append(lambda: void(self.fenced.copy_(self.plain)))
         self.machine.switch()
@@ -382,7 +383,7 @@ class _Language:
     # The copy engine
 
     def async_load(self, desc: Descriptor, at: list[int], barrier: Barrier, to: Shared) -> None:
-        assert to.shape == desc.block_type.shape and to.dtype == desc.dtype
+        assert (to.dtype, to.shape) == (desc.dtype, desc.block_type.shape)
         to.fill(float("nan"))
         flat = _flat(desc.base)
 
@@ -397,26 +398,29 @@ class _Language:
         self.machine.switch()
 
     def async_store(self, desc: Descriptor, at: list[int], source: Shared) -> None:
-        assert source.shape == desc.block_type.shape and source.dtype == desc.dtype
+        assert (source.dtype, source.shape) == (desc.dtype, desc.block_type.shape)
 
         def copy() -> None:
             target, rows, columns = desc.overlap(_flat(desc.base), at)
             target.copy_(source.fenced[:rows, :columns])
 
         self.machine.current.stores.append(copy)
+        self.machine.current.committed.append(copy)
         self.machine.switch()
 
     def store_wait(self, pendings: int) -> None:
-        stores = self.machine.current.stores
-        older = stores[: max(0, len(stores) - pendings)]
-        self.machine.switch(lambda: not any(s in stores for s in older), "its stores")
+        thread = self.machine.current  # which stores are too old, not how many may be in flight
+        older = thread.committed[: max(0, len(thread.committed) - pendings)]
+        self.machine.switch(lambda: not any(s in thread.stores for s in older), "its stores")
 
     # The tensor cores
 
     def warpgroup_mma(
         self, a: Shared, b: Shared, acc: Any, *, use_acc: bool = True, is_async: bool = False
     ) -> Product:
-        assert is_async and a.shape[1] == b.shape[0] and a.shape[1] % 16 == 0
+        assert is_async
+        assert a.shape[1] == b.shape[0]
+        assert a.shape[1] % 16 == 0
         before = acc if isinstance(acc, Product) else Product(acc)
         product = Product(before.value)
 
@@ -445,7 +449,9 @@ class _Language:
                 if isinstance(value, Barriers):
                     value.call(name)
         workers = [
-            machine.start(program, f"worker {i} {function.__name__}", lambda f=function, a=args: f(*a))
+            machine.start(
+                program, f"worker {i} {function.__name__}", lambda f=function, a=args: f(*a)
+            )
             for i, (function, args) in enumerate(partitions[1:])
         ]
         function, arguments = partitions[0]
