@@ -150,7 +150,7 @@ def kernel_obstacle(call: Call) -> Exception | None:
 
 
 @functools.cache
-def _gluon_problem() -> str | None:
+def gluon_problem() -> str | None:
     """Why the kernel in Gluon, an experimental part of Triton, cannot be had; None if it can."""
     try:
         importlib.import_module(".kernels.specialized", __package__)
@@ -165,7 +165,7 @@ def specialized_obstacle(on: torch.device, device: DeviceInfo) -> str | None:
         return "Triton's interpreter does not run Gluon"
     if not 90 <= device.capability < 100:
         return f"wgmma is Hopper's, and the GPU's compute capability {device.capability / 10:.1f}"
-    return _gluon_problem()
+    return gluon_problem()
 
 
 def ceilings(device: DeviceInfo) -> tuple[float, float]:

@@ -260,7 +260,7 @@ def _flat(t: torch.Tensor) -> torch.Tensor:
     return torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
 
 
-class _Language:
+class Language:
     """`gl`, `tl`, `tma` and `mbarrier` in one: what a kernel calls, over a machine."""
 
     constexpr = staticmethod(lambda value: value)
@@ -460,7 +460,7 @@ class _Language:
         machine.switch(lambda: all(w.done for w in workers), "the other partitions")
 
 
-def _rebuild(function: Any, language: _Language, made: dict[Any, Any]) -> Any:
+def _rebuild(function: Any, language: Language, made: dict[Any, Any]) -> Any:
     """The kernel's Python function, and all that it calls, with `language` for Gluon."""
     python = getattr(function, "fn", function)
     if python in made:
@@ -475,7 +475,7 @@ def _rebuild(function: Any, language: _Language, made: dict[Any, Any]) -> Any:
             value = language
         elif name in python.__code__.co_names and hasattr(value, "fn"):
             value = _rebuild(value, language, made)
-        elif name in python.__code__.co_names and name in dir(_Language):
+        elif name in python.__code__.co_names and name in dir(Language):
             value = getattr(language, name)
         names[name] = value
     return rebuilt
@@ -492,7 +492,7 @@ class Emulated:
 
     def launch(self, programs: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         machine = Machine(self.seed)
-        kernel = _rebuild(self.kernel, _Language(machine, programs), {})
+        kernel = _rebuild(self.kernel, Language(machine, programs), {})
         parameters = inspect.signature(kernel).parameters
         given = {**dict(zip(parameters, args, strict=False)), **kwargs}
         values = {name: _argument(v) for name, v in given.items() if name in parameters}
