@@ -114,6 +114,7 @@ class Case:
         tile = f"{c.BLOCK_M}x{c.BLOCK_N}x{c.BLOCK_K}w{c.num_warps}s{c.num_stages}"
         if c.SUBTILES:
             tile += f"/{c.SUBTILES}" + "+flat" * bool(c.FLATTEN) + "+coop" * bool(c.COOPERATIVE)
+            tile += f"+lead{c.LEAD}" * bool(c.LEAD)
         dtypes = f"{self.dtype}/{self.adapter_dtype}"
         kind = f"{self.kind} {self.codes}".strip()
         return f"sm_{self.arch} {kind}{flags} {dtypes} r{self.r} {tile}"

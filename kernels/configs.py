@@ -62,6 +62,7 @@ class TileConfig:
     SUBTILES: int | None = None  # parts that y's tile is stored in: 1, 2 or 4
     FLATTEN: bool | None = None  # the next tile's first loads overlap this tile's end
     COOPERATIVE: bool | None = None  # both consumers work on one tile, else on one each
+    LEAD: int | None = None  # steps that the first of them is ahead of the second on their tile
     programs_per_sm: int = 1
 
     def meta(self) -> dict[str, int | bool]:
@@ -173,7 +174,14 @@ _TMA_16BIT = (
 
 
 def _specialized(
-    M: int, N: int, num_stages: int, SUBTILES: int, *, GROUP_M: int = 8, COOPERATIVE: bool = True
+    M: int,
+    N: int,
+    num_stages: int,
+    SUBTILES: int,
+    *,
+    GROUP_M: int = 8,
+    COOPERATIVE: bool = True,
+    LEAD: int = 0,
 ) -> TileConfig:
     return TileConfig(
         M,
@@ -184,17 +192,19 @@ def _specialized(
         GROUP_M=GROUP_M,
         SUBTILES=SUBTILES,
         COOPERATIVE=COOPERATIVE,
+        LEAD=LEAD,
     )
 
 
 # A consumer's part of y is in its registers whole: 64 x 256 or 128 x 128.
 _SPECIALIZED_16BIT = (
+    _specialized(128, 256, num_stages=4, SUBTILES=4, LEAD=2),
+    _specialized(128, 256, num_stages=4, SUBTILES=4, LEAD=2, GROUP_M=16),
     _specialized(128, 256, num_stages=4, SUBTILES=4),
-    _specialized(128, 256, num_stages=4, SUBTILES=4, GROUP_M=16),
-    _specialized(256, 128, num_stages=4, SUBTILES=4),
+    _specialized(256, 128, num_stages=4, SUBTILES=4, LEAD=2),
     _specialized(128, 128, num_stages=5, SUBTILES=2, COOPERATIVE=False),
     _specialized(64, 256, num_stages=4, SUBTILES=2, COOPERATIVE=False),
-    _specialized(128, 128, num_stages=6, SUBTILES=1),
+    _specialized(128, 128, num_stages=6, SUBTILES=1, LEAD=2),
 )
 # y + h B: bound by memory, with few rows of one adapter side by side.
 _EXPAND_16BIT = (

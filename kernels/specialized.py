@@ -11,7 +11,9 @@ the next; a place holds one step, BLOCK_K of the reduction. h B is more steps of
 loader reads h and B for x and W, and a consumer multiplies as much of the place as there are ranks.
 Two barriers a place: `ready`, where the bytes of a step are awaited, and `empty`, where those who
 read them say that they have. Consumers keep one product in flight while they wait for the next.
-    cooperative   both work on each tile, on its upper and its lower half
+    cooperative   both work on each tile, on its upper and its lower half; the second begins when
+                  the first has done LEAD steps, which it stays ahead, so that one multiplies while
+                  the other stores
     ping-pong     they take turns with whole tiles: one stores while the other multiplies
 Forms, told apart by which operands are None:
     second     h given                 h was made before by gemm.py
@@ -229,15 +231,18 @@ def multiply(
     w_ring,
     ready,
     empty,
+    follower,
     part,
     STAGES: gl.constexpr,
     PARTS: gl.constexpr,
     DEPTH: gl.constexpr,
+    LEAD: gl.constexpr,
     W_TRANSPOSED: gl.constexpr,
 ):
     """acc += x w over `steps` steps from `step` on, of DEPTH each; the tile's began at `first`.
 
     A place is given back when the product after it has been started: the last one by the caller.
+    With LEAD, the barrier `follower` hears of the step after which the other consumer may begin.
     """
     WIDTH: gl.constexpr = acc.shape[1]
     for this in range(step, step + steps):
@@ -252,6 +257,8 @@ def multiply(
         acc = warpgroup_mma_wait(1, deps=(acc,))
         before, _ = ring_place(this + STAGES - 1, STAGES)
         mbarrier.arrive(empty.index(before), pred=this > first)
+        if LEAD > 0:
+            mbarrier.arrive(follower, pred=this == min(LEAD, steps) - 1)
     return acc
 
 
@@ -312,6 +319,7 @@ def consume(
     STAGES: gl.constexpr,
     PARTS: gl.constexpr,
     SUBTILES: gl.constexpr,
+    LEAD: gl.constexpr,
     W_TRANSPOSED: gl.constexpr,
     consumer: gl.constexpr,
 ):
@@ -325,6 +333,7 @@ def consume(
     items = num_m * (num_r + num_n)
     steps_k = gl.cdiv(K, BLOCK_K)
     steps_r = gl.cdiv(R, BLOCK_K)
+    AHEAD: gl.constexpr = LEAD if consumer == 0 else 0
     other: gl.constexpr = (consumer + 1) % CONSUMERS
     step = 0
     index = 0
@@ -335,6 +344,8 @@ def consume(
         pid_m, column = work_item(item, num_m, num_n, num_r, GROUP_M)
         row = (pid_m * PARTS + part) * TILE_M
         mine = PARTS == CONSUMERS or index % CONSUMERS == consumer
+        if LEAD > 0 and consumer > 0:
+            mbarrier.wait(turns.index(consumer), 0)  # for the first item; it has ended for others
         if PARTS == 1 and mine:
             # A parity tells a phase of `ready` from the next only: the steps before must be there.
             mbarrier.wait(turns.index(consumer), (index // CONSUMERS + other) & 1)
@@ -342,8 +353,8 @@ def consume(
             if sync_ptr is not None and mine:
                 acc = gl.zeros([TILE_M, BLOCK_K], gl.float32, layout_h)
                 acc = multiply(
-                    acc, step, steps_k, step, x_ring, w_ring, ready, empty, part,
-                    STAGES, PARTS, BLOCK_K, W_TRANSPOSED,
+                    acc, step, steps_k, step, x_ring, w_ring, ready, empty,
+                    turns.index(other), part, STAGES, PARTS, BLOCK_K, AHEAD, W_TRANSPOSED,
                 )  # fmt: skip
                 if PARTS == 1:
                     mbarrier.arrive(turns.index(other))
@@ -366,12 +377,12 @@ def consume(
                     bias = gl.load(bias_ptrs, mask=offs_n < N, other=0.0)
                 acc = gl.zeros([TILE_M, BLOCK_N], gl.float32, layout)
                 acc = multiply(
-                    acc, step, steps_k, step, x_ring, w_ring, ready, empty, part,
-                    STAGES, PARTS, BLOCK_K, W_TRANSPOSED,
+                    acc, step, steps_k, step, x_ring, w_ring, ready, empty,
+                    turns.index(other), part, STAGES, PARTS, BLOCK_K, AHEAD, W_TRANSPOSED,
                 )  # fmt: skip
                 acc = multiply(
-                    acc, step + steps_k, steps_r, step, x_ring, w_ring, ready, empty, part,
-                    STAGES, PARTS, DEPTH_R, W_TRANSPOSED,
+                    acc, step + steps_k, steps_r, step, x_ring, w_ring, ready, empty,
+                    turns.index(other), part, STAGES, PARTS, DEPTH_R, 0, W_TRANSPOSED,
                 )  # fmt: skip
                 if PARTS == 1:
                     mbarrier.arrive(turns.index(other))
@@ -415,6 +426,7 @@ def lora_specialized_kernel(
     STAGES: gl.constexpr,
     SUBTILES: gl.constexpr,
     COOPERATIVE: gl.constexpr,
+    LEAD: gl.constexpr,
     W_TRANSPOSED: gl.constexpr,
 ):
     PARTS: gl.constexpr = CONSUMERS if COOPERATIVE else 1
@@ -465,7 +477,7 @@ def lora_specialized_kernel(
                     y_desc, bias_ptr, h_ptr, x_ring, w_ring, y_stage, ready, empty, turns,
                     board, posted, taken, sync_ptr, epoch, num_m, num_n, num_r, M, N, K, R,
                     stride_bias, scale, BLOCK_N, BLOCK_K, DEPTH_R, GROUP_M, STAGES, PARTS,
-                    SUBTILES, W_TRANSPOSED, 0,
+                    SUBTILES, LEAD, W_TRANSPOSED, 0,
                 ),
             ),
             (
@@ -474,7 +486,7 @@ def lora_specialized_kernel(
                     y_desc, bias_ptr, h_ptr, x_ring, w_ring, y_stage, ready, empty, turns,
                     board, posted, taken, sync_ptr, epoch, num_m, num_n, num_r, M, N, K, R,
                     stride_bias, scale, BLOCK_N, BLOCK_K, DEPTH_R, GROUP_M, STAGES, PARTS,
-                    SUBTILES, W_TRANSPOSED, 1,
+                    SUBTILES, LEAD, W_TRANSPOSED, 1,
                 ),
             ),
             (

@@ -29,10 +29,12 @@ KERNEL = specialized.lora_specialized_kernel
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 H100 = DeviceInfo(90, 132, SHARED_MEMORY[90], name="NVIDIA H100")
 TOLERANCE = 2e-3  # of the result's norm: a few roundings
-TILE = TileConfig(32, 32, 16, 4, 3, GROUP_M=2, SUBTILES=2, COOPERATIVE=True)
+TILE = TileConfig(32, 32, 16, 4, 3, GROUP_M=2, SUBTILES=2, COOPERATIVE=True, LEAD=0)
 SMALL = [
     pytest.param(TILE, id="cooperative"),
     pytest.param(replace(TILE, num_stages=2, SUBTILES=1, GROUP_M=8), id="cooperative, 2 stages"),
+    pytest.param(replace(TILE, LEAD=2), id="cooperative, one ahead"),
+    pytest.param(replace(TILE, LEAD=2, num_stages=2), id="cooperative, one as far ahead as it can"),
     pytest.param(replace(TILE, COOPERATIVE=False), id="ping-pong"),
     pytest.param(
         replace(TILE, COOPERATIVE=False, num_stages=5, BLOCK_N=64, SUBTILES=4), id="ping-pong in 4"
