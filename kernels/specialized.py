@@ -268,6 +268,17 @@ def multiply(
 
 
 @gluon.jit
+def end_products(acc, last, empty, turn, STAGES: gl.constexpr, PARTS: gl.constexpr):
+    """acc, when its products are done, `last` the last one's step. Meanwhile the other may begin."""
+    if PARTS == 1:
+        mbarrier.arrive(turn)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    place, _ = ring_place(last, STAGES)
+    mbarrier.arrive(empty.index(place))
+    return acc
+
+
+@gluon.jit
 def split_columns(tile, PARTS: gl.constexpr):
     """The tile as PARTS tiles side by side: 1, 2, 4, ..."""
     if PARTS == 1:
@@ -361,11 +372,8 @@ def consume(
                     acc, step, steps_k, step, x_ring, w_ring, ready, empty,
                     turns.index(other), part, STAGES, PARTS, BLOCK_K, AHEAD, W_TRANSPOSED,
                 )  # fmt: skip
-                if PARTS == 1:
-                    mbarrier.arrive(turns.index(other))
-                acc = warpgroup_mma_wait(0, deps=(acc,))
-                last, _ = ring_place(step + steps_k - 1, STAGES)
-                mbarrier.arrive(empty.index(last))
+                last = step + steps_k - 1
+                acc = end_products(acc, last, empty, turns.index(other), STAGES, PARTS)
                 offs_m = row + gl.arange(0, TILE_M, gl.SliceLayout(1, layout_h))
                 offs_r = column * BLOCK_K + gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout_h))
                 store_h(h_ptr, (acc * scale).to(y_desc.dtype), offs_m, offs_r, M, R)
@@ -389,11 +397,8 @@ def consume(
                     acc, step + steps_k, steps_r, step, x_ring, w_ring, ready, empty,
                     turns.index(other), part, STAGES, PARTS, DEPTH_R, 0, W_TRANSPOSED,
                 )  # fmt: skip
-                if PARTS == 1:
-                    mbarrier.arrive(turns.index(other))
-                acc = warpgroup_mma_wait(0, deps=(acc,))
-                last, _ = ring_place(step + steps_k + steps_r - 1, STAGES)
-                mbarrier.arrive(empty.index(last))
+                last = step + steps_k + steps_r - 1
+                acc = end_products(acc, last, empty, turns.index(other), STAGES, PARTS)
                 if bias_ptr is not None:
                     acc = acc + bias.to(gl.float32)[None, :]
                 store_y(y_desc, acc, y_stage, row, col, consumer, SUBTILES)

@@ -14,7 +14,7 @@ import triton.language as tl
 from gluon_emulator import Emulated
 from oracle import check, fused, problem, run
 
-from fused_lora import dispatch, lora_linear, triton_backend
+from fused_lora import dispatch, lora_linear, triton_backend, tune
 from fused_lora.dispatch import Call, Plan, explain_call, plan, predicted_seconds
 from fused_lora.kernels import persistent, specialized
 from fused_lora.kernels.configs import TileConfig, ship
@@ -277,6 +277,20 @@ def test_the_model_never_takes_it(monkeypatch):
     assert not dispatch._by_model(CALL).startswith("ws_")
 
 
+def test_candidates_of_tuning(monkeypatch):
+    """The launch of ws_split has no dropout, which the forward does not need: it is in h's."""
+    monkeypatch.setattr(tune, "device_info", lambda device: H100)
+    dropped = replace(CALL, dropout=True)
+
+    def strategies(call, direction):
+        found = {strategy for strategy, _ in tune.candidates(call, direction)}
+        return {strategy for strategy in found if strategy.startswith("ws_")}
+
+    assert strategies(CALL, "forward") == strategies(CALL, "dx") == {"ws_split", "ws_one_launch"}
+    assert strategies(dropped, "forward") == {"ws_split"}
+    assert strategies(dropped, "dx") == set()
+
+
 @pytest.mark.parametrize(
     ("info", "call", "why"),
     [
@@ -303,7 +317,7 @@ import sys
 sys.modules["triton.experimental.gluon.language.nvidia.hopper"] = None
 import torch
 import fused_lora
-from fused_lora import dispatch, lora_linear, triton_backend
+from fused_lora import dispatch, lora_linear, triton_backend, tune
 from fused_lora.kernels.device import SHARED_MEMORY, DeviceInfo
 h100 = DeviceInfo(90, 132, SHARED_MEMORY[90])
 print(dispatch.specialized_obstacle(torch.device("cuda"), h100))
