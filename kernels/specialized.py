@@ -269,7 +269,7 @@ def multiply(
 
 @gluon.jit
 def end_products(acc, last, empty, turn, STAGES: gl.constexpr, PARTS: gl.constexpr):
-    """acc, when its products are done, `last` the last one's step. Meanwhile the other may begin."""
+    """acc once its products are done, of which `last` is the last step. The next turn may begin."""
     if PARTS == 1:
         mbarrier.arrive(turn)
     acc = warpgroup_mma_wait(0, deps=(acc,))
