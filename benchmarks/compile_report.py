@@ -29,9 +29,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_lora.dispatch import CEILINGS
+from fused_lora.dispatch import CEILINGS, gluon_problem
 from fused_lora.kernels import gemm, grads, group, multi, persistent, pieces, skinny
-from fused_lora.kernels.configs import MAX_GROUP, Kind, TileConfig, is_tma, padded, ship
+from fused_lora.kernels.configs import (
+    MAX_GROUP,
+    Kind,
+    TileConfig,
+    is_specialized,
+    is_tma,
+    padded,
+    ship,
+)
 from fused_lora.kernels.device import SHARED_MEMORY, DeviceInfo
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -50,6 +58,8 @@ RANKS: dict[Kind, tuple[int, ...]] = {
     "tma_one_pass": (16, 64),
     "tma_second": (16, 64, 128),
     "tma_produced": (16, 64, 128),
+    "ws_second": (16, 64),
+    "ws_produced": (16, 64),
 }
 # The kinds whose kernels come in a form for many adapters, and those that have no other. That of
 # "quantized" is the base product alone.
@@ -69,8 +79,8 @@ CODES: dict[str, tuple[str, tuple[str | None, ...], tuple[int, int]]] = {
 }
 FP8_ARCH = 89  # from there on there is the type, and a product in it
 # Warp-group products on Hopper, tcgen05 on Blackwell, warp products elsewhere and in small tiles,
-# in 16 bits (H) and fp8 (Q); loads and stores by the copy engine.
-INSTRUCTION = re.compile(r"\b(HGMMA|QGMMA|UTCHMMA|UTCQMMA|HMMA|QMMA|UTMALDG|UTMASTG)\b")
+# in 16 bits (H) and fp8 (Q); loads and stores by the copy engine; registers handed to other warps.
+INSTRUCTION = re.compile(r"\b(HGMMA|QGMMA|UTCHMMA|UTCQMMA|HMMA|QMMA|UTMALDG|UTMASTG|USETMAXREG)\b")
 TENSOR_CORE = {"HGMMA", "UTCHMMA", "HMMA"}
 FP8_TENSOR_CORE = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA"}
 LAYER = (8192, 4096, 4096)  # M, N, K
@@ -103,7 +113,8 @@ class Case:
         flags += "+dora" * self.dora + "+multi" * self.multi
         tile = f"{c.BLOCK_M}x{c.BLOCK_N}x{c.BLOCK_K}w{c.num_warps}s{c.num_stages}"
         if c.SUBTILES:
-            tile += f"/{c.SUBTILES}" + "+flat" * bool(c.FLATTEN)
+            tile += f"/{c.SUBTILES}" + "+flat" * bool(c.FLATTEN) + "+coop" * bool(c.COOPERATIVE)
+            tile += f"+lead{c.LEAD}" * bool(c.LEAD)
         dtypes = f"{self.dtype}/{self.adapter_dtype}"
         kind = f"{self.kind} {self.codes}".strip()
         return f"sm_{self.arch} {kind}{flags} {dtypes} r{self.r} {tile}"
@@ -127,6 +138,8 @@ def cases(archs: list[int], dtypes: list[str]) -> Iterator[Case]:
         device = DeviceInfo(capability=arch, num_sms=132, shared_memory=SHARED_MEMORY[arch])
         itemsize = 4 if dtype == "fp32" else 2
         for kind, ranks in RANKS.items():
+            if is_specialized(kind) and gluon_problem():
+                continue
             for r, dropout in product(ranks, (False, True)):
                 for adapter_dtype, transposed, dora in _operands(kind, dtype, r, dropout):
                     # The persistent launches that make y mask it in the input gradient alone; the
@@ -142,7 +155,9 @@ def cases(archs: list[int], dtypes: list[str]) -> Iterator[Case]:
                         continue
                     masks = dropout and (transposed or not is_tma(kind))
                     tiles = ship(kind, r, itemsize, masks, device, dora)
-                    if is_tma(kind):  # GROUP_M changes the order of the tiles, not the code
+                    if is_tma(kind) or is_specialized(
+                        kind
+                    ):  # GROUP_M changes the order of the tiles, not the code
                         tiles = tuple(dict.fromkeys(replace(c, GROUP_M=8) for c in tiles))
                     summed = tiles if kind == "skinny" else ()
                     if kind == "grad" and not dropout and r == 16:
@@ -193,6 +208,8 @@ def _operands(kind: Kind, dtype: str, r: int, dropout: bool) -> list[tuple[str, 
     """Adapter dtype, layout of W0, DoRA. fp32 adapters take the most; x's own dtype is sampled."""
     if kind in ("grad", "multi_grad"):
         return [(dtype, False, False)]  # reads neither
+    if is_specialized(kind):
+        return [(dtype, False, False), (dtype, True, False)]  # others are copied into it
     sampled = r == 16 and dtype != "fp32" and not is_tma(kind) and kind != "skinny"
     if kind == "group":
         return [("fp32", True, False)] + [(dtype, True, False)] * sampled
@@ -357,6 +374,41 @@ def _tma_source(case: Case) -> tuple[Any, dict[str, str], dict[str, object]]:
     return persistent.lora_persistent_kernel, pointers, constants
 
 
+def _specialized_source(case: Case) -> tuple[Any, dict[str, str], dict[str, object]]:
+    from triton.experimental.gluon import language as gl
+
+    from fused_lora.kernels import specialized
+
+    config, forward = case.config, not case.transposed
+    dtype = gl.float16 if case.dtype == "fp16" else gl.bfloat16
+    rows = config.BLOCK_M // 2 if config.COOPERATIVE else config.BLOCK_M
+    BLOCK_N, BLOCK_K, SUBTILES = config.BLOCK_N, config.BLOCK_K, config.SUBTILES or 1
+
+    def descriptor(rows: int, columns: int, transposed: bool = False) -> str:
+        block = [columns, rows] if transposed else [rows, columns]
+        layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+        return f"tensordesc<{case.dtype}{block},{layout!r}>"
+
+    pointers = {
+        "x_desc": descriptor(rows, BLOCK_K),
+        "w_desc": descriptor(BLOCK_K, BLOCK_N, forward),
+        "h_desc": descriptor(rows, BLOCK_K),
+        "b_desc": descriptor(BLOCK_K, BLOCK_N, forward),
+        "y_desc": descriptor(rows, BLOCK_N // SUBTILES),
+        "bias_ptr": f"*{case.dtype}",
+    }
+    if case.kind == "ws_produced":
+        pointers["a_desc"] = descriptor(BLOCK_K, BLOCK_K, forward)
+        pointers |= {"h_ptr": f"*{case.dtype}", "sync_ptr": "*i32"}
+    constants: dict[str, object] = {
+        "stride_bias": 1,
+        "DEPTH_R": min(padded(case.r), BLOCK_K),
+        "STAGES": config.num_stages,
+        "W_TRANSPOSED": forward,
+    }
+    return specialized.lora_specialized_kernel, pointers, constants
+
+
 _UNSPECIALISED = ("scale", "keep_scale", "threshold")
 
 
@@ -393,6 +445,8 @@ def source(case: Case) -> ASTSource:
         return _group_source(case)
     if is_tma(case.kind):
         build = _tma_source
+    elif is_specialized(case.kind):
+        build = _specialized_source
     elif case.multi and case.kind not in ("second", "quantized"):
         build = _multi_source
     else:
@@ -429,6 +483,10 @@ def specialised(kernel: Any, pointers: dict[str, Any], constants: dict[str, obje
         if name not in _UNSPECIALISED and not name.endswith("_desc"):
             attrs[(index,)] = [["tt.divisibility", 16]]
     indexed |= {(names.index(name),): value for name, value in constants.items()}
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource(kernel, signature, indexed, attrs)
     return ASTSource(kernel, signature, indexed, attrs)
 
 
@@ -437,6 +495,14 @@ def resources(case: Case) -> Resources:
     config = case.config
     num_warps = 4 if case.sums else config.num_warps
     options = {k: v for k, v in config.meta().items() if not k.isupper()}
+    warps = num_warps
+    if is_specialized(case.kind):
+        from fused_lora.kernels.specialized import MAX_REGISTERS
+
+        warps *= (
+            3  # two consumers, and the loader: registers are handed out to four warps at a time
+        )
+        options["maxnreg"] = MAX_REGISTERS
     compiled = triton.compile(
         source(case),
         target=GPUTarget("cuda", case.arch, 32),
@@ -453,9 +519,9 @@ def resources(case: Case) -> Resources:
     shared = compiled.metadata.shared
     occupancy = min(
         # A warp's registers are handed out by 256.
-        REGISTERS_PER_SM // (num_warps * -(-registers * 32 // 256) * 256),
+        REGISTERS_PER_SM // (warps * -(-registers * 32 // 256) * 256),
         (SHARED_MEMORY[case.arch] + RESERVED_SHARED) // (shared + RESERVED_SHARED),
-        THREADS_PER_SM // (32 * num_warps),
+        THREADS_PER_SM // (32 * warps),
     )
     problem = _problem(case, stack, shared, occupancy, instructions)
     return Resources(registers, stack, shared, occupancy, instructions, problem)
@@ -476,8 +542,11 @@ def _problem(
         return f"needs {shared} bytes of shared memory, {SHARED_MEMORY[case.arch]} are there"
     if occupancy < case.config.programs_per_sm:
         return f"{occupancy} blocks a multiprocessor, {case.config.programs_per_sm} are launched"
-    if is_tma(case.kind) and not {"UTMALDG", "UTMASTG"} <= set(instructions):
+    by_hand = is_specialized(case.kind)
+    if (is_tma(case.kind) or by_hand) and not {"UTMALDG", "UTMASTG"} <= set(instructions):
         return "no UTMALDG or no UTMASTG"
+    if by_hand and "USETMAXREG" not in instructions:
+        return "no USETMAXREG: registers are the same for warps that load and that multiply"
     if case.dtype == "fp32" or (case.sums and case.kind == "grad"):
         return ""  # fp32 without tf32 has no tensor-core product, nor has a sum
     large = case.config.BLOCK_M >= 64  # from Hopper on Triton multiplies smaller fp8 tiles in fp16
@@ -514,7 +583,7 @@ def work(case: Case) -> tuple[int, int]:
         return 2 * M * r * K, x + h + 4 * r * K
     if case.kind == "fp8":  # x in codes, as W0 is
         return 2 * M * N * (K + r), M * K + N * K + h + b + y
-    if case.kind in ("second", "tma_second"):
+    if case.kind in ("second", "tma_second", "ws_second"):
         return 2 * M * N * (K + r), x + w + h + b + y
     return 2 * M * (N * K + r * K + r * N), x + w + a + b + h + y
 

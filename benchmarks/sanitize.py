@@ -31,8 +31,9 @@ from fused_lora import (
     quantize_fp8,
     quantize_nf4,
 )
-from fused_lora.dispatch import Plan, Strategy
+from fused_lora.dispatch import Plan, Strategy, specialized_obstacle
 from fused_lora.kernels.configs import MAX_SKINNY_M
+from fused_lora.kernels.device import device_info
 from fused_lora.multi import LoRALinearMultiFunction
 from fused_lora.multi_backends import MultiPlan
 from fused_lora.multi_rows import row_groups
@@ -66,6 +67,8 @@ def _layers() -> Iterator[Case]:
     special: list[tuple[Strategy, float]] = [("tma_one_pass", 0.0)]
     for strategy in ("tma_split", "one_launch", "skinny", "library"):
         special += [(strategy, 0.0), (strategy, 0.3)]
+    if specialized_obstacle(DEVICE, device_info(DEVICE)) is None:
+        special += [("ws_split", 0.0), ("ws_one_launch", 0.0)]
     for shape, dtype, (strategy, p) in chain(
         product(SHAPES, DTYPES, plain), product(ALIGNED, HALF, special)
     ):

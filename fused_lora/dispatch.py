@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from .kernels.configs import (
     TileConfig,
     choose_config,
     computed,
+    is_specialized,
     is_tma,
     padded,
     ship,
@@ -52,6 +54,8 @@ KINDS: dict[Strategy, Kind] = {
     "tma_one_pass": "tma_one_pass",
     "tma_split": "tma_second",
     "one_launch": "tma_produced",
+    "ws_split": "ws_second",
+    "ws_one_launch": "ws_produced",
     "skinny": "skinny",
     "in_loop": "quantized",
 }
@@ -145,6 +149,25 @@ def kernel_obstacle(call: Call) -> Exception | None:
     return None
 
 
+@functools.cache
+def gluon_problem() -> str | None:
+    """Why the kernel in Gluon, an experimental part of Triton, cannot be had; None if it can."""
+    try:
+        importlib.import_module(".kernels.specialized", __package__)
+    except Exception as error:  # a part of it may be missing or changed in any way
+        return f"this Triton's Gluon is not the one it is written in ({error})"
+    return None
+
+
+def specialized_obstacle(on: torch.device, device: DeviceInfo) -> str | None:
+    """Why the hand-scheduled kernel does not run on a device; None if it does."""
+    if on.type != "cuda":
+        return "Triton's interpreter does not run Gluon"
+    if not 90 <= device.capability < 100:
+        return f"wgmma is Hopper's, and the GPU's compute capability {device.capability / 10:.1f}"
+    return gluon_problem()
+
+
 def ceilings(device: DeviceInfo) -> tuple[float, float]:
     """Operations and bytes a second that the model counts with."""
     known = (found for gpu, found in CEILINGS.items() if gpu in device.name)
@@ -164,8 +187,8 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
     on their way to keep the memory busy: those over the latency of a load are their bandwidth.
     skinny has two programs for every multiprocessor. cuBLAS's tiles are taken to be ours.
 
-    tma_ strategies differ from their namesakes in how well they reach the ceilings, which the
-    model does not know.
+    tma_ and ws_ strategies differ from their namesakes in how well they reach the ceilings, which
+    the model does not know.
 
     Only in_loop takes an x that is rounded to fp8 as well: codes are written once, nothing decoded.
 
@@ -208,14 +231,18 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
         "library": base + read_x + touch_y + 2 * _LAUNCH,
     }
     for strategy, kind in KINDS.items():
-        if strategy in ("split", "in_loop") or not ship(kind, r, itemsize, call.dropout, device):
+        # The launch of ws_split has no dropout: its forward drops where h is made.
+        masks = call.dropout and strategy != "ws_split"
+        if strategy in ("split", "in_loop") or not ship(kind, r, itemsize, masks, device):
+            continue
+        if is_specialized(kind) and specialized_obstacle(call.device, device):
             continue
         if strategy in ("one_pass", "tma_one_pass"):
             tile, gemm, speed = product(kind, N)
             seconds[strategy] = max(gemm * (1 + padded(r) / tile.BLOCK_N), moved / speed)
-        elif strategy == "tma_split":
+        elif strategy in ("tma_split", "ws_split"):
             seconds[strategy] = seconds["split"]
-        elif strategy == "one_launch":
+        elif strategy in ("one_launch", "ws_one_launch"):
             seconds[strategy] = base + read_x
         elif strategy == "skinny" and M <= MAX_SKINNY_M:
             parts = 2 * 4 * M * (N + r) * max(1, 2 * device.num_sms * 64 // N)
@@ -454,12 +481,16 @@ def _strategy_obstacle(
     """Why a strategy cannot take the call; None if it can."""
     if rounds_input(call) and strategy != "in_loop":
         return "x is to be rounded to fp8, which only in_loop does"
-    tma = strategy in KINDS and is_tma(KINDS[strategy])
+    device = device_info(call.device)
+    by_hand = strategy in KINDS and is_specialized(KINDS[strategy])
+    if by_hand and (obstacle := specialized_obstacle(call.device, device)):
+        return obstacle
+    tma = by_hand or (strategy in KINDS and is_tma(KINDS[strategy]))
     if tma:
         x, weight, lora_A = operands
         if isinstance(weight, QuantizedWeight):  # what its scratch will be
             weight = torch.empty(weight.shape, dtype=x.dtype, device="meta")
-        a = None if strategy == "tma_split" else lora_A.t()
+        a = None if strategy in ("tma_split", "ws_split") else lora_A.t()
         obstacle = tma_obstacle(x.flatten(0, -2) if x.ndim > 1 else x[None], weight.t(), a)
         if obstacle:
             return f"no tensor descriptors: {obstacle}"
@@ -473,6 +504,8 @@ def _strategy_obstacle(
         return "it would draw each dropout decision once per tile"
     if tma and call.dtype.itemsize != 2:
         return f"its kernel takes 16-bit products, not {call.dtype}"
-    if tma and device_info(call.device).capability < 90:
+    if by_hand and call.dropout:
+        return "its kernel draws no dropout decisions"
+    if tma and device.capability < 90:
         return "the GPU is older than compute capability 9.0"
     return f"h's accumulator for r = {call.r} does not fit a tile"

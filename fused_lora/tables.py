@@ -27,7 +27,16 @@ from .kernels.configs import TileConfig
 # "in_loop" is for a quantised W0, whose tiles it makes values as it reads them, and otherwise as
 # "split". With any other strategy the whole of a quantised W0 goes to a scratch tensor first.
 Strategy = Literal[
-    "one_pass", "split", "library", "tma_one_pass", "tma_split", "one_launch", "skinny", "in_loop"
+    "one_pass",
+    "split",
+    "library",
+    "tma_one_pass",
+    "tma_split",
+    "one_launch",
+    "ws_split",
+    "ws_one_launch",
+    "skinny",
+    "in_loop",
 ]
 Direction = Literal["forward", "dx"]
 

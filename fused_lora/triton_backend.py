@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Plan
+from .dispatch import Plan, specialized_obstacle
 from .kernels.configs import Kind, TileConfig, choose_config, tma_obstacle
 from .kernels.device import device_info
 from .kernels.dropout import Dropout
@@ -26,11 +26,15 @@ from .kernels.skinny import skinny
 from .quantize import QuantizedWeight
 from .tables import Strategy
 
+# What a hand-scheduled strategy becomes where its kernel does not run, or would draw dropout.
+BY_COMPILER: dict[Strategy, Strategy] = {"ws_split": "tma_split", "ws_one_launch": "one_launch"}
 # What a strategy that reads through tensor descriptors becomes where a tensor cannot have one.
 WITHOUT_TMA: dict[Strategy, Strategy] = {
     "tma_one_pass": "one_pass",
     "tma_split": "split",
     "one_launch": "split",
+    "ws_split": "split",
+    "ws_one_launch": "split",
 }
 
 
@@ -82,7 +86,13 @@ def lora_gemm(
         w = dequantize(w, x.dtype)
     if dora is not None:
         strategy, config = "one_pass" if strategy == "one_pass" else "split", None
-    if strategy in WITHOUT_TMA and tma_obstacle(x, w, None if strategy == "tma_split" else a):
+    if strategy in BY_COMPILER and (
+        (dropout if strategy == "ws_one_launch" else on_y)
+        or specialized_obstacle(x.device, device_info(x.device))
+    ):
+        strategy, config = BY_COMPILER[strategy], None
+    a_read = None if strategy in ("tma_split", "ws_split") else a
+    if strategy in WITHOUT_TMA and tma_obstacle(x, w, a_read):
         strategy, config = WITHOUT_TMA[strategy], None
     if strategy == "one_pass":
         config = config or _config("one_pass", x, N, r, dropout, dora is not None)
@@ -97,6 +107,11 @@ def lora_gemm(
         return persistent_produced(
             config, x, w, a, b, bias=bias, scale=scaling, dropout=dropout, drop_x=drop_x
         )
+    if strategy == "ws_one_launch":
+        from .kernels.specialized import specialized_produced  # Gluon: not in every Triton
+
+        config = config or _config("ws_produced", x, N, r, None)
+        return specialized_produced(config, x, w, a, b, bias=bias, scale=scaling)
     if strategy == "skinny":
         config = config or _config("skinny", x, N, r, None)
         return skinny(config, x, w, a, b, bias=bias, scale=scaling, dropout=dropout, drop_x=drop_x)
@@ -106,6 +121,11 @@ def lora_gemm(
     if strategy == "tma_split":
         config = config or _config("tma_second", x, N, r, on_y)
         return persistent_add_lora(config, x, w, h, b, bias=bias, dropout=on_y), h
+    if strategy == "ws_split":
+        from .kernels.specialized import specialized_add_lora
+
+        config = config or _config("ws_second", x, N, r, None)
+        return specialized_add_lora(config, x, w, h, b, bias=bias), h
     config = config or _config("second", x, N, r, on_y, dora is not None)
     return gemm_add_lora(config, x, w, h, b, bias=bias, dropout=on_y, dora=dora), h
 

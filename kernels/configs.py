@@ -16,8 +16,9 @@ import torch
 from .device import DeviceInfo
 
 # Which product a configuration is for: the forms of gemm.py, grads.py, group.py, skinny.py,
-# multi.py and persistent.py.
+# multi.py, persistent.py and specialized.py.
 TmaKind = Literal["tma_one_pass", "tma_second", "tma_produced"]
+SpecializedKind = Literal["ws_second", "ws_produced"]
 # "quantized" is gemm.py's second form with a quantised W, "fp8" the same with an x in fp8 too.
 Kind = Literal[
     "one_pass",
@@ -31,6 +32,7 @@ Kind = Literal[
     "expand",
     "multi_grad",
     TmaKind,
+    SpecializedKind,
 ]
 
 MAX_RANK = 512
@@ -55,10 +57,12 @@ class TileConfig:
     BLOCK_K: int
     num_warps: int
     num_stages: int
-    # Of the persistent kernel only; None elsewhere.
+    # Of the persistent kernels only; None elsewhere.
     GROUP_M: int | None = None  # rows of tiles that run side by side and share W's tiles in L2
     SUBTILES: int | None = None  # parts that y's tile is stored in: 1, 2 or 4
     FLATTEN: bool | None = None  # the next tile's first loads overlap this tile's end
+    COOPERATIVE: bool | None = None  # both consumers work on one tile, else on one each
+    LEAD: int | None = None  # steps that the first of them is ahead of the second on their tile
     programs_per_sm: int = 1
 
     def meta(self) -> dict[str, int | bool]:
@@ -167,6 +171,41 @@ _TMA_16BIT = (
     _tma(128, 128, num_warps=8, num_stages=4, SUBTILES=2, FLATTEN=True),
     _tma(128, 128, num_warps=4, num_stages=3, SUBTILES=4, programs_per_sm=2),
 )
+
+
+def _specialized(
+    M: int,
+    N: int,
+    num_stages: int,
+    SUBTILES: int,
+    *,
+    GROUP_M: int = 8,
+    COOPERATIVE: bool = True,
+    LEAD: int = 0,
+) -> TileConfig:
+    return TileConfig(
+        M,
+        N,
+        64,
+        num_warps=4,  # of a consumer
+        num_stages=num_stages,
+        GROUP_M=GROUP_M,
+        SUBTILES=SUBTILES,
+        COOPERATIVE=COOPERATIVE,
+        LEAD=LEAD,
+    )
+
+
+# A consumer's part of y is in its registers whole: 64 x 256 or 128 x 128.
+_SPECIALIZED_16BIT = (
+    _specialized(128, 256, num_stages=4, SUBTILES=4, LEAD=2),
+    _specialized(128, 256, num_stages=4, SUBTILES=4, LEAD=2, GROUP_M=16),
+    _specialized(128, 256, num_stages=4, SUBTILES=4),
+    _specialized(256, 128, num_stages=4, SUBTILES=4, LEAD=2),
+    _specialized(128, 128, num_stages=5, SUBTILES=2, COOPERATIVE=False),
+    _specialized(64, 256, num_stages=4, SUBTILES=2, COOPERATIVE=False),
+    _specialized(128, 128, num_stages=6, SUBTILES=1, LEAD=2),
+)
 # y + h B: bound by memory, with few rows of one adapter side by side.
 _EXPAND_16BIT = (
     TileConfig(32, 128, 64, num_warps=8, num_stages=2),
@@ -186,6 +225,11 @@ def is_tma(kind: Kind) -> TypeGuard[TmaKind]:
     return kind in get_args(TmaKind)
 
 
+def is_specialized(kind: Kind) -> TypeGuard[SpecializedKind]:
+    """Whether a kind is a form of the hand-scheduled kernel, which only Hopper has."""
+    return kind in get_args(SpecializedKind)
+
+
 def _candidates(kind: Kind, itemsize: int) -> tuple[TileConfig, ...]:
     if kind in ("grad", "multi_grad"):
         if itemsize == 4:
@@ -195,6 +239,8 @@ def _candidates(kind: Kind, itemsize: int) -> tuple[TileConfig, ...]:
         return _SKINNY_16BIT if itemsize == 2 else _SKINNY_32BIT
     if is_tma(kind):
         return _TMA_16BIT if itemsize == 2 else ()
+    if is_specialized(kind):
+        return _SPECIALIZED_16BIT if itemsize == 2 else ()
     if kind == "fp8":
         return _FP8_16BIT if itemsize == 2 else _FP8_32BIT
     if itemsize == 4:
@@ -223,6 +269,8 @@ def is_valid(
         return False
     if is_tma(kind):
         return _is_valid_tma(config, kind, r, itemsize, dropout, device)
+    if is_specialized(kind):
+        return not dropout and _is_valid_specialized(config, itemsize, device)
     block_r = padded(r) if kind == "one_pass" else 0
     native_fp8 = kind == "fp8" and device.capability >= 89
     of_x = 1 if native_fp8 else itemsize
@@ -292,6 +340,17 @@ def _is_valid_tma(
         shared += (4 * config.num_stages + itemsize) * K * block_r  # and a, in x's dtype as well
     shared += 1024  # barriers, and the reserve of each block
     return shared * config.programs_per_sm <= device.shared_memory + 1024
+
+
+def _is_valid_specialized(config: TileConfig, itemsize: int, device: DeviceInfo) -> bool:
+    if not 90 <= device.capability < 100:  # wgmma is Hopper's alone
+        return False
+    M, N, SUBTILES = config.BLOCK_M, config.BLOCK_N, config.SUBTILES or 1
+    shared = config.num_stages * itemsize * config.BLOCK_K * (M + N)
+    consumer_rows = M // 2 if config.COOPERATIVE else M
+    shared += 2 * min(SUBTILES, 2) * itemsize * consumer_rows * N // SUBTILES  # staged parts of y
+    shared += 1024  # barriers, and what Triton keeps of its own
+    return shared <= device.shared_memory and consumer_rows * N <= 128 * 128
 
 
 @functools.lru_cache(maxsize=1024)

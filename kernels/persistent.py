@@ -129,6 +129,36 @@ def wait_for(flag_ptr, epoch):
 
 
 @triton.jit
+def work_item(item, num_m, num_n, num_r, GROUP_M: tl.constexpr):
+    """Row of tiles and column of an item; columns below num_r are of h, the others of y.
+
+    In each group of GROUP_M rows num_r tiles of h and then num_n of y a row: `grouped_tile`'s order
+    where num_r is 0.
+    """
+    group_items = GROUP_M * (num_r + num_n)
+    first_m = item // group_items * GROUP_M
+    group_m = min(GROUP_M, num_m - first_m)
+    index = item % group_items
+    return first_m + index % group_m, index // group_m
+
+
+@triton.jit
+def finish(sync_ptr, epoch):
+    """The end of a program: it has read the epoch, and drawn a ticket that no item has."""
+    if tl.atomic_add(sync_ptr + FINISHED, 1) == tl.num_programs(0) - 1:  # so have all others
+        tl.store(sync_ptr + TICKET, 0)
+        tl.store(sync_ptr + FINISHED, 0)
+        tl.store(sync_ptr + EPOCH, epoch)
+
+
+@triton.jit
+def publish(flag_ptr, epoch):
+    """Raises a flag, for what every thread here has stored."""
+    tl.debug_barrier()  # every thread's part of h, then the one thread's flag
+    tl.atomic_xchg(flag_ptr, epoch, sem="release")
+
+
+@triton.jit
 def halves(tile):
     """The left and the right half of a tile's columns: no data moves between threads."""
     BLOCK_M: tl.constexpr = tile.shape[0]
@@ -213,8 +243,7 @@ def make_h_tile(
         PRECISION,
     )
     store_h(h_ptr, (acc * scale).to(x_desc.dtype), offs_m, offs_r, M, R)
-    tl.debug_barrier()  # every thread's part of h, then the one thread's flag
-    tl.atomic_xchg(flag_ptr, epoch, sem="release")
+    publish(flag_ptr, epoch)
 
 
 @triton.jit
@@ -367,15 +396,10 @@ def lora_persistent_kernel(
     else:
         epoch = tl.load(sync_ptr + EPOCH) + 1
         num_r = tl.cdiv(R, BLOCK_R)
-        group_items = GROUP_M * (num_r + num_n)
         item = tl.atomic_add(sync_ptr + TICKET, 1)
         while item < num_m * (num_r + num_n):
             next_item = tl.atomic_add(sync_ptr + TICKET, 1)
-            first_m = item // group_items * GROUP_M
-            group_m = min(GROUP_M, num_m - first_m)
-            index = item % group_items  # in the group: num_r tiles of h, then num_n of y, a row
-            pid_m = first_m + index % group_m
-            column = index // group_m
+            pid_m, column = work_item(item, num_m, num_n, num_r, GROUP_M)
             flags_ptr = sync_ptr + FLAGS + pid_m * num_r
             if column < num_r:
                 make_h_tile(
@@ -391,11 +415,7 @@ def lora_persistent_kernel(
                     CHUNK_R, ONE_CHUNK, SUBTILES, W_TRANSPOSED, A_TRANSPOSED, PRECISION,
                 )  # fmt: skip
             item = next_item
-        # Every program has read the epoch by now, and drawn a ticket that no item has.
-        if tl.atomic_add(sync_ptr + FINISHED, 1) == tl.num_programs(0) - 1:
-            tl.store(sync_ptr + TICKET, 0)
-            tl.store(sync_ptr + FINISHED, 0)
-            tl.store(sync_ptr + EPOCH, epoch)
+        finish(sync_ptr, epoch)
 
 
 def _is_transposed(w: torch.Tensor) -> bool:
@@ -418,7 +438,7 @@ def rank_blocks(R: int, drop_y: bool) -> tuple[int, int]:
 _sync_buffers: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
-def _sync_buffer(device: torch.device, flags: int) -> torch.Tensor:
+def sync_buffer(device: torch.device, flags: int) -> torch.Tensor:
     """The produced form's flags: zeros at first, then as the launch before has left them.
 
     Launches share one where the stream orders them. A captured graph may run on any stream and
@@ -465,7 +485,7 @@ def _launch(
     if produced:
         columns_h = triton.cdiv(R, BLOCK_R)
         tiles += rows * columns_h
-        sync = _sync_buffer(x.device, rows * columns_h)
+        sync = sync_buffer(x.device, rows * columns_h)
         if x.device.type == "cpu":  # the interpreter runs one program after the other
             programs = 1
     with device_guard(x.device):

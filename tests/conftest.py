@@ -7,6 +7,7 @@ from test i on: n processes share them where there is no xdist (on_gpu.sh).
 
 import os
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -67,17 +68,18 @@ def together(monkeypatch: pytest.MonkeyPatch) -> None:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernel launchers that were called, in order: which backend and strategy really ran."""
     from fused_lora import triton_backend
+    from fused_lora.dispatch import gluon_problem
 
     called: list[str] = []
 
-    def record(name: str) -> None:
-        launcher = getattr(triton_backend, name)
+    def record(name: str, module: ModuleType = triton_backend) -> None:
+        launcher = getattr(module, name)
 
         def recorded(*args: object, **kwargs: object) -> object:
             called.append(name)
             return launcher(*args, **kwargs)
 
-        monkeypatch.setattr(triton_backend, name, recorded)
+        monkeypatch.setattr(module, name, recorded)
 
     for name in (
         "gemm_one_pass",
@@ -93,4 +95,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "grad_lora_b",
     ):
         record(name)
+    if gluon_problem() is None:
+        from fused_lora.kernels import specialized
+
+        record("specialized_add_lora", specialized)
+        record("specialized_produced", specialized)
     return called

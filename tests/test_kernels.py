@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fused_lora import reference
+from fused_lora.dispatch import gluon_problem
 from fused_lora.kernels import configs
 from fused_lora.kernels.device import INTERPRETED, SHARED_MEMORY, DeviceInfo
 from fused_lora.kernels.dropout import Dropout
@@ -143,6 +144,9 @@ def _compile(*arguments):
 def test_what_ships_fits_and_keeps_its_tensor_cores(arch, sample, tmp_path):
     rows_file = tmp_path / "rows.json"
     kinds = {kind for kind in get_args(configs.Kind) if kind != "quantized"}  # in test_quantize.py
+    by_hand = set(get_args(configs.SpecializedKind))
+    if gluon_problem():
+        kinds -= by_hand
     options = ["--arch", arch, "--heaviest", "--dtype", "bf16", "--kind", ",".join(kinds)]
     options += ["--sample", str(sample)] if sample else []
     _compile("-m", "benchmarks.compile_report", *options, "--json", str(rows_file))
@@ -159,6 +163,8 @@ def test_what_ships_fits_and_keeps_its_tensor_cores(arch, sample, tmp_path):
         assert all("HGMMA" in row["instructions"] for row in large)
         tma_rows = [row for row in rows if row["kind"] in tma]
         assert all({"UTMALDG", "UTMASTG"} <= row["instructions"].keys() for row in tma_rows)
+        specialised = [row["instructions"].keys() for row in rows if row["kind"] in by_hand]
+        assert all({"UTMALDG", "UTMASTG", "USETMAXREG"} <= found for found in specialised)
 
 
 @pytest.mark.parametrize("kind", ["one_pass", "second", "grad", "group", "skinny", "tma_second"])

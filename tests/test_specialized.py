@@ -1,0 +1,375 @@
+"""The hand-scheduled kernel for Hopper: as it is on a GPU, and anywhere in the emulator."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
+
+import gluon_emulator
+import triton.language as tl
+from gluon_emulator import Emulated
+from oracle import check, fused, problem, run
+
+from fused_lora import dispatch, lora_linear, triton_backend, tune
+from fused_lora.dispatch import Call, Plan, explain_call, plan, predicted_seconds
+from fused_lora.kernels import persistent, specialized
+from fused_lora.kernels.configs import TileConfig, ship
+from fused_lora.kernels.device import INTERPRETED, SHARED_MEMORY, DeviceInfo
+from fused_lora.kernels.specialized import (
+    specialized_add_lora,
+    specialized_plain,
+    specialized_produced,
+)
+
+KERNEL = specialized.lora_specialized_kernel
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+H100 = DeviceInfo(90, 132, SHARED_MEMORY[90], name="NVIDIA H100")
+TOLERANCE = 2e-3  # of the result's norm: a few roundings
+TILE = TileConfig(32, 32, 16, 4, 3, GROUP_M=2, SUBTILES=2, COOPERATIVE=True, LEAD=0)
+SMALL = [
+    pytest.param(TILE, id="cooperative"),
+    pytest.param(replace(TILE, num_stages=2, SUBTILES=1, GROUP_M=8), id="cooperative, 2 stages"),
+    pytest.param(replace(TILE, LEAD=2), id="cooperative, one ahead"),
+    pytest.param(replace(TILE, LEAD=2, num_stages=2), id="cooperative, one as far ahead as it can"),
+    pytest.param(replace(TILE, COOPERATIVE=False), id="ping-pong"),
+    pytest.param(
+        replace(TILE, COOPERATIVE=False, num_stages=5, BLOCK_N=64, SUBTILES=4), id="ping-pong in 4"
+    ),
+]
+FORMS = ["plain", "second", "produced"]
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """Makes launches run in the emulator, with so many programs, so many of them at a time."""
+
+    def emulate(seed=None, programs=2, resident=None):
+        seed = int(torch.randint(2**31, ())) if seed is None else seed
+        kernel = Emulated(KERNEL, seed, resident)
+        monkeypatch.setattr(specialized, "lora_specialized_kernel", kernel)
+        info = replace(INTERPRETED, num_sms=programs)
+        monkeypatch.setattr(specialized, "device_info", lambda device: info)
+
+    monkeypatch.setattr(persistent, "MAX_SPINS", tl.constexpr(20_000))
+    persistent._sync_buffers.clear()
+    return emulate
+
+
+@pytest.fixture
+def everywhere(emulated, monkeypatch):
+    """The strategies too run, in the emulator, and what is beside them in the interpreter."""
+    if torch.cuda.is_available():
+        pytest.skip("there is no interpreter beside a GPU")
+    for module in (dispatch, triton_backend):
+        monkeypatch.setattr(module, "specialized_obstacle", lambda *_: None)
+    emulated(programs=3)
+    plan.cache_clear()
+    yield
+    plan.cache_clear()
+
+
+class Operands:
+    """Random operands, laid out as the forward reads them or as the input gradient does."""
+
+    def __init__(self, m, n, k, r, *, transposed, device="cpu", dtype=torch.float16):
+        def normal(rows, columns, dtype=dtype):
+            shape = (columns, rows) if transposed else (rows, columns)
+            t = (torch.randn(*shape) * rows**-0.5).to(device, dtype)
+            return t.t() if transposed else t
+
+        self.x = torch.randn(m, k + 8 + -k % 8).to(device, dtype)[:, :k]  # rows apart
+        self.w = normal(k + -k % 8, n)[:k]
+        self.a, self.b = normal(k, r, torch.float32), normal(r, n)
+        self.bias = torch.randn(n).to(device)
+
+    def run(self, form, config):
+        """The form's results, each with its exact value."""
+        x, w, a, b, bias = (t.double() for t in (self.x, self.w, self.a, self.b, self.bias))
+        if form == "plain":
+            return [(specialized_plain(config, self.x, self.w), x @ w)]
+        h = 0.5 * x @ a
+        if form == "second":
+            given = h.to(self.x.dtype)
+            y = specialized_add_lora(config, self.x, self.w, given, self.b, bias=self.bias)
+            return [(y, x @ w + given.double() @ b + bias)]
+        y, made = specialized_produced(
+            config, self.x, self.w, self.a, self.b, bias=self.bias, scale=0.5
+        )
+        return [(made, h), (y, x @ w + made.double() @ b + bias)]
+
+    def check(self, form, config, tolerance=TOLERANCE):
+        for got, exact in self.run(form, config):
+            error = ((got.double() - exact).norm() / exact.norm()).item()
+            assert error < tolerance, error
+
+
+def _shipped():
+    return ship("ws_second", 16, 2, False, H100)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("config", _shipped(), ids=str)
+def test_every_configuration(emulated, config, form, transposed):
+    emulated()
+    Operands(150, 264, 200, 24, transposed=transposed).check(form, config)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("config", SMALL)
+def test_orders_of_events(emulated, config, form, transposed, seed):
+    """More tiles than programs, in the orders of several seeds."""
+    emulated(seed, programs=3)
+    Operands(70, 136, 40, 24, transposed=transposed).check(form, config)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("config", SMALL)
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 8, 8), (1, 8, 3), (33, 40, 100), (64, 64, 32), (20, 72, 17)]
+)
+def test_odd_sizes(emulated, config, form, transposed, m, n, k):
+    emulated()
+    Operands(m, n, k, 8, transposed=transposed).check(form, config)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("form", FORMS[1:])
+@pytest.mark.parametrize("r", [1, 7, 16, 17, 64, 128])
+def test_every_rank(emulated, form, transposed, r):
+    """Ranks in one step, in several, and those of which rows are no whole 16 bytes."""
+    emulated()
+    Operands(40, 72, 48, r, transposed=transposed).check(form, TILE)
+    Operands(40, 72, 48, r, transposed=transposed).check(form, replace(TILE, COOPERATIVE=False))
+
+
+@pytest.mark.parametrize("config", SMALL)
+@pytest.mark.parametrize("resident", [1, 2, 5])
+def test_progress_with_any_number_of_resident_programs(emulated, config, resident):
+    for seed in range(4):
+        emulated(seed, programs=5, resident=resident)
+        Operands(150, 72, 40, 24, transposed=True).check("produced", config)
+
+
+def test_a_launch_leaves_the_counters_at_zero_and_its_epoch_in_the_flags(emulated):
+    """As the persistent kernel does, whose buffer it shares; two flags a tile of h here."""
+    o = Operands(70, 72, 40, 24, transposed=True)
+    for launch in (1, 2):
+        emulated(launch, programs=3)
+        o.check("produced", TILE)
+        sync = next(iter(persistent._sync_buffers.values()))
+        assert sync[:3].tolist() == [launch, 0, 0]
+        assert sync[32 : 32 + 3 * 2 * 2].tolist() == [launch] * 12  # 3 rows of tiles, 2 of ranks
+
+
+# What can go wrong in the kernel itself: one kind of synchronisation is left out of it.
+def _without(method, which=lambda *_: True):
+    original = getattr(gluon_emulator.Language, method)
+
+    def patched(self, *args, **kwargs):
+        return None if which(*args) else original(self, *args, **kwargs)
+
+    return method, patched
+
+
+FAULTS = {
+    "fences": _without("fence_async_shared"),
+    "waits for the staging memory": _without("store_wait"),
+    "waits for copies": _without("wait", lambda barrier, _: barrier.name.startswith("ready")),
+    "waits for places": _without("wait", lambda barrier, _: barrier.name.startswith("empty")),
+    "waits for a turn": _without("wait", lambda barrier, _: barrier.name.startswith("turns")),
+    "waits for an item": _without("wait", lambda barrier, _: barrier.name.startswith("posted")),
+    "giving places back": _without("arrive", lambda b: b.name.startswith("empty")),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_missing_synchronisation_is_found(emulated, monkeypatch, fault):
+    name, patched = FAULTS[fault]
+    monkeypatch.setattr(gluon_emulator.Language, name, patched)
+    o = Operands(70, 136, 40, 24, transposed=True)
+    found = 0
+    for seed in range(12):
+        persistent._sync_buffers.clear()
+        emulated(seed)
+        try:
+            o.check("produced", replace(TILE, COOPERATIVE=False, BLOCK_N=64, SUBTILES=4))
+        except (AssertionError, RuntimeError, IndexError):
+            found += 1
+    assert found
+
+
+STRATEGIES = [
+    ("ws_split", ["gemm_scaled", "specialized_add_lora"]),
+    ("ws_one_launch", ["specialized_produced"]),
+]
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("adapter_dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("m", "r"), [(1, 8), (37, 8), (37, 64), (130, 24), ((2, 3), 128)])
+@pytest.mark.parametrize(("strategy", "kernels"), STRATEGIES)
+def test_a_strategy_by_the_oracle(launches, strategy, kernels, m, r, adapter_dtype, bias):
+    p = problem(m, 72, 136, r, dtype=torch.float16, adapter_dtype=adapter_dtype, bias=bias)
+    check(run(fused(Plan("triton", strategy, strategy)), p), p)
+    assert launches == [*kernels, *kernels, "lora_grads"]
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize(
+    ("strategy", "forward", "dx"),
+    [
+        ("ws_split", "specialized_add_lora", "persistent_add_lora"),
+        ("ws_one_launch", "persistent_produced", "persistent_produced"),
+    ],
+)
+def test_dropout_goes_to_the_kernels_that_draw_it(launches, strategy, forward, dx):
+    """In the forward of ws_split it is drawn where h is made."""
+    p = problem(37, 72, 136, 8, dtype=torch.float16, dropout_p=0.3)
+    check(run(fused(Plan("triton", strategy, strategy)), p), p)
+    assert [name for name in launches if name != "gemm_scaled"] == [forward, dx, "lora_grads"]
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("strategy", ["ws_split", "ws_one_launch"])
+def test_tensors_without_a_descriptor(launches, strategy):
+    p = problem(9, 13, 11, 3, dtype=torch.float16)
+    check(run(fused(Plan("triton", strategy, strategy)), p), p)
+    assert launches == [*["gemm_scaled", "gemm_add_lora"] * 2, "lora_grads"]
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_a_strategy_in_a_compiled_function(launches, monkeypatch):
+    """Its launch is inside the registered operators: tracing does not see it."""
+    monkeypatch.setattr(dispatch, "_choose", lambda call, direction: ("ws_one_launch", None))
+    p = problem(20, 72, 136, 8, dtype=torch.float16)
+
+    def call(p):
+        return lora_linear(
+            p.x, p.weight, p.lora_A, p.lora_B, scaling=p.scaling, bias=p.bias, backend="triton"
+        )
+
+    check(run(torch.compile(call, backend="aot_eager", fullgraph=True), p), p)
+    assert launches == ["specialized_produced", "specialized_produced", "lora_grads"]
+
+
+CALL = Call(4096, 4096, 4096, 16, torch.bfloat16, torch.device("cuda"), False, True)
+
+
+def _on(monkeypatch, info):
+    monkeypatch.setattr(dispatch, "device_info", lambda device: info)
+    plan.cache_clear()
+
+
+def test_the_model_never_takes_it(monkeypatch):
+    _on(monkeypatch, H100)
+    seconds = predicted_seconds(CALL, H100)
+    assert seconds["ws_split"] == seconds["tma_split"]
+    assert seconds["ws_one_launch"] == seconds["one_launch"]
+    assert not dispatch._by_model(CALL).startswith("ws_")
+
+
+def test_candidates_of_tuning(monkeypatch):
+    """The launch of ws_split has no dropout, which the forward does not need: it is in h's."""
+    monkeypatch.setattr(tune, "device_info", lambda device: H100)
+    dropped = replace(CALL, dropout=True)
+
+    def strategies(call, direction):
+        found = {strategy for strategy, _ in tune.candidates(call, direction)}
+        return {strategy for strategy in found if strategy.startswith("ws_")}
+
+    assert strategies(CALL, "forward") == strategies(CALL, "dx") == {"ws_split", "ws_one_launch"}
+    assert strategies(dropped, "forward") == {"ws_split"}
+    assert strategies(dropped, "dx") == set()
+
+
+@pytest.mark.parametrize(
+    ("info", "call", "why"),
+    [
+        (INTERPRETED, replace(CALL, device=torch.device("cpu")), "interpreter does not run Gluon"),
+        (replace(H100, capability=80), CALL, "compute capability 8.0"),
+        (replace(H100, capability=100), CALL, "wgmma is Hopper's"),
+        (H100, replace(CALL, dropout=True), "its kernel draws no dropout decisions"),
+        (H100, replace(CALL, dtype=torch.float32), "its kernel takes 16-bit products"),
+    ],
+)
+def test_explain_says_why_not(monkeypatch, info, call, why):
+    _on(monkeypatch, info)
+    monkeypatch.setattr(dispatch, "kernel_obstacle", lambda call: None)
+    operands = tuple(torch.empty(4096, 4096, dtype=call.dtype, device="meta") for _ in range(3))
+    reasons = explain_call(call, "triton", operands).reasons
+    assert why in reasons["ws_one_launch"]
+    plan.cache_clear()
+
+
+def test_a_triton_without_gluon():
+    """Everything else goes on, and explain says what is missing."""
+    program = """
+import sys
+sys.modules["triton.experimental.gluon.language.nvidia.hopper"] = None
+import torch
+import fused_lora
+from fused_lora import dispatch, lora_linear, triton_backend, tune
+from fused_lora.kernels.device import SHARED_MEMORY, DeviceInfo
+h100 = DeviceInfo(90, 132, SHARED_MEMORY[90])
+print(dispatch.specialized_obstacle(torch.device("cuda"), h100))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "this Triton's Gluon is not the one it is written in (" in result.stdout, result.stderr
+
+
+def test_importing_the_package_does_not_import_gluon():
+    program = """
+import sys, fused_lora
+from fused_lora import triton_backend
+assert "fused_lora.kernels.specialized" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+needs_hopper = pytest.mark.skipif(
+    torch.cuda.is_available() and not HOPPER, reason="needs a Hopper GPU"
+)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("config", _shipped(), ids=str)
+def test_every_configuration_on_a_gpu(device, config, form, transposed):
+    """More tiles than multiprocessors, twice: the second launch finds the first one's flags."""
+    shape = (2900, 3208, 1096, 24)
+    o = Operands(*shape, transposed=transposed, device=device, dtype=torch.bfloat16)
+    for _ in range(2):
+        o.check(form, config, 8 * TOLERANCE)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize(
+    ("m", "n", "k", "r"), [(1, 8, 8, 1), (333, 1000, 2056, 17), (65, 72, 40, 128)]
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_odd_sizes_on_a_gpu(device, form, m, n, k, r):
+    for transposed in (False, True):
+        o = Operands(m, n, k, r, transposed=transposed, device=device)
+        o.check(form, _shipped()[0])
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("strategy", "kernels"), STRATEGIES)
+def test_a_strategy_by_the_oracle_on_a_gpu(device, launches, strategy, kernels, dtype):
+    p = problem(777, 1032, 2056, 16, dtype=dtype, adapter_dtype=torch.float32, device=device)
+    check(run(fused(Plan("triton", strategy, strategy)), p), p)
+    assert launches == [*kernels, *kernels, "lora_grads"]
