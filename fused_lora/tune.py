@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from . import dispatch, tables
-from .kernels.configs import TileConfig, ship
+from .kernels.configs import TileConfig, is_specialized, ship
 from .kernels.device import device_info
 from .kernels.dropout import Dropout, dropout_threshold
 from .tables import Choice, Direction, Strategy
 
+Candidate = tuple[Strategy, TileConfig | None]
 # How far two correct results may be apart, as a fraction of their norm, in 16-bit products.
 _TOLERANCE = 2e-2
 
@@ -43,9 +44,7 @@ def median_seconds(run: Callable[[], object]) -> float:
     return float(do_bench(run, warmup=10, rep=50, return_mode="median")) / 1e3
 
 
-def candidates(
-    call: dispatch.Call, direction: Direction
-) -> Iterator[tuple[Strategy, TileConfig | None]]:
+def candidates(call: dispatch.Call, direction: Direction) -> Iterator[Candidate]:
     """Every strategy and tile that can take the call; for dx, its N and K are swapped already."""
     device = device_info(call.device)
     for strategy in dispatch.predicted_seconds(call, device):
@@ -59,6 +58,15 @@ def candidates(
         for config in ship(kind, call.r, call.dtype.itemsize, dropout, device):
             if strategy != "skinny" or config.BLOCK_M >= call.M:
                 yield strategy, config
+
+
+def _candidates(call: dispatch.Call, direction: Direction, by_hand: bool) -> list[Candidate]:
+    """Those of `candidates` whose kernels are scheduled by hand, or the others."""
+    return [
+        (strategy, config)
+        for strategy, config in candidates(call, direction)
+        if (strategy in dispatch.KINDS and is_specialized(dispatch.KINDS[strategy])) == by_hand
+    ]
 
 
 class _Problem:
@@ -104,12 +112,15 @@ class _Problem:
 
 
 def _measure(
-    call: dispatch.Call, direction: Direction, timer: Callable[[Callable[[], object]], float]
+    call: dispatch.Call,
+    direction: Direction,
+    chosen: list[Candidate],
+    timer: Callable[[Callable[[], object]], float],
 ) -> Iterator[Measurement]:
     name = dispatch.table_key(call, direction)
     problem = _Problem(call, direction)
     expected = problem.run("split", None).float()
-    for strategy, config in candidates(call, direction):
+    for strategy, config in chosen:
         try:
             got = problem.run(strategy, config).float()
             error = ((got - expected).norm() / expected.norm()).item()
@@ -131,9 +142,11 @@ def _compile(job: tuple[dispatch.Call, Direction, Strategy, TileConfig | None]) 
         _Problem(call, direction).run(strategy, config)
 
 
-def _compile_all(problems: list[tuple[dispatch.Call, Direction]], workers: int) -> None:
+def _compile_all(
+    todo: list[tuple[dispatch.Call, Direction, list[Candidate]]], workers: int
+) -> None:
     """Fills Triton's cache on disk, where processes can share the work, as timing cannot."""
-    jobs = [(call, d, *candidate) for call, d in problems for candidate in candidates(call, d)]
+    jobs = [(call, direction, *c) for call, direction, chosen in todo for c in chosen]
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
         list(pool.map(_compile, jobs, chunksize=4))
@@ -179,17 +192,21 @@ def tune(
         if obstacle is not None:
             raise type(obstacle)(f"cannot tune for M, N, K = {M}, {N}, {K}: {obstacle}")
         problems.append((call if direction == "forward" else dispatch.transposed(call), direction))
-    if workers:
-        _compile_all(problems, workers)
     best: dict[str, Choice] = {}
     gpu = device_info(device).name
-    for done, (call, direction) in enumerate(problems):
-        for m in _measure(call, direction, timer):
-            faster = m.key not in best or (m.seconds or 0) < best[m.key].seconds
-            if m.seconds is not None and faster:
-                best[m.key] = Choice(m.strategy, m.config, m.seconds)
-            if progress is not None:
-                progress(done, len(problems), m)
-        tables.save(gpu, best)  # after each, so that a run that is cut off has kept the rest
+    # What is scheduled by hand comes after all else, which is kept if a kernel hangs there.
+    for by_hand in (False, True):
+        todo = [(*problem, _candidates(*problem, by_hand)) for problem in problems]
+        todo = [job for job in todo if job[2]]
+        if workers and todo:
+            _compile_all(todo, workers)
+        for done, (call, direction, chosen) in enumerate(todo):
+            for m in _measure(call, direction, chosen, timer):
+                faster = m.key not in best or (m.seconds or 0) < best[m.key].seconds
+                if m.seconds is not None and faster:
+                    best[m.key] = Choice(m.strategy, m.config, m.seconds)
+                if progress is not None:
+                    progress(done, len(todo), m)
+            tables.save(gpu, best)  # after each, so that a run that is cut off has kept the rest
     dispatch.forget_plans()
     return best
