@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from oracle import Problem
 from torch import Tensor, nn
 
-from fused_lora import LoRALinearFunction, lora_linear
+from fused_lora import FusedLoRALinear, LoRALinearFunction
 from fused_lora.dispatch import Backend, Call, Plan, Strategy, checked_call, kernel_obstacle, plan
 from fused_lora.functional import draw_seeds
 from fused_lora.kernels.configs import ship
@@ -52,10 +52,20 @@ def frozen(p: Problem) -> Any:
 
 
 def fused(p: Problem) -> Layer:
-    """`lora_linear`, which decides by itself."""
-    return lambda x: lora_linear(
-        x, frozen(p), p.lora_A, p.lora_B, scaling=p.scaling, bias=p.bias, dropout_p=p.dropout_p
-    )
+    """`FusedLoRALinear`, which decides by itself, over the problem's own tensors."""
+    base, r = frozen(p), p.lora_A.shape[0]
+    with torch.random.fork_rng():  # what it starts from is random
+        layer = FusedLoRALinear.from_linear(
+            plain_linear(p) if isinstance(base, Tensor) else base,
+            r,
+            p.scaling * r,
+            lora_dropout=p.dropout_p,
+            adapter_dtype=p.lora_A.dtype,
+        )
+    for name in ("lora_A", "lora_B"):
+        delattr(layer, name)  # a parameter; the problem's leaves stay what they are
+        setattr(layer, name, getattr(p, name))
+    return layer
 
 
 def with_plan(strategy: Strategy) -> Callable[[Problem], Layer]:

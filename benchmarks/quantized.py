@@ -1,6 +1,6 @@
 """Layers over a quantised W0: the problem, and who is measured.
 
-fused        `lora_linear` over the codes
+fused        `FusedLoRALinear` over the codes
 in_loop      its kernels with the codes read in the GEMM's own loop
 scratch      its kernels over a W0 made anew in every forward and backward (where x is rounded: in
              backward alone)

@@ -279,7 +279,8 @@ class FusedLoRALinear(nn.Module):
             if shared is not None:
                 return shared
         adapter, options = (self.lora_A, self.lora_B), self._options()
-        if self.lora_magnitude_vector is not None:
+        if self.use_dora:  # not the magnitude, which nn.Module takes 0.4 us to find
+            assert self.lora_magnitude_vector is not None
             return dora_linear(x, self.weight, *adapter, self.lora_magnitude_vector, **options)
         return lora_linear(x, self.weight, *adapter, **options)
 
