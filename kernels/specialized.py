@@ -88,7 +88,12 @@ def ring_place(count, PLACES: gl.constexpr):
 def proxy_fence():
     """Orders plain accesses to global memory and the copy engine's."""
     gl.inline_asm_elementwise(
-        "fence.proxy.async; mov.u32 $0, $1;", "=r,r", [0], dtype=gl.int32, is_pure=False, pack=1
+        "fence.proxy.async.global; mov.u32 $0, $1;",
+        "=r,r",
+        [0],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 

@@ -40,7 +40,7 @@ LETTERS = {
     "st.shared": "s",
     "st.global": "g",
     "fence.proxy.async.shared": "f",
-    "fence.proxy.async;": "F",
+    "fence.proxy.async.global;": "F",
     "cp.async.bulk.tensor.2d.shared": "L",
     "cp.async.bulk.tensor.2d.global": "S",
     "cp.async.bulk.commit": "c",
