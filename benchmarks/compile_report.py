@@ -490,33 +490,35 @@ def specialised(kernel: Any, pointers: dict[str, Any], constants: dict[str, obje
     return ASTSource(kernel, signature, indexed, attrs)
 
 
-def resources(case: Case) -> Resources:
-    """Compiles one case for its architecture and reads the cubin."""
-    config = case.config
-    num_warps = 4 if case.sums else config.num_warps
-    options = {k: v for k, v in config.meta().items() if not k.isupper()}
-    warps = num_warps
+def compiled(case: Case) -> Any:
+    """The case's kernel, compiled for its architecture."""
+    options = {k: v for k, v in case.config.meta().items() if not k.isupper()}
+    if case.sums:
+        options["num_warps"] = 4
     if is_specialized(case.kind):
         from fused_lora.kernels.specialized import MAX_REGISTERS
 
-        warps *= (
-            3  # two consumers, and the loader: registers are handed out to four warps at a time
-        )
         options["maxnreg"] = MAX_REGISTERS
-    compiled = triton.compile(
-        source(case),
-        target=GPUTarget("cuda", case.arch, 32),
-        options={**options, "num_warps": num_warps},
-    )
+    return triton.compile(source(case), target=GPUTarget("cuda", case.arch, 32), options=options)
+
+
+def disassembled(kernel: Any) -> tuple[str, str]:
+    """A compiled kernel's resources and its machine code, as cuobjdump writes them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
+        cubin.write(kernel.asm["cubin"])
         cubin.flush()
         usage = _cuobjdump("--dump-resource-usage", cubin.name)
-        sass = _cuobjdump("--dump-sass", cubin.name)
+        return usage, _cuobjdump("--dump-sass", cubin.name)
+
+
+def resources(case: Case) -> Resources:
+    """Compiles one case for its architecture and reads the cubin."""
+    kernel = compiled(case)
+    usage, sass = disassembled(kernel)
     registers, stack = (int(re.findall(rf"{key}:(\d+)", usage)[0]) for key in ("REG", "STACK"))
     found = INSTRUCTION.findall(sass)
     instructions = {name: found.count(name) for name in sorted(set(found))}
-    shared = compiled.metadata.shared
+    shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
     occupancy = min(
         # A warp's registers are handed out by 256.
         REGISTERS_PER_SM // (warps * -(-registers * 32 // 256) * 256),

@@ -26,7 +26,7 @@ the copy engine, another path to memory: a proxy fence on either side of the fla
 
 What the plain Triton kernel's code at 128 x 256 x 64 does otherwise (read from what Triton 3.6 and
 3.9 compile; no GPU has measured either): all warps load and multiply, with 86 instructions and 4
-barriers of 256 threads beside a step's 4 HGMMA, here 50 to 57 and 1 to 3 of 128. At each tile's end
+barriers of 256 threads beside a step's 4 HGMMA, here 50 to 57 and 1 or 2 of 128. At each tile's end
 it drains the ring, waits for its stores one by one and makes its mbarriers anew before it loads the
 next tile; here that is loaded meanwhile.
 """
@@ -88,7 +88,12 @@ def ring_place(count, PLACES: gl.constexpr):
 def proxy_fence():
     """Orders plain accesses to global memory and the copy engine's."""
     gl.inline_asm_elementwise(
-        "fence.proxy.async; mov.u32 $0, $1;", "=r,r", [0], dtype=gl.int32, is_pure=False, pack=1
+        "fence.proxy.async.global; mov.u32 $0, $1;",
+        "=r,r",
+        [0],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 
@@ -162,14 +167,14 @@ def loader(
     index = 0
     item = gl.program_id(0)
     if sync_ptr is not None:
-        item = gl.atomic_add(sync_ptr + TICKET, 1)
+        item = gl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
         post(item, index, board, posted, taken)
     while item < items:
         index += 1
         if sync_ptr is None:
             next_item = item + gl.num_programs(0)
         else:
-            next_item = gl.atomic_add(sync_ptr + TICKET, 1)
+            next_item = gl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
             post(next_item, index, board, posted, taken)
         pid_m, column = work_item(item, num_m, num_n, num_r, GROUP_M)
         row = pid_m * (PARTS * TILE_M)
@@ -262,8 +267,8 @@ def multiply(
         acc = warpgroup_mma_wait(1, deps=(acc,))
         before, _ = ring_place(this + STAGES - 1, STAGES)
         mbarrier.arrive(empty.index(before), pred=this > first)
-        if LEAD > 0:
-            mbarrier.arrive(follower, pred=this == min(LEAD, steps) - 1)
+        if LEAD > 0 and this == min(LEAD, steps) - 1:  # no predicate: it would be a barrier a step
+            mbarrier.arrive(follower)
     return acc
 
 

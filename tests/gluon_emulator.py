@@ -59,7 +59,8 @@ class _Thread(threading.Thread):
         self.products: list[Callable[[], None]] = []  # in flight, in order
         self.stores: list[Callable[[], None]] = []
         self.committed: list[Callable[[], None]] = []  # all stores so far
-        self.dirty: list[Callable[[], None]] = []  # stored plainly, not fenced yet
+        # Stored plainly, not fenced yet, by the kind of memory.
+        self.dirty: dict[str, list[Callable[[], None]]] = {"shared": [], "global": []}
 
     def run(self) -> None:
         try:
@@ -205,7 +206,8 @@ class Shared:
     def store(self, value: torch.Tensor) -> None:
         assert (self.dtype, self.shape) == (value.dtype, list(value.shape))
         self.plain.copy_(value)
-        self.machine.current.dirty.append(lambda: void(self.fenced.copy_(self.plain)))
+        dirty = self.machine.current.dirty["shared"]
+        dirty.append(lambda: void(self.fenced.copy_(self.plain)))
         self.machine.switch()
 
     def fill(self, value: torch.Tensor | float) -> None:
@@ -326,7 +328,8 @@ class Language:
         seen = self.machine.seen_by_copies.setdefault(key, flat.clone())
         at = pointer.offset if mask is None else pointer.offset[mask]
         flat[at] = value if mask is None else value[mask]
-        self.machine.current.dirty.append(lambda: void(seen.__setitem__(at, flat[at])))
+        dirty = self.machine.current.dirty["global"]
+        dirty.append(lambda: void(seen.__setitem__(at, flat[at])))
 
     def atomic_add(self, pointer: Pointer, value: int, sem: str = "acq_rel") -> int:
         self.machine.switch()
@@ -344,9 +347,14 @@ class Language:
     def inline_asm_elementwise(self, asm: str, *_: object, **__: object) -> int:
         if asm.startswith("trap"):
             raise Trap
-        assert asm.startswith("fence.proxy.async;")
-        self.fence_async_shared()
+        assert asm.startswith("fence.proxy.async.global;")
+        self._fence("global")
         return 0
+
+    def _fence(self, space: str) -> None:
+        for publish in self.machine.current.dirty[space]:
+            publish()
+        self.machine.current.dirty[space].clear()
 
     # Shared memory and its barriers
 
@@ -359,9 +367,7 @@ class Language:
         return Shared(self.machine, *(torch.full(shape, poison, dtype=dtype) for _ in range(2)))
 
     def fence_async_shared(self) -> None:
-        for publish in self.machine.current.dirty:
-            publish()
-        self.machine.current.dirty.clear()
+        self._fence("shared")
 
     def init(self, barrier: Barrier, count: int) -> None:
         barrier.count = barrier.pending = count

@@ -180,7 +180,8 @@ def _without(method, which=lambda *_: True):
 
 
 FAULTS = {
-    "fences": _without("fence_async_shared"),
+    "fences of shared memory": _without("fence_async_shared"),
+    "fences of global memory": _without("inline_asm_elementwise"),
     "waits for the staging memory": _without("store_wait"),
     "waits for copies": _without("wait", lambda barrier, _: barrier.name.startswith("ready")),
     "waits for places": _without("wait", lambda barrier, _: barrier.name.startswith("empty")),
