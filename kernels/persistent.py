@@ -396,9 +396,9 @@ def lora_persistent_kernel(
     else:
         epoch = tl.load(sync_ptr + EPOCH) + 1
         num_r = tl.cdiv(R, BLOCK_R)
-        item = tl.atomic_add(sync_ptr + TICKET, 1)
+        item = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
         while item < num_m * (num_r + num_n):
-            next_item = tl.atomic_add(sync_ptr + TICKET, 1)
+            next_item = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
             pid_m, column = work_item(item, num_m, num_n, num_r, GROUP_M)
             flags_ptr = sync_ptr + FLAGS + pid_m * num_r
             if column < num_r:
