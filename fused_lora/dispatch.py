@@ -401,7 +401,7 @@ def checked_call(
         facts = (_facts(x), _facts(weight), _facts(lora_A), _facts(lora_B))
         key = (facts, None if bias is None else _facts(bias), dropout)
         call = _calls.get(key)
-    except AttributeError:  # not a tensor: the checks say which
+    except (AttributeError, RuntimeError):  # not a tensor, or nested ones: the checks say which
         call = None
     if call is None:
         checks.check_tensors(x, weight, lora_A, lora_B, bias)

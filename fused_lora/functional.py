@@ -164,7 +164,7 @@ def _decide(
             (scaling, type(scaling), dropout_p, type(dropout_p), backend, torch.is_grad_enabled()),
         )
         decision = decisions.get(key)
-    except (AttributeError, TypeError):  # not a tensor, not hashable: the checks say which
+    except (AttributeError, TypeError, RuntimeError):  # no dense tensor, not hashable: checks say
         key = decision = None
     if decision is None:
         _check_options(weight, scaling, dropout_p, backend)
