@@ -60,6 +60,7 @@ KINDS: dict[Strategy, Kind] = {
     "in_loop": "quantized",
 }
 _BY_MODEL: tuple[Strategy, ...] = ("one_pass", "split", "skinny", "in_loop")
+_FOR_DORA: tuple[Strategy, ...] = ("one_pass", "split", "in_loop")  # by a scale in the epilogue
 
 
 @dataclass(frozen=True)
@@ -259,9 +260,9 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
     return seconds
 
 
-def _by_model(call: Call) -> Strategy:
+def _by_model(call: Call, among: tuple[Strategy, ...] = _BY_MODEL) -> Strategy:
     seconds = predicted_seconds(call, device_info(call.device))
-    return min((s for s in _BY_MODEL if s in seconds), key=seconds.__getitem__)
+    return min((s for s in among if s in seconds), key=seconds.__getitem__)
 
 
 def table_key(call: Call, direction: Direction) -> str:
@@ -312,7 +313,7 @@ def better_apart(x: Tensor, dropout: bool, backend: Backend) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(call: Call, backend: Backend) -> Plan:
+def plan(call: Call, backend: Backend, dora: bool = False) -> Plan:
     """The decision for ``call``; raises the obstacle if "triton" was asked for and stands."""
     obstacle = kernel_obstacle(call) if backend != "torch" else None
     if backend == "triton" and obstacle is not None:
@@ -321,6 +322,8 @@ def plan(call: Call, backend: Backend) -> Plan:
         few = call.device.type == "cpu" and call.M <= MAX_COMPOSED_M and call.quantized is None
         return Plan("torch", "library", "library", composed=few)
     strategy, config = _choose(call, "forward")
+    if dora and strategy not in _FOR_DORA:
+        strategy, config = _by_model(call, _FOR_DORA), None
     strategy_dx, config_dx = _choose(transposed(call), "dx")
     return Plan("triton", strategy, strategy_dx, config, config_dx)
 
@@ -414,12 +417,14 @@ def checked_call(
 Operands = tuple[Any, ...]  # x, W0 and A, or nothing
 
 
-def explain_call(call: Call, backend: Backend, operands: Operands) -> Explanation:
+def explain_call(
+    call: Call, backend: Backend, operands: Operands, dora: bool = False
+) -> Explanation:
     """The plan with the reason for and against every backend and strategy.
 
     ``operands``: x, W0 and A, whose layouts decide whether tensor descriptors can be made of them.
     """
-    chosen = plan(call, backend)
+    chosen = plan(call, backend, dora)
     reasons: dict[str, str] = {}
     if chosen.backend == "torch":
         asked = 'backend="torch" was asked for' if backend == "torch" else None
@@ -439,6 +444,8 @@ def explain_call(call: Call, backend: Backend, operands: Operands) -> Explanatio
     reasons["torch"] = "not taken: the kernels take this call"
     for strategy in get_args(Strategy):
         obstacle = _strategy_obstacle(call, strategy, seconds, operands)
+        if dora and strategy not in _FOR_DORA:
+            obstacle = obstacle or "its launch has no column scale, which DoRA needs"
         if obstacle:
             reasons[strategy] = f"not taken: {obstacle}"
             continue

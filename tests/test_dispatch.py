@@ -62,6 +62,15 @@ def test_the_input_gradient_is_decided_by_its_own_shape(h100):
     assert (chosen.strategy, chosen.strategy_dx) == ("one_pass", "split")
 
 
+def test_dora_takes_the_faster_of_what_has_its_epilogue(h100):
+    few = replace(CALL, M=1, N=1024)
+    assert plan(few, "auto").strategy == "skinny"
+    chosen = plan(few, "auto", dora=True)
+    seconds = predicted_seconds(few, H100)
+    assert chosen.strategy == min("one_pass", "split", key=seconds.__getitem__)
+    assert chosen.strategy_dx == plan(few, "auto").strategy_dx
+
+
 def test_model_is_the_designs():
     """DESIGN.md, section 2: one pass costs r_pad / BLOCK_N, split one more read of x and a launch.
 
