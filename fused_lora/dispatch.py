@@ -24,6 +24,7 @@ from .kernels.configs import (
     is_tma,
     padded,
     ship,
+    split_k,
     tma_obstacle,
 )
 from .kernels.device import DeviceInfo, device_info, has_fp8
@@ -184,9 +185,9 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
     skinny      one read of W; parts of y written and read; one more launch
     library     as split, and one more read and write of y and a third launch
 
-    The base product takes whole rounds of tiles (`configs.computed`). Few tiles have too few bytes
-    on their way to keep the memory busy: those over the latency of a load are their bandwidth.
-    skinny has two programs for every multiprocessor. cuBLAS's tiles are taken to be ours.
+    The base product takes whole rounds of tiles (`configs.computed`). However few bytes move, a
+    program goes through K a BLOCK_K at a time, and num_stages - 1 of these are on their way while
+    it waits for one. skinny has K in ranges. cuBLAS's tiles are taken to be ours.
 
     tma_ and ws_ strategies differ from their namesakes in how well they reach the ceilings, which
     the model does not know.
@@ -203,30 +204,28 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
     itemsize = call.dtype.itemsize
     flops, bandwidth = ceilings(device)
 
-    def reached(tile: TileConfig, programs: int) -> float:
-        """Bytes a second."""
-        stage = tile.BLOCK_K * (min(M, tile.BLOCK_M) + tile.BLOCK_N) * itemsize
-        return min(programs * (tile.num_stages - 1) * stage / _LATENCY, bandwidth)
+    def loading(tile: TileConfig, moved: float, K: int = K) -> float:
+        """Seconds to move ``moved`` bytes, by programs that go through K of the reduction."""
+        waiting = _LATENCY * -(-K // tile.BLOCK_K) / (tile.num_stages - 1)
+        return max(moved / bandwidth, waiting)
 
-    def product(kind: Kind, N: int, dropout: bool = False) -> tuple[TileConfig, float, float]:
-        """Tile of the launch for y [M, N], its multiplications in seconds, and `reached`."""
+    def product(kind: Kind, N: int, dropout: bool = False) -> tuple[TileConfig, float]:
+        """Tile of the launch for y [M, N], and its multiplications in seconds."""
         tile = choose_config(kind, M, N, r, itemsize, dropout, device)
-        tiles = -(-M // tile.BLOCK_M) * -(-N // tile.BLOCK_N)
-        multiplying = 2 * computed(tile, M, N, device) * K / flops
-        return tile, multiplying, reached(tile, min(tiles, device.num_sms))
+        return tile, 2 * computed(tile, M, N, device) * K / flops
 
     touch_y = 2 * itemsize * M * N / bandwidth
     if M * N * K == 0:
         return {"split": _LAUNCH, "library": touch_y + 2 * _LAUNCH}
     moved = itemsize * (M * K + K * N + M * N)
-    read_x = itemsize * M * K / product("plain", padded(r))[2]
+    read_x = itemsize * M * K / bandwidth
     if rounds_input(call):
         native = has_fp8(call.device)
         moved = itemsize * (M * N + 2 * M * K) + N * K + 2 * M * K * (1 if native else itemsize)
-        _, gemm, speed = product("fp8", N)
-        return {"in_loop": max(gemm / (2 if native else 1), moved / speed) + 2 * _LAUNCH}
-    _, gemm, speed = product("second", N)
-    base = max(gemm, moved / speed)
+        tile, gemm = product("fp8", N)
+        return {"in_loop": max(gemm / (2 if native else 1), loading(tile, moved)) + 2 * _LAUNCH}
+    tile, gemm = product("second", N)
+    base = max(gemm, loading(tile, moved))
     seconds: dict[Strategy, float] = {
         "split": base + read_x + _LAUNCH,
         "library": base + read_x + touch_y + 2 * _LAUNCH,
@@ -239,24 +238,26 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
         if is_specialized(kind) and specialized_obstacle(call.device, device):
             continue
         if strategy in ("one_pass", "tma_one_pass"):
-            tile, gemm, speed = product(kind, N)
-            seconds[strategy] = max(gemm * (1 + padded(r) / tile.BLOCK_N), moved / speed)
+            tile, gemm = product(kind, N)
+            gemm *= 1 + padded(r) / tile.BLOCK_N
+            seconds[strategy] = max(gemm, loading(tile, moved))
         elif strategy in ("tma_split", "ws_split"):
             seconds[strategy] = seconds["split"]
         elif strategy in ("one_launch", "ws_one_launch"):
             seconds[strategy] = base + read_x
         elif strategy == "skinny" and M <= MAX_SKINNY_M:
-            parts = 2 * 4 * M * (N + r) * max(1, 2 * device.num_sms * 64 // N)
             tile = choose_config(kind, M, N, r, itemsize, False, device)
-            seconds[strategy] = (moved + parts) / reached(tile, 2 * device.num_sms) + _LAUNCH
+            splits = split_k(tile, N, K, r, device)
+            parts = 2 * 4 * M * (N + r) * splits
+            seconds[strategy] = loading(tile, moved + parts, -(-K // splits)) + _LAUNCH
     if call.quantized is not None:
         code_bytes = 0.5 if call.quantized.format in ("nf4", "fp4") else 1.0
         scratch = N * K * (code_bytes + itemsize) / bandwidth + _LAUNCH
         seconds = {strategy: time + scratch for strategy, time in seconds.items()}
-        tile, gemm, speed = product("quantized", N, call.dropout)
+        tile, gemm = product("quantized", N, call.dropout)
         saved = N * K * (itemsize - code_bytes)
         decoding = -(-M // tile.BLOCK_M) * N * K / _DECODED
-        seconds["in_loop"] = max(gemm, (moved - saved) / speed) + read_x + _LAUNCH + decoding
+        seconds["in_loop"] = max(gemm, loading(tile, moved - saved)) + read_x + _LAUNCH + decoding
     return seconds
 
 

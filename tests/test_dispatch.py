@@ -95,6 +95,16 @@ def test_model_of_few_rows():
     assert "skinny" not in predicted_seconds(replace(CALL, M=65), H100)
 
 
+@pytest.mark.parametrize("N", [512, 1024, 4096])
+def test_more_rows_of_few_are_never_predicted_faster(h100, N):
+    """A program goes through K whatever other programs do, and so do few rows' few tiles."""
+    calls = [replace(CALL, M=M, N=N) for M in range(1, 65)]
+    times = [predicted_seconds(call, H100)[plan(call, "auto").strategy] for call in calls]
+    assert times == sorted(times)
+    a_program = 4096 / 64 / 4 * 0.7e-6
+    assert predicted_seconds(replace(CALL, M=64, N=N), H100)["one_pass"] >= a_program
+
+
 @pytest.mark.parametrize(("M", "N", "rounds"), [(2048, 4096, 2), (2112, 4096, 3), (8192, 5120, 10)])
 def test_model_counts_whole_rounds_of_tiles(M, N, rounds):
     seconds = predicted_seconds(replace(CALL, M=M, N=N), H100)
