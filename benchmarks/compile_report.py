@@ -33,6 +33,7 @@ from fused_lora.dispatch import CEILINGS, gluon_problem
 from fused_lora.kernels import gemm, grads, group, multi, persistent, pieces, skinny
 from fused_lora.kernels.configs import (
     MAX_GROUP,
+    MAX_SPLIT_K,
     Kind,
     TileConfig,
     is_specialized,
@@ -328,7 +329,7 @@ def _skinny_source(case: Case) -> tuple[Any, dict[str, str], dict[str, object]]:
     if case.sums:
         pointers |= {"bias_ptr": x, "h_ptr": x, "b_ptr": adapter, "y_ptr": x}
         constants: dict[str, object] = {"stride_bias": 1, "CHUNK_R": padded(case.r)}
-        constants["SPLIT_K"] = skinny.MAX_SPLIT_K
+        constants["SPLIT_K"] = MAX_SPLIT_K
         constants |= {"BLOCK_M": case.config.BLOCK_M, "BLOCK_N": skinny.SUM_BLOCK_N}
         constants["stride_bn" if case.transposed else "stride_br"] = 1
         return skinny.skinny_sum_kernel, pointers, constants

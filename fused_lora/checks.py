@@ -68,8 +68,9 @@ def check_tensors(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, wanted a torch.Tensor")
         check_dtype(f"{name}'s dtype", tensor.dtype)
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name}: got layout {tensor.layout}, wanted a dense tensor")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            layout = "nested" if tensor.is_nested else tensor.layout
+            raise TypeError(f"{name}: got layout {layout}, wanted a dense tensor")
         if tensor.device != x.device:
             raise ValueError(f"{name}: is on {tensor.device}, wanted x's device, {x.device}")
 

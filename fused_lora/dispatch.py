@@ -24,6 +24,7 @@ from .kernels.configs import (
     is_tma,
     padded,
     ship,
+    split_k,
     tma_obstacle,
 )
 from .kernels.device import DeviceInfo, device_info, has_fp8
@@ -60,6 +61,7 @@ KINDS: dict[Strategy, Kind] = {
     "in_loop": "quantized",
 }
 _BY_MODEL: tuple[Strategy, ...] = ("one_pass", "split", "skinny", "in_loop")
+_FOR_DORA: tuple[Strategy, ...] = ("one_pass", "split", "in_loop")  # by a scale in the epilogue
 
 
 @dataclass(frozen=True)
@@ -183,9 +185,9 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
     skinny      one read of W; parts of y written and read; one more launch
     library     as split, and one more read and write of y and a third launch
 
-    The base product takes whole rounds of tiles (`configs.computed`). Few tiles have too few bytes
-    on their way to keep the memory busy: those over the latency of a load are their bandwidth.
-    skinny has two programs for every multiprocessor. cuBLAS's tiles are taken to be ours.
+    The base product takes whole rounds of tiles (`configs.computed`). However few bytes move, a
+    program goes through K a BLOCK_K at a time, and num_stages - 1 of these are on their way while
+    it waits for one. skinny has K in ranges. cuBLAS's tiles are taken to be ours.
 
     tma_ and ws_ strategies differ from their namesakes in how well they reach the ceilings, which
     the model does not know.
@@ -202,30 +204,28 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
     itemsize = call.dtype.itemsize
     flops, bandwidth = ceilings(device)
 
-    def reached(tile: TileConfig, programs: int) -> float:
-        """Bytes a second."""
-        stage = tile.BLOCK_K * (min(M, tile.BLOCK_M) + tile.BLOCK_N) * itemsize
-        return min(programs * (tile.num_stages - 1) * stage / _LATENCY, bandwidth)
+    def loading(tile: TileConfig, moved: float, K: int = K) -> float:
+        """Seconds to move ``moved`` bytes, by programs that go through K of the reduction."""
+        waiting = _LATENCY * -(-K // tile.BLOCK_K) / (tile.num_stages - 1)
+        return max(moved / bandwidth, waiting)
 
-    def product(kind: Kind, N: int, dropout: bool = False) -> tuple[TileConfig, float, float]:
-        """Tile of the launch for y [M, N], its multiplications in seconds, and `reached`."""
+    def product(kind: Kind, N: int, dropout: bool = False) -> tuple[TileConfig, float]:
+        """Tile of the launch for y [M, N], and its multiplications in seconds."""
         tile = choose_config(kind, M, N, r, itemsize, dropout, device)
-        tiles = -(-M // tile.BLOCK_M) * -(-N // tile.BLOCK_N)
-        multiplying = 2 * computed(tile, M, N, device) * K / flops
-        return tile, multiplying, reached(tile, min(tiles, device.num_sms))
+        return tile, 2 * computed(tile, M, N, device) * K / flops
 
     touch_y = 2 * itemsize * M * N / bandwidth
     if M * N * K == 0:
         return {"split": _LAUNCH, "library": touch_y + 2 * _LAUNCH}
     moved = itemsize * (M * K + K * N + M * N)
-    read_x = itemsize * M * K / product("plain", padded(r))[2]
+    read_x = itemsize * M * K / bandwidth
     if rounds_input(call):
         native = has_fp8(call.device)
         moved = itemsize * (M * N + 2 * M * K) + N * K + 2 * M * K * (1 if native else itemsize)
-        _, gemm, speed = product("fp8", N)
-        return {"in_loop": max(gemm / (2 if native else 1), moved / speed) + 2 * _LAUNCH}
-    _, gemm, speed = product("second", N)
-    base = max(gemm, moved / speed)
+        tile, gemm = product("fp8", N)
+        return {"in_loop": max(gemm / (2 if native else 1), loading(tile, moved)) + 2 * _LAUNCH}
+    tile, gemm = product("second", N)
+    base = max(gemm, loading(tile, moved))
     seconds: dict[Strategy, float] = {
         "split": base + read_x + _LAUNCH,
         "library": base + read_x + touch_y + 2 * _LAUNCH,
@@ -238,30 +238,32 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
         if is_specialized(kind) and specialized_obstacle(call.device, device):
             continue
         if strategy in ("one_pass", "tma_one_pass"):
-            tile, gemm, speed = product(kind, N)
-            seconds[strategy] = max(gemm * (1 + padded(r) / tile.BLOCK_N), moved / speed)
+            tile, gemm = product(kind, N)
+            gemm *= 1 + padded(r) / tile.BLOCK_N
+            seconds[strategy] = max(gemm, loading(tile, moved))
         elif strategy in ("tma_split", "ws_split"):
             seconds[strategy] = seconds["split"]
         elif strategy in ("one_launch", "ws_one_launch"):
             seconds[strategy] = base + read_x
         elif strategy == "skinny" and M <= MAX_SKINNY_M:
-            parts = 2 * 4 * M * (N + r) * max(1, 2 * device.num_sms * 64 // N)
             tile = choose_config(kind, M, N, r, itemsize, False, device)
-            seconds[strategy] = (moved + parts) / reached(tile, 2 * device.num_sms) + _LAUNCH
+            splits = split_k(tile, N, K, r, device)
+            parts = 2 * 4 * M * (N + r) * splits
+            seconds[strategy] = loading(tile, moved + parts, -(-K // splits)) + _LAUNCH
     if call.quantized is not None:
         code_bytes = 0.5 if call.quantized.format in ("nf4", "fp4") else 1.0
         scratch = N * K * (code_bytes + itemsize) / bandwidth + _LAUNCH
         seconds = {strategy: time + scratch for strategy, time in seconds.items()}
-        tile, gemm, speed = product("quantized", N, call.dropout)
+        tile, gemm = product("quantized", N, call.dropout)
         saved = N * K * (itemsize - code_bytes)
         decoding = -(-M // tile.BLOCK_M) * N * K / _DECODED
-        seconds["in_loop"] = max(gemm, (moved - saved) / speed) + read_x + _LAUNCH + decoding
+        seconds["in_loop"] = max(gemm, loading(tile, moved - saved)) + read_x + _LAUNCH + decoding
     return seconds
 
 
-def _by_model(call: Call) -> Strategy:
+def _by_model(call: Call, among: tuple[Strategy, ...] = _BY_MODEL) -> Strategy:
     seconds = predicted_seconds(call, device_info(call.device))
-    return min((s for s in _BY_MODEL if s in seconds), key=seconds.__getitem__)
+    return min((s for s in among if s in seconds), key=seconds.__getitem__)
 
 
 def table_key(call: Call, direction: Direction) -> str:
@@ -312,7 +314,7 @@ def better_apart(x: Tensor, dropout: bool, backend: Backend) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(call: Call, backend: Backend) -> Plan:
+def plan(call: Call, backend: Backend, dora: bool = False) -> Plan:
     """The decision for ``call``; raises the obstacle if "triton" was asked for and stands."""
     obstacle = kernel_obstacle(call) if backend != "torch" else None
     if backend == "triton" and obstacle is not None:
@@ -321,6 +323,8 @@ def plan(call: Call, backend: Backend) -> Plan:
         few = call.device.type == "cpu" and call.M <= MAX_COMPOSED_M and call.quantized is None
         return Plan("torch", "library", "library", composed=few)
     strategy, config = _choose(call, "forward")
+    if dora and strategy not in _FOR_DORA:
+        strategy, config = _by_model(call, _FOR_DORA), None
     strategy_dx, config_dx = _choose(transposed(call), "dx")
     return Plan("triton", strategy, strategy_dx, config, config_dx)
 
@@ -401,7 +405,7 @@ def checked_call(
         facts = (_facts(x), _facts(weight), _facts(lora_A), _facts(lora_B))
         key = (facts, None if bias is None else _facts(bias), dropout)
         call = _calls.get(key)
-    except AttributeError:  # not a tensor: the checks say which
+    except (AttributeError, RuntimeError):  # not a tensor, or nested ones: the checks say which
         call = None
     if call is None:
         checks.check_tensors(x, weight, lora_A, lora_B, bias)
@@ -414,12 +418,14 @@ def checked_call(
 Operands = tuple[Any, ...]  # x, W0 and A, or nothing
 
 
-def explain_call(call: Call, backend: Backend, operands: Operands) -> Explanation:
+def explain_call(
+    call: Call, backend: Backend, operands: Operands, dora: bool = False
+) -> Explanation:
     """The plan with the reason for and against every backend and strategy.
 
     ``operands``: x, W0 and A, whose layouts decide whether tensor descriptors can be made of them.
     """
-    chosen = plan(call, backend)
+    chosen = plan(call, backend, dora)
     reasons: dict[str, str] = {}
     if chosen.backend == "torch":
         asked = 'backend="torch" was asked for' if backend == "torch" else None
@@ -439,6 +445,8 @@ def explain_call(call: Call, backend: Backend, operands: Operands) -> Explanatio
     reasons["torch"] = "not taken: the kernels take this call"
     for strategy in get_args(Strategy):
         obstacle = _strategy_obstacle(call, strategy, seconds, operands)
+        if dora and strategy not in _FOR_DORA:
+            obstacle = obstacle or "its launch has no column scale, which DoRA needs"
         if obstacle:
             reasons[strategy] = f"not taken: {obstacle}"
             continue

@@ -164,7 +164,7 @@ def _decide(
             (scaling, type(scaling), dropout_p, type(dropout_p), backend, torch.is_grad_enabled()),
         )
         decision = decisions.get(key)
-    except (AttributeError, TypeError):  # not a tensor, not hashable: the checks say which
+    except (AttributeError, TypeError, RuntimeError):  # no dense tensor, not hashable: checks say
         key = decision = None
     if decision is None:
         _check_options(weight, scaling, dropout_p, backend)
@@ -319,7 +319,7 @@ def dora_linear(
     if observed:
         checks.check_tensors(x, weight, lora_A, lora_B, bias)
     else:
-        chosen = plan(checked_call(x, weight, lora_A, lora_B, bias, False), backend)
+        chosen = plan(checked_call(x, weight, lora_A, lora_B, bias, False), backend, True)
     _check_magnitude(weight, magnitude)
     if dropout_p > 0.0:
         dropped = F.dropout(x, dropout_p)
@@ -377,7 +377,7 @@ def explain(
         if parallel.has_dtensor(*tensors):
             x, weight, lora_A, lora_B, bias = parallel.Layout.of(*tensors).to_local(*tensors)
     call = checked_call(x, weight, lora_A, lora_B, bias, dropout)
-    found = explain_call(call, backend, (x, weight, lora_A))
+    found = explain_call(call, backend, (x, weight, lora_A), magnitude is not None)
     if magnitude is not None:
         _check_magnitude(weight, magnitude)
         found.reasons["dora"] = (

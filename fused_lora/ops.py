@@ -32,8 +32,10 @@ def _plan(
     bias: Tensor | None,
     dropout: bool,
     backend: str,
+    dora: bool = False,
 ) -> Plan:
-    return plan(checked_call(x, weight, lora_A, lora_B, bias, dropout), cast(Backend, backend))
+    call = checked_call(x, weight, lora_A, lora_B, bias, dropout)
+    return plan(call, cast(Backend, backend), dora)
 
 
 @torch.library.custom_op("fused_lora::lora_linear", mutates_args=())

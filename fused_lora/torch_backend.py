@@ -6,6 +6,7 @@ own outputs, and no [M, N] temporary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -76,6 +77,15 @@ def forward(
     return y.addmm_(h, lora_B.to(x.dtype).t()), h
 
 
+@functools.lru_cache(maxsize=256)
+def _is_exact(scaling: float, dtype: torch.dtype) -> bool:
+    """Whether `add_` can have it as alpha, which it rounds to its tensors' dtype; inf is refused.
+
+    1.3 would be 1.297 in bf16. Powers of two, the usual ones, save the call that scales h.
+    """
+    return torch.tensor(scaling, dtype=torch.float64, device="cpu").to(dtype).item() == scaling
+
+
 def composed(
     x: Tensor,
     weight: Tensor,
@@ -100,8 +110,11 @@ def composed(
     if threshold:
         dropped = x * drawn_mask(threshold, x.shape[0], K, x.dtype)
         scaling *= keep_scale(threshold)
+    h = F.linear(dropped, A)
+    if not _is_exact(scaling, x.dtype):
+        h, scaling = h.mul_(scaling), 1.0
     # For so few rows an addition of its own costs less than oneDNN's addmm_ onto y in bf16.
-    y.add_(F.linear(F.linear(dropped, A), B), alpha=scaling)
+    y.add_(F.linear(h, B), alpha=scaling)
     return y if len(rows) == 1 else y.view(*rows, y.shape[1])
 
 

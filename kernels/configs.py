@@ -41,6 +41,7 @@ MAX_ONE_PASS_RANK = 64
 MAX_GROUP = 3  # members of one launch: its code is as long as they are many
 MIN_DOT = 16  # tl.dot takes no smaller side
 MAX_SKINNY_M = 64
+MAX_SPLIT_K = 8  # in skinny.py: the sum is unrolled, and compiled once for each
 _TMA_ALIGNMENT = 16  # bytes
 # A tile's time for an element of y is 1 + this / BLOCK_M + this / BLOCK_N: 128 x 128 at 0.95 of the
 # speed of 128 x 256, and 64 x 64 at 0.79. An estimate, of what CUTLASS's profiler usually says.
@@ -403,6 +404,13 @@ def computed(config: TileConfig, M: int, N: int, device: DeviceInfo) -> int:
     tiles = -(-M // config.BLOCK_M) * -(-N // config.BLOCK_N)
     programs = device.num_sms * config.programs_per_sm
     return -(-tiles // programs) * programs * config.BLOCK_M * config.BLOCK_N
+
+
+def split_k(config: TileConfig, N: int, K: int, R: int, device: DeviceInfo) -> int:
+    """Ranges of K in skinny.py: for two programs a multiprocessor, of steps for its pipeline."""
+    tiles = -(-N // config.BLOCK_N) - (-R // config.BLOCK_N)
+    wanted = -(-2 * device.num_sms // tiles)
+    return max(1, min(wanted, MAX_SPLIT_K, K // (2 * config.BLOCK_K)))
 
 
 def tma_obstacle(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor | None = None) -> str | None:

@@ -12,6 +12,7 @@ from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
+from triton import knobs
 from triton.compiler import CompiledKernel
 
 _MAX_KNOWN = 4096  # launches of one kernel: every M of a dynamic batch is one
@@ -50,7 +51,8 @@ class Launcher:
         for address in addresses:
             if address is not None:
                 bits |= address
-        key = (tensors[0].get_device(), sizes, *dtypes, *constants.values())
+        modes = knobs.runtime.debug, knobs.compilation.instrumentation_mode  # each its own kernel
+        key = (tensors[0].get_device(), sizes, modes, *dtypes, *constants.values())
         known = self._known.get(key)
         if known is not None and not bits & 15:
             compiled, tail = known

@@ -15,14 +15,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import TileConfig, padded
+from .configs import TileConfig, padded, split_k
 from .device import device_guard, device_info
 from .dropout import Dropout
 from .gemm import dot_precision
 from .launch import Launcher
 from .tiles import keep_mask
 
-MAX_SPLIT_K = 8  # the sum is unrolled, and compiled once for each
 SUM_BLOCK_N = 32  # columns of y in the second kernel: small, so that many programs share it
 
 
@@ -218,9 +217,7 @@ def skinny(
         scale *= dropout.keep_scale
     seed, threshold = (dropout.seed, dropout.threshold) if dropout else (None, 0)
     tiles = -(-N // config.BLOCK_N) - (-R // config.BLOCK_N)
-    # Two programs a multiprocessor; a range of K is a few steps, so that its pipeline fills.
-    wanted = -(-2 * device_info(x.device).num_sms // tiles)
-    splits = max(1, min(wanted, MAX_SPLIT_K, K // (2 * config.BLOCK_K)))
+    splits = split_k(config, N, K, R, device_info(x.device))
     k_per_split = -(K // -(splits * config.BLOCK_K)) * config.BLOCK_K  # whole tiles
     SPLIT_K = -(-K // k_per_split) if K else 1
     partial = torch.empty((SPLIT_K, M, N + R), dtype=torch.float32, device=x.device)

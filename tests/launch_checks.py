@@ -7,6 +7,7 @@ grid and arguments, with addresses for tensors.
 from unittest import mock
 
 import torch
+from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -101,6 +102,9 @@ def check_another_call_is_looked_at():
     assert shifted.data_ptr() % 16
     assert looked([shifted, w, a, b])
     assert looked([shifted, w, a, b])  # every time: which of them are aligned is not kept
+    with knobs.runtime.scope():
+        knobs.runtime.debug = True  # device-side assertions
+        assert looked(known)
     assert not looked(known)
 
 

@@ -35,6 +35,21 @@ BAD = {
     ),
     "x complex": ({"x": torch.ones(4, 6) * 1j}, TypeError, "x's dtype: got torch.complex64"),
     "x sparse": ({"x": torch.eye(6).to_sparse()}, TypeError, "x: got layout torch.sparse_coo"),
+    "x nested": (
+        {"x": torch.nested.nested_tensor([torch.randn(4, 6), torch.randn(3, 6)])},
+        TypeError,
+        "x: got layout nested",
+    ),
+    "B nested": (
+        {"lora_B": torch.nested.nested_tensor([torch.randn(5, 2)])},
+        TypeError,
+        "lora_B: got layout nested",
+    ),
+    "an option before a nested x": (
+        {"x": torch.nested.nested_tensor([torch.randn(4, 6)]), "backend": "cuda"},
+        ValueError,
+        "backend: got 'cuda'",
+    ),
     "weight 1-D": ({"weight": torch.randn(6)}, ValueError, "weight: got shape [6]"),
     "weight of another dtype": (
         {"weight": torch.randn(5, 6).half()},
@@ -69,6 +84,8 @@ BAD = {
     "scaling infinite": ({"scaling": -math.inf}, ValueError, "scaling: got -inf"),
     "scaling a string": ({"scaling": "1"}, TypeError, "scaling: got str"),
     "scaling a tensor": ({"scaling": torch.tensor(1.0)}, TypeError, "scaling: got Tensor"),
+    "scaling a bool": ({"scaling": True}, TypeError, "scaling: got bool"),  # 1.0's hash and equal
+    "dropout a bool": ({"dropout_p": False}, TypeError, "dropout_p: got bool"),
     "dropout 1": ({"dropout_p": 1.0}, ValueError, "dropout_p: got 1.0, wanted a probability"),
     "dropout negative": ({"dropout_p": -0.1}, ValueError, "dropout_p: got -0.1"),
     "dropout NaN": ({"dropout_p": math.nan}, ValueError, "dropout_p: got nan"),
@@ -85,6 +102,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_refused(function, name, launches):
     changes, error, message = BAD[name]
+    _call(function)  # whose decision is kept
     state = torch.get_rng_state()
     with pytest.raises(error, match=re.escape(message)):
         _call(function, **changes)

@@ -62,6 +62,15 @@ def test_the_input_gradient_is_decided_by_its_own_shape(h100):
     assert (chosen.strategy, chosen.strategy_dx) == ("one_pass", "split")
 
 
+def test_dora_takes_the_faster_of_what_has_its_epilogue(h100):
+    few = replace(CALL, M=1, N=1024)
+    assert plan(few, "auto").strategy == "skinny"
+    chosen = plan(few, "auto", dora=True)
+    seconds = predicted_seconds(few, H100)
+    assert chosen.strategy == min("one_pass", "split", key=seconds.__getitem__)
+    assert chosen.strategy_dx == plan(few, "auto").strategy_dx
+
+
 def test_model_is_the_designs():
     """DESIGN.md, section 2: one pass costs r_pad / BLOCK_N, split one more read of x and a launch.
 
@@ -84,6 +93,16 @@ def test_model_of_few_rows():
     narrow = predicted_seconds(replace(CALL, M=1, N=1024), H100)
     assert narrow["one_pass"] > 1.5 * narrow["skinny"]
     assert "skinny" not in predicted_seconds(replace(CALL, M=65), H100)
+
+
+@pytest.mark.parametrize("N", [512, 1024, 4096])
+def test_more_rows_of_few_are_never_predicted_faster(h100, N):
+    """A program goes through K whatever other programs do, and so do few rows' few tiles."""
+    calls = [replace(CALL, M=M, N=N) for M in range(1, 65)]
+    times = [predicted_seconds(call, H100)[plan(call, "auto").strategy] for call in calls]
+    assert times == sorted(times)
+    a_program = 4096 / 64 / 4 * 0.7e-6
+    assert predicted_seconds(replace(CALL, M=64, N=N), H100)["one_pass"] >= a_program
 
 
 @pytest.mark.parametrize(("M", "N", "rounds"), [(2048, 4096, 2), (2112, 4096, 3), (8192, 5120, 10)])

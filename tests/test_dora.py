@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from oracle import Problem, check, problem, run
 from torch import Tensor, nn
 
-from fused_lora import dora_linear, explain, inject, reference
+from fused_lora import dispatch, dora_linear, explain, inject, reference
 from fused_lora import torch_backend as torch_path
 from fused_lora.kernels import dora as kernels
 
@@ -262,6 +262,21 @@ def test_explain():
     assert "the column scale is in the epilogue" in str(kernel)
     with pytest.raises(ValueError, match="magnitude: got shape"):
         explain(p.x, p.weight, p.lora_A, p.lora_B, magnitude=p.magnitude[1:])
+
+
+@pytest.mark.parametrize("wanted", ["one_pass", "split", "skinny", "tma_one_pass", "library"])
+def test_the_plan_is_what_runs(monkeypatch, launches, wanted):
+    """Whatever is fastest without DoRA, explain names what is there with it."""
+    monkeypatch.setattr(dispatch, "_choose", lambda call, direction: (wanted, None))
+    dispatch.forget_plans()
+    p = _problem(5, 6, 7, 2, dtype=torch.float16)
+    why = explain(p.x, p.weight, p.lora_A, p.lora_B, magnitude=p.magnitude, backend="triton")
+    _call(p, backend="triton")
+    dispatch.forget_plans()
+    assert why.reasons[why.strategy].startswith("taken")
+    assert sum(reason.startswith("taken") for reason in why.reasons.values()) == 1
+    made = {"one_pass": ["gemm_one_pass"], "split": ["gemm_scaled", "gemm_add_lora"]}
+    assert launches == made[why.strategy]
 
 
 @pytest.mark.parametrize(

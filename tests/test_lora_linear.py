@@ -271,6 +271,16 @@ def test_on_a_cpu(launches, dtype, adapter_dtype, lead, dropout_p):
     assert not launches
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scaling", [2.0, 1.3, 1e-9, 7e4])
+def test_the_scaling_of_few_rows_is_not_rounded(dtype, scaling):
+    """As `add_` rounds its alpha: with identities for A and B only the product itself rounds."""
+    eye = torch.eye(8, dtype=dtype)
+    x = (torch.randn(3, 8) / 100).to(dtype)
+    y = lora_linear(x, torch.zeros_like(eye), eye, eye, scaling=scaling)
+    assert torch.equal(y, x * scaling)
+
+
 def test_second_derivatives_of_few_rows_on_a_cpu():
     """PyTorch's own there, and right."""
     p = problem(3, 5, 4, 2, dtype=torch.float64)
