@@ -60,8 +60,14 @@ KINDS: dict[Strategy, Kind] = {
     "skinny": "skinny",
     "in_loop": "quantized",
 }
-_BY_MODEL: tuple[Strategy, ...] = ("one_pass", "split", "skinny", "in_loop")
-_FOR_DORA: tuple[Strategy, ...] = ("one_pass", "split", "in_loop")  # by a scale in the epilogue
+# A layer on its own; with DoRA, whose column scale an epilogue must have; a part of a group, or of
+# many adapters in a batch, whose h was made before.
+Form = Literal["layer", "dora", "part"]
+_BY_MODEL: dict[Form, tuple[Strategy, ...]] = {
+    "layer": ("one_pass", "split", "skinny", "in_loop"),
+    "dora": ("one_pass", "split", "in_loop"),
+    "part": ("split", "in_loop"),
+}
 
 
 @dataclass(frozen=True)
@@ -261,9 +267,9 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
     return seconds
 
 
-def _by_model(call: Call, among: tuple[Strategy, ...] = _BY_MODEL) -> Strategy:
+def _by_model(call: Call, form: Form = "layer") -> Strategy:
     seconds = predicted_seconds(call, device_info(call.device))
-    return min((s for s in among if s in seconds), key=seconds.__getitem__)
+    return min((s for s in _BY_MODEL[form] if s in seconds), key=seconds.__getitem__)
 
 
 def table_key(call: Call, direction: Direction) -> str:
@@ -272,15 +278,18 @@ def table_key(call: Call, direction: Direction) -> str:
     return tables.key(direction, call.M, call.N, call.K, call.r, dtype, call.dropout)
 
 
-def _choose(call: Call, direction: Direction) -> tuple[Strategy, TileConfig | None]:
+def _choose(
+    call: Call, direction: Direction, form: Form = "layer"
+) -> tuple[Strategy, TileConfig | None]:
     """The table's choice, else the model's."""
     device = device_info(call.device)
-    if call.quantized is not None and _by_model(call) == "in_loop":
+    if call.quantized is not None and _by_model(call, form) == "in_loop":
         return "in_loop", None  # the tables are of plain weights: of what follows a scratch
     found = tables.table(device.name).get(table_key(call, direction))
-    if found is not None and found.strategy in predicted_seconds(call, device):
+    takes = form == "layer" or (found is not None and found.strategy in _BY_MODEL[form])
+    if found is not None and takes and found.strategy in predicted_seconds(call, device):
         return found.strategy, found.config
-    return _by_model(call), None
+    return _by_model(call, form), None
 
 
 def transposed(call: Call) -> Call:
@@ -314,7 +323,7 @@ def better_apart(x: Tensor, dropout: bool, backend: Backend) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(call: Call, backend: Backend, dora: bool = False) -> Plan:
+def plan(call: Call, backend: Backend, form: Form = "layer") -> Plan:
     """The decision for ``call``; raises the obstacle if "triton" was asked for and stands."""
     obstacle = kernel_obstacle(call) if backend != "torch" else None
     if backend == "triton" and obstacle is not None:
@@ -322,10 +331,9 @@ def plan(call: Call, backend: Backend, dora: bool = False) -> Plan:
     if backend == "torch" or obstacle or (backend == "auto" and _auto_avoids_kernels(call)):
         few = call.device.type == "cpu" and call.M <= MAX_COMPOSED_M and call.quantized is None
         return Plan("torch", "library", "library", composed=few)
-    strategy, config = _choose(call, "forward")
-    if dora and strategy not in _FOR_DORA:
-        strategy, config = _by_model(call, _FOR_DORA), None
-    strategy_dx, config_dx = _choose(transposed(call), "dx")
+    strategy, config = _choose(call, "forward", form)
+    # DoRA's input gradient is a layer's.
+    strategy_dx, config_dx = _choose(transposed(call), "dx", "layer" if form == "dora" else form)
     return Plan("triton", strategy, strategy_dx, config, config_dx)
 
 
@@ -419,13 +427,13 @@ Operands = tuple[Any, ...]  # x, W0 and A, or nothing
 
 
 def explain_call(
-    call: Call, backend: Backend, operands: Operands, dora: bool = False
+    call: Call, backend: Backend, operands: Operands, form: Form = "layer"
 ) -> Explanation:
     """The plan with the reason for and against every backend and strategy.
 
     ``operands``: x, W0 and A, whose layouts decide whether tensor descriptors can be made of them.
     """
-    chosen = plan(call, backend, dora)
+    chosen = plan(call, backend, form)
     reasons: dict[str, str] = {}
     if chosen.backend == "torch":
         asked = 'backend="torch" was asked for' if backend == "torch" else None
@@ -445,7 +453,7 @@ def explain_call(
     reasons["torch"] = "not taken: the kernels take this call"
     for strategy in get_args(Strategy):
         obstacle = _strategy_obstacle(call, strategy, seconds, operands)
-        if dora and strategy not in _FOR_DORA:
+        if form == "dora" and strategy not in _BY_MODEL[form]:
             obstacle = obstacle or "its launch has no column scale, which DoRA needs"
         if obstacle:
             reasons[strategy] = f"not taken: {obstacle}"
@@ -454,7 +462,7 @@ def explain_call(
         why = f"predicted {seconds[strategy] * 1e6:.1f} us"
         if found is not None and strategy == found.strategy:
             why += f", measured {found.seconds * 1e6:.1f} us on this GPU"
-        elif strategy not in _BY_MODEL and strategy != "library":
+        elif strategy not in _BY_MODEL[form] and strategy != "library":
             why += "; taken only where a tuned table says so"
         reasons[strategy] = f"{verdict}: {why}"
     flops, bandwidth = ceilings(device)

@@ -38,7 +38,7 @@ def dora_linear_op(
     W: Any
     W, *exact = unpack(weights, spec)
     of_norm: Any = exact[0] if exact else W
-    chosen = _plan(x, W, lora_A, lora_B, bias, False, backend, True)
+    chosen = _plan(x, W, lora_A, lora_B, bias, False, backend, "dora")
     norm = weight_norm(of_norm, lora_A, lora_B, scaling, chosen)
     column_scale = over_norm(magnitude, norm)
     y, h, z = backends.dora_forward(

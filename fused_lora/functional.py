@@ -17,6 +17,7 @@ from .dispatch import (
     Backend,
     Decision,
     Explanation,
+    Form,
     checked_call,
     decisions,
     explain_call,
@@ -319,7 +320,7 @@ def dora_linear(
     if observed:
         checks.check_tensors(x, weight, lora_A, lora_B, bias)
     else:
-        chosen = plan(checked_call(x, weight, lora_A, lora_B, bias, False), backend, True)
+        chosen = plan(checked_call(x, weight, lora_A, lora_B, bias, False), backend, "dora")
     _check_magnitude(weight, magnitude)
     if dropout_p > 0.0:
         dropped = F.dropout(x, dropout_p)
@@ -377,7 +378,8 @@ def explain(
         if parallel.has_dtensor(*tensors):
             x, weight, lora_A, lora_B, bias = parallel.Layout.of(*tensors).to_local(*tensors)
     call = checked_call(x, weight, lora_A, lora_B, bias, dropout)
-    found = explain_call(call, backend, (x, weight, lora_A), magnitude is not None)
+    form: Form = "layer" if magnitude is None else "dora"
+    found = explain_call(call, backend, (x, weight, lora_A), form)
     if magnitude is not None:
         _check_magnitude(weight, magnitude)
         found.reasons["dora"] = (

@@ -249,7 +249,7 @@ def _checked(
             x_cast, W, bias = _autocast(x_cast, member.weight, member.bias)
             dropout = dropout_threshold(member.dropout_p) > 0
             calls.append(checked_call(x_cast, W, member.lora_A, member.lora_B, bias, dropout))
-            plans.append(plan(calls[-1], backend))
+            plans.append(plan(calls[-1], backend, "part"))
         except (TypeError, ValueError, RuntimeError) as error:
             raise type(error)(f"member {i}: {error}") from None
         cast.append(member._replace(weight=W, bias=bias))

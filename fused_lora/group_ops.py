@@ -50,7 +50,7 @@ def _plan(
     members = zip(weights, lora_As, lora_Bs, thresholds, strict=True)
     return plan_of_all(
         [
-            plan(checked_call(x, W, A, B, None, t > 0), cast(Backend, backend))
+            plan(checked_call(x, W, A, B, None, t > 0), cast(Backend, backend), "part")
             for W, A, B, t in members
         ]
     )

@@ -66,7 +66,7 @@ def _strategy(call: Call, groups: int) -> Strategy:
 @functools.lru_cache(maxsize=4096)
 def plan_multi(call: Call, groups: int, backend: Backend) -> MultiPlan:
     """The decision for a batch with this many adapters in it, "none" being one."""
-    chosen = plan(call, backend)
+    chosen = plan(call, backend, "part")
     if chosen.backend == "torch":
         return MultiPlan("torch", "library", "library")
     strategy, strategy_dx = _strategy(call, groups), _strategy(transposed(call), groups)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import backends
 from .differentiable import differentiable
-from .dispatch import Backend, Plan, checked_call, plan
+from .dispatch import Backend, Form, Plan, checked_call, plan
 from .kernels.dropout import Dropout
 from .packing import unpack
 from .quantize import QuantizedWeight
@@ -32,10 +32,10 @@ def _plan(
     bias: Tensor | None,
     dropout: bool,
     backend: str,
-    dora: bool = False,
+    form: Form = "layer",
 ) -> Plan:
     call = checked_call(x, weight, lora_A, lora_B, bias, dropout)
-    return plan(call, cast(Backend, backend), dora)
+    return plan(call, cast(Backend, backend), form)
 
 
 @torch.library.custom_op("fused_lora::lora_linear", mutates_args=())

@@ -65,7 +65,7 @@ def test_the_input_gradient_is_decided_by_its_own_shape(h100):
 def test_dora_takes_the_faster_of_what_has_its_epilogue(h100):
     few = replace(CALL, M=1, N=1024)
     assert plan(few, "auto").strategy == "skinny"
-    chosen = plan(few, "auto", dora=True)
+    chosen = plan(few, "auto", "dora")
     seconds = predicted_seconds(few, H100)
     assert chosen.strategy == min("one_pass", "split", key=seconds.__getitem__)
     assert chosen.strategy_dx == plan(few, "auto").strategy_dx

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass, fields
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from oracle import Problem, check, problem, run
 from torch import Tensor, nn
 
-from fused_lora import dispatch, dora_linear, explain, inject, reference
+from fused_lora import dispatch, dora_linear, explain, inject, reference, tables
 from fused_lora import torch_backend as torch_path
 from fused_lora.kernels import dora as kernels
 
@@ -267,7 +268,8 @@ def test_explain():
 @pytest.mark.parametrize("wanted", ["one_pass", "split", "skinny", "tma_one_pass", "library"])
 def test_the_plan_is_what_runs(monkeypatch, launches, wanted):
     """Whatever is fastest without DoRA, explain names what is there with it."""
-    monkeypatch.setattr(dispatch, "_choose", lambda call, direction: (wanted, None))
+    table = mock.Mock(get=lambda key: tables.Choice(wanted, None, 1e-6))
+    monkeypatch.setattr(tables, "table", lambda gpu: table)
     dispatch.forget_plans()
     p = _problem(5, 6, 7, 2, dtype=torch.float16)
     why = explain(p.x, p.weight, p.lora_A, p.lora_B, magnitude=p.magnitude, backend="triton")

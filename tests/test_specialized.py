@@ -250,7 +250,7 @@ def test_tensors_without_a_descriptor(launches, strategy):
 @pytest.mark.usefixtures("everywhere")
 def test_a_strategy_in_a_compiled_function(launches, monkeypatch):
     """Its launch is inside the registered operators: tracing does not see it."""
-    monkeypatch.setattr(dispatch, "_choose", lambda call, direction: ("ws_one_launch", None))
+    monkeypatch.setattr(dispatch, "_choose", lambda call, direction, form: ("ws_one_launch", None))
     p = problem(20, 72, 136, 8, dtype=torch.float16)
 
     def call(p):
