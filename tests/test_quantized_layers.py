@@ -425,7 +425,7 @@ def test_a_group_over_nf4_compiles(device, backend, launches):
     del launches[:]
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
     for name, tensor in _run_group(compiled, problems).items():
-        torch.testing.assert_close(tensor, expected[name])
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-4)
     assert launches.count("gemm_group") == (backend == "triton")
 
 
