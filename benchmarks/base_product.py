@@ -11,10 +11,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,13 +24,12 @@ from fused_lora.dispatch import specialized_obstacle
 from fused_lora.kernels import gemm, persistent
 from fused_lora.kernels.configs import Kind, TileConfig, ship
 from fused_lora.kernels.device import device_info
-from fused_lora.tune import median_seconds
+from fused_lora.tune import checked_seconds, in_processes, median_seconds, shape
 
 from . import rows
 
 SHAPES = ((8192, 4096, 4096), (2048, 4096, 4096), (8192, 8192, 8192), (4096, 5120, 5120))
 RANK = 16  # the tiles are those of a layer of this rank
-_TOLERANCE = 2e-2  # of the norm: two products in 16 bits
 
 Product = Callable[[TileConfig, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -87,9 +84,7 @@ def compile_all(dtype: torch.dtype, device: torch.device, workers: int) -> None:
         if name != "specialized"
         for config in _tiles(kind, dtype, device)
     ]
-    spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-        list(pool.map(_compile, jobs))
+    in_processes(_compile, jobs, workers)
 
 
 def measure(
@@ -103,29 +98,16 @@ def measure(
     for M, N, K in shapes:
         x, W = (torch.randn(rows, K, dtype=dtype, device=device) for rows in (M, N))
         operands[M, N, K] = x, W * K**-0.5
-    cublas = {shape: timer(partial(F.linear, x, W)) for shape, (x, W) in operands.items()}
+    cublas = {sizes: timer(partial(F.linear, x, W)) for sizes, (x, W) in operands.items()}
     for name, (kind, product) in products(device).items():
-        for shape, (x, W) in operands.items():
+        for sizes, (x, W) in operands.items():
             expected = F.linear(x, W).float()
             for config in _tiles(kind, dtype, device):
-                found = partial(Measured, *shape, name, str(config))
-                try:
-                    got = product(config, x, W.t()).float()
-                    error = ((got - expected).norm() / expected.norm()).item()
-                    if not error < _TOLERANCE:  # nor is NaN
-                        yield found(None, None, f"is wrong by {error:.1e} of the norm")
-                        continue
-                    seconds = timer(partial(product, config, x, W.t()))
-                except Exception as problem:  # a compiler may fail in any way
-                    yield found(None, None, f"{type(problem).__name__}: {problem}")
-                else:
-                    yield found(seconds, cublas[shape] / seconds)
-
-
-def shape(text: str) -> tuple[int, int, int]:
-    """M, N and K of "8192,4096,4096"; ValueError for anything else."""
-    M, N, K = map(int, text.split(","))
-    return M, N, K
+                run = partial(product, config, x, W.t())
+                wrong = "is wrong by {:.1e} of the norm"
+                seconds, problem = checked_seconds(run, expected, timer, wrong)
+                speed = None if seconds is None else cublas[sizes] / seconds
+                yield Measured(*sizes, name, str(config), seconds, speed, problem)
 
 
 def main(argv: list[str] | None = None) -> int:

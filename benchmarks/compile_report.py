@@ -156,9 +156,8 @@ def cases(archs: list[int], dtypes: list[str]) -> Iterator[Case]:
                         continue
                     masks = dropout and (transposed or not is_tma(kind))
                     tiles = ship(kind, r, itemsize, masks, device, dora)
-                    if is_tma(kind) or is_specialized(
-                        kind
-                    ):  # GROUP_M changes the order of the tiles, not the code
+                    # GROUP_M changes the order of the tiles, not the code.
+                    if is_tma(kind) or is_specialized(kind):
                         tiles = tuple(dict.fromkeys(replace(c, GROUP_M=8) for c in tiles))
                     summed = tiles if kind == "skinny" else ()
                     if kind == "grad" and not dropout and r == 16:

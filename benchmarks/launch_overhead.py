@@ -15,8 +15,8 @@ if os.environ.pop("TRITON_INTERPRET", None):
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ from triton.runtime import driver
 from fused_lora import dispatch, lora_linear, quantize_nf4
 from fused_lora.dispatch import Strategy
 from fused_lora.kernels.device import SHARED_MEMORY
+
+from . import measure
 
 SIDE, RANK, ARCH = 64, 16, 90
 STRATEGIES: tuple[Strategy, ...] = ("one_pass", "split", "skinny", "in_loop")
@@ -91,20 +93,6 @@ def kernel_path(
     return lambda x: lora_linear(x, weight, A, B, scaling=2.0, dropout_p=dropout_p)
 
 
-def _microseconds(
-    layer: Callable[[torch.Tensor], object], x: torch.Tensor, rounds: int = 25, number: int = 200
-) -> float:
-    for _ in range(number):
-        layer(x)
-    samples = []
-    for _ in range(rounds):
-        start = time.process_time()
-        for _ in range(number):
-            layer(x)
-        samples.append((time.process_time() - start) / number)
-    return statistics.median(samples) * 1e6
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -115,9 +103,10 @@ def main() -> None:
     found = {}
     for strategy in STRATEGIES:
         layer = kernel_path(strategy)
-        with torch.no_grad():
-            forward = _microseconds(layer, x)
-        found[strategy] = {"no_grad": forward, "grad": _microseconds(layer, x)}
+        call = partial(layer, x)
+        calls: dict[str, measure.Call] = {"no_grad": torch.no_grad()(call), "grad": call}
+        samples = measure.side_by_side(calls, x.device, seconds=1.0, overhead=True)
+        found[strategy] = {mode: statistics.median(times) for mode, times in samples.items()}
     if args.json:
         print(json.dumps({"triton": triton.__version__, "torch": torch.__version__, **found}))
         return

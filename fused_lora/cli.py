@@ -184,10 +184,10 @@ def tune(
     """
     from . import info, tables
     from .kernels.device import device_info
-    from .tune import Measurement, tune
+    from .tune import Measurement, shape, tune
 
     try:
-        problems = [_shape(text) for text in shapes or []]
+        problems = [shape(text) for text in shapes or []]
         if dtype not in DTYPES:
             raise ValueError(f"dtype: got {dtype!r}, wanted one of {list(DTYPES)}")
         if model is not None:
@@ -220,16 +220,6 @@ def tune(
     for key, choice in best.items():
         _say(f"{key:56} {choice.strategy:12} {choice.seconds * 1e6:9.1f} us")
     _say(f"saved: {tables.user_path(device_info(torch.device(device)).name)}")
-
-
-def _shape(text: str) -> tuple[int, int, int]:
-    try:
-        M, N, K = map(int, text.split(","))
-    except ValueError:
-        raise ValueError(f"shapes: got {text!r}, wanted M,N,K such as 8192,4096,4096") from None
-    if min(M, N, K) < 1:
-        raise ValueError(f"shapes: got {text!r}, wanted sizes of at least 1")
-    return M, N, K
 
 
 def _failed(error: Exception) -> typer.Exit:

@@ -11,6 +11,7 @@ import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,17 @@ class Measurement:
     config: TileConfig | None
     seconds: float | None
     problem: str = ""
+
+
+def shape(text: str) -> tuple[int, int, int]:
+    """M, N and K of "8192,4096,4096"; ValueError for anything else."""
+    try:
+        M, N, K = map(int, text.split(","))
+    except ValueError:
+        raise ValueError(f"shapes: got {text!r}, wanted M,N,K such as 8192,4096,4096") from None
+    if min(M, N, K) < 1:
+        raise ValueError(f"shapes: got {text!r}, wanted sizes of at least 1")
+    return M, N, K
 
 
 def median_seconds(run: Callable[[], object]) -> float:
@@ -111,6 +123,25 @@ class _Problem:
         return y
 
 
+def checked_seconds(
+    run: Callable[[], Tensor],
+    expected: Tensor,
+    timer: Callable[[Callable[[], object]], float],
+    wrong: str,
+) -> tuple[float | None, str]:
+    """Seconds of a call that gives ``expected``; or None and why: ``wrong`` with the error in it.
+
+    The error is a fraction of the norm; a call that fails says how.
+    """
+    try:
+        error = ((run().float() - expected).norm() / expected.norm()).item()
+        if not error < _TOLERANCE:  # nor is NaN
+            return None, wrong.format(error)
+        return timer(run), ""
+    except Exception as problem:  # a compiler may fail in any way; the others can still be had
+        return None, f"{type(problem).__name__}: {problem}"
+
+
 def _measure(
     call: dispatch.Call,
     direction: Direction,
@@ -121,18 +152,13 @@ def _measure(
     problem = _Problem(call, direction)
     expected = problem.run("split", None).float()
     for strategy, config in chosen:
-        try:
-            got = problem.run(strategy, config).float()
-            error = ((got - expected).norm() / expected.norm()).item()
-            if not error < _TOLERANCE:  # nor is NaN
-                problem_text = f"is wrong: its result is {error:.1e} of the norm away from split's"
-                yield Measurement(name, strategy, config, None, problem_text)
-                continue
-            seconds = timer(lambda s=strategy, c=config: problem.run(s, c))  # type: ignore[misc]
-        except Exception as error:  # a compiler may fail in any way; the others can still be had
-            yield Measurement(name, strategy, config, None, f"{type(error).__name__}: {error}")
-        else:
-            yield Measurement(name, strategy, config, seconds)
+        seconds, why = checked_seconds(
+            lambda s=strategy, c=config: problem.run(s, c),  # type: ignore[misc]
+            expected,
+            timer,
+            "is wrong: its result is {:.1e} of the norm away from split's",
+        )
+        yield Measurement(name, strategy, config, seconds, why)
 
 
 def _compile(job: tuple[dispatch.Call, Direction, Strategy, TileConfig | None]) -> None:
@@ -142,14 +168,19 @@ def _compile(job: tuple[dispatch.Call, Direction, Strategy, TileConfig | None]) 
         _Problem(call, direction).run(strategy, config)
 
 
+def in_processes(work: Callable[[Any], None], jobs: list[Any], workers: int) -> None:
+    """``work`` of each job, in so many processes."""
+    spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        list(pool.map(work, jobs))
+
+
 def _compile_all(
     todo: list[tuple[dispatch.Call, Direction, list[Candidate]]], workers: int
 ) -> None:
     """Fills Triton's cache on disk, where processes can share the work, as timing cannot."""
     jobs = [(call, direction, *c) for call, direction, chosen in todo for c in chosen]
-    spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-        list(pool.map(_compile, jobs, chunksize=4))
+    in_processes(_compile, jobs, workers)
 
 
 def tune(

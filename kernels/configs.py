@@ -135,32 +135,7 @@ _SKINNY_32BIT = (
     TileConfig(16, 32, 32, num_warps=4, num_stages=3),
     TileConfig(64, 32, 32, num_warps=8, num_stages=3),  # 32 rows spill 16 bytes on sm_100
 )
-
-
-def _tma(
-    M: int,
-    N: int,
-    num_warps: int,
-    num_stages: int,
-    SUBTILES: int,
-    *,
-    GROUP_M: int = 8,
-    FLATTEN: bool = False,
-    programs_per_sm: int = 1,
-) -> TileConfig:
-    return TileConfig(
-        M,
-        N,
-        64,
-        num_warps,
-        num_stages,
-        GROUP_M=GROUP_M,
-        SUBTILES=SUBTILES,
-        FLATTEN=FLATTEN,
-        programs_per_sm=programs_per_sm,
-    )
-
-
+_tma = functools.partial(TileConfig, BLOCK_K=64, GROUP_M=8, FLATTEN=False)
 # One program a multiprocessor, unless it says two. A smaller part of y's tile in its way to the
 # copy engine leaves memory for another stage; larger groups share more of W in L2.
 _TMA_16BIT = (
@@ -172,31 +147,10 @@ _TMA_16BIT = (
     _tma(128, 128, num_warps=8, num_stages=4, SUBTILES=2, FLATTEN=True),
     _tma(128, 128, num_warps=4, num_stages=3, SUBTILES=4, programs_per_sm=2),
 )
-
-
-def _specialized(
-    M: int,
-    N: int,
-    num_stages: int,
-    SUBTILES: int,
-    *,
-    GROUP_M: int = 8,
-    COOPERATIVE: bool = True,
-    LEAD: int = 0,
-) -> TileConfig:
-    return TileConfig(
-        M,
-        N,
-        64,
-        num_warps=4,  # of a consumer
-        num_stages=num_stages,
-        GROUP_M=GROUP_M,
-        SUBTILES=SUBTILES,
-        COOPERATIVE=COOPERATIVE,
-        LEAD=LEAD,
-    )
-
-
+# A consumer has four warps.
+_specialized = functools.partial(
+    TileConfig, BLOCK_K=64, num_warps=4, GROUP_M=8, COOPERATIVE=True, LEAD=0
+)
 # A consumer's part of y is in its registers whole: 64 x 256 or 128 x 128.
 _SPECIALIZED_16BIT = (
     _specialized(128, 256, num_stages=4, SUBTILES=4, LEAD=2),

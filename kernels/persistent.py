@@ -129,20 +129,6 @@ def wait_for(flag_ptr, epoch):
 
 
 @triton.jit
-def work_item(item, num_m, num_n, num_r, GROUP_M: tl.constexpr):
-    """Row of tiles and column of an item; columns below num_r are of h, the others of y.
-
-    In each group of GROUP_M rows num_r tiles of h and then num_n of y a row: `grouped_tile`'s order
-    where num_r is 0.
-    """
-    group_items = GROUP_M * (num_r + num_n)
-    first_m = item // group_items * GROUP_M
-    group_m = min(GROUP_M, num_m - first_m)
-    index = item % group_items
-    return first_m + index % group_m, index // group_m
-
-
-@triton.jit
 def finish(sync_ptr, epoch):
     """The end of a program: it has read the epoch, and drawn a ticket that no item has."""
     if tl.atomic_add(sync_ptr + FINISHED, 1) == tl.num_programs(0) - 1:  # so have all others
@@ -399,7 +385,7 @@ def lora_persistent_kernel(
         item = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
         while item < num_m * (num_r + num_n):
             next_item = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
-            pid_m, column = work_item(item, num_m, num_n, num_r, GROUP_M)
+            pid_m, column = grouped_tile(item, num_m, num_r + num_n, GROUP_M)  # below num_r: of h
             flags_ptr = sync_ptr + FLAGS + pid_m * num_r
             if column < num_r:
                 make_h_tile(
@@ -418,13 +404,14 @@ def lora_persistent_kernel(
         finish(sync_ptr, epoch)
 
 
-def _is_transposed(w: torch.Tensor) -> bool:
+def is_transposed(w: torch.Tensor) -> bool:
+    """Whether memory holds w by columns."""
     return w.stride(1) != 1
 
 
 def _descriptor(w: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Of tiles [rows, columns] of w, read as memory holds it: load_tile turns them round."""
-    if _is_transposed(w):
+    if is_transposed(w):
         return TensorDescriptor(w, [*w.shape[::-1]], [*w.stride()[::-1]], [columns, rows])
     return TensorDescriptor(w, [*w.shape], [*w.stride()], [rows, columns])
 
@@ -511,8 +498,8 @@ def _launch(
             BLOCK_R=BLOCK_R,
             CHUNK_R=CHUNK_R,
             ONE_CHUNK=R <= CHUNK_R,
-            W_TRANSPOSED=_is_transposed(w),
-            A_TRANSPOSED=a is not None and _is_transposed(a),
+            W_TRANSPOSED=is_transposed(w),
+            A_TRANSPOSED=a is not None and is_transposed(a),
             DROP_X=drop_x,
             PRECISION=dot_precision(x.dtype),
             **config.meta(),

@@ -48,21 +48,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import persistent
+from . import persistent, tiles
 from .configs import TileConfig, padded
 from .device import device_guard, device_info
 
 EPOCH, TICKET, FLAGS = persistent.EPOCH, persistent.TICKET, persistent.FLAGS
 # Triton's own functions, compiled as Gluon's: they touch no layout.
-finish, halves, publish, store_h, wait_for, work_item = (
+finish, grouped_tile, halves, publish, store_h, wait_for = (
     gluon.jit(function.fn)
     for function in (
         persistent.finish,
+        tiles.grouped_tile,
         persistent.halves,
         persistent.publish,
         persistent.store_h,
         persistent.wait_for,
-        persistent.work_item,
     )
 )
 
@@ -176,7 +176,7 @@ def loader(
         else:
             next_item = gl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
             post(next_item, index, board, posted, taken)
-        pid_m, column = work_item(item, num_m, num_n, num_r, GROUP_M)
+        pid_m, column = grouped_tile(item, num_m, num_r + num_n, GROUP_M)  # below num_r: of h
         row = pid_m * (PARTS * TILE_M)
         if column < num_r:
             if a_desc is not None:
@@ -298,9 +298,9 @@ def store_y(y_desc, acc, y_stage, row, col, consumer: gl.constexpr, SUBTILES: gl
     """Stores a consumer's tile in SUBTILES parts, by way of staging memory that is free again."""
     WIDTH: gl.constexpr = y_desc.block_type.shape[1]
     BUFFERS: gl.constexpr = y_stage.shape[0] // CONSUMERS
-    tiles = split_columns(acc, SUBTILES)
+    subtiles = split_columns(acc, SUBTILES)
     for i in gl.static_range(SUBTILES):
-        tile = tiles[i].to(y_desc.dtype)
+        tile = subtiles[i].to(y_desc.dtype)
         stage = y_stage.index(consumer * BUFFERS + i % BUFFERS)
         tma.store_wait(BUFFERS - 1)
         stage.store(tile)
@@ -362,7 +362,7 @@ def consume(
     if sync_ptr is not None:
         item = take(index, board, posted, taken)
     while item < items:
-        pid_m, column = work_item(item, num_m, num_n, num_r, GROUP_M)
+        pid_m, column = grouped_tile(item, num_m, num_r + num_n, GROUP_M)  # below num_r: of h
         row = (pid_m * PARTS + part) * TILE_M
         mine = PARTS == CONSUMERS or index % CONSUMERS == consumer
         if LEAD > 0 and consumer > 0:
@@ -561,7 +561,7 @@ def _launch(
     """y, and h where it is made here (a given)."""
     (M, K), N = x.shape, w.shape[1]
     R = b.shape[0] if b is not None else 0
-    turned = w.stride(1) != 1
+    turned = persistent.is_transposed(w)
     parts = CONSUMERS.value if config.COOPERATIVE else 1
     rows, BLOCK_N, BLOCK_K = config.BLOCK_M // parts, config.BLOCK_N, config.BLOCK_K
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)

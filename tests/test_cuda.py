@@ -216,7 +216,7 @@ def test_data_parallel():
 
 
 @pytest.mark.parametrize("strategy", ["one_pass", "split", "skinny"])
-def test_known_launches_read_the_tensors_of_their_own_call(device, strategy):
+def test_known_launches_read_the_tensors_of_their_own_call(device, strategy, launches):
     """Only the first of a kind goes through Triton's look at the arguments (kernels/launch.py)."""
     plan = Plan("triton", strategy, strategy)
     for stream in (torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()):
@@ -226,3 +226,5 @@ def test_known_launches_read_the_tensors_of_their_own_call(device, strategy):
             got = run(fused(plan), p)
         torch.cuda.current_stream().wait_stream(stream)
         check(got, p)
+    of_y = {"one_pass": "gemm_one_pass", "split": "gemm_add_lora", "skinny": "skinny"}[strategy]
+    assert launches.count(of_y) == 2 * 3  # y and dx, of three calls

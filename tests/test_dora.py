@@ -1,9 +1,6 @@
 """`dora_linear`: the house rule on both backends, norms, what is saved, dropout, compile."""
 
-import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass, fields
 from unittest import mock
 
@@ -11,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import Problem, check, problem, run
+from outside import run_outside
 from torch import Tensor, nn
 
 from fused_lora import dispatch, dora_linear, explain, inject, reference, tables
@@ -321,14 +319,10 @@ def test_no_second_derivative():
 def test_what_the_kernels_compile_to(arch):
     """No spills, and offsets of 64 bits, in the launchers' own tiles."""
     program = f"""
-import os
 import re
-import subprocess
-import sys
-import tempfile
 import triton
 from triton.backends.compiler import GPUTarget
-from benchmarks.compile_report import CODES, FP8_ARCH, _cuobjdump, specialised
+from benchmarks.compile_report import CODES, FP8_ARCH, disassembled, specialised
 from fused_lora.kernels import dora
 
 def compile(kernel, tile, pointers, constants):
@@ -340,10 +334,7 @@ def compile(kernel, tile, pointers, constants):
     small = ("16xi32", "16x1xi32") if "w_tables" in pointers else ()  # places in the code books
     offsets = [offset for offset in offsets if not any(s in offset for s in small)]
     assert offsets and all("i64" in offset for offset in offsets), sorted(set(offsets))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage = _cuobjdump("--dump-resource-usage", cubin.name)
+    usage, _ = disassembled(compiled)
     assert "STACK:0 " in usage, usage
 
 rows = {{"stride_wk": 1, "stride_ak": 1, "stride_br": 1, "w_tables": None, "W_LAYOUT": None}}
@@ -364,12 +355,4 @@ for dtype in ("*bf16", "*fp32"):
     pointers |= {{"z_ptr": dtype, "dot_ptr": "*fp32"}}
     compile(dora.scale_columns_kernel, dora._COLUMNS, pointers, {{"stride_gn": 1}})
 """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_outside("-c", program)

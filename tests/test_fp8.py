@@ -2,15 +2,13 @@
 
 import copy
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from oracle import check, expression, fused, problem, run
+from outside import run_outside
 from torch import nn
 
 from fused_lora import (
@@ -379,14 +377,6 @@ def test_bad_activations():
 # --- what the compiler makes of it
 
 
-def _outside(*arguments):
-    """Python where Triton compiles, in a process of its own: here it may interpret."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, *arguments]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
 @pytest.mark.parametrize(
     ("arch", "instruction"),
     [("sm_80", "HMMA"), ("sm_89", "QMMA"), ("sm_90", "QGMMA"), ("sm_100", "UTCQMMA")],
@@ -394,7 +384,7 @@ def _outside(*arguments):
 def test_product_has_fp8_tensor_core_instructions(arch, instruction, tmp_path):
     rows_file = tmp_path / "rows.json"
     command = ["-m", "benchmarks.compile_report", "--arch", arch, "--kind", "fp8"]
-    _outside(*command, "--dtype", "bf16", "--sample", "4", "--json", str(rows_file))
+    run_outside(*command, "--dtype", "bf16", "--sample", "4", "--json", str(rows_file))
     rows = json.loads(rows_file.read_text())
     assert len(rows) == 4
     assert all(row["stack"] == 0 for row in rows)
@@ -405,10 +395,9 @@ def test_product_has_fp8_tensor_core_instructions(arch, instruction, tmp_path):
 
 def test_rounding_compiles_to_a_conversion_without_spills():
     program = """
-import tempfile
 import triton
 from triton.backends.compiler import GPUTarget
-from benchmarks.compile_report import _cuobjdump, specialised
+from benchmarks.compile_report import disassembled, specialised
 from fused_lora.kernels.quantized import FP8_INPUT_TILE, fp8_input_kernel
 constants = {"BLOCK_M": FP8_INPUT_TILE["BLOCK_M"], "stride_xk": 1}
 for arch in (80, 89, 90, 100):
@@ -418,10 +407,7 @@ for arch in (80, 89, 90, 100):
     options = {"num_warps": FP8_INPUT_TILE["num_warps"]}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     assert ("cvt.rn.satfinite.e4m3x2.f32" in compiled.asm["ptx"]) == (arch >= 89), arch
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage = _cuobjdump("--dump-resource-usage", cubin.name)
+    usage, _ = disassembled(compiled)
     assert "STACK:0" in usage, usage
 """
-    _outside("-c", program)
+    run_outside("-c", program)

@@ -1,13 +1,11 @@
 """The kernels one by one: every tile configuration, what each compiles to, and wide offsets."""
 
 import json
-import os
-import subprocess
-import sys
 from typing import get_args
 
 import pytest
 import torch
+from outside import run_outside
 
 from fused_lora import reference
 from fused_lora.dispatch import gluon_problem
@@ -130,14 +128,6 @@ def test_choice_of_a_tile():
         choose(8192, 4096, r=65)
 
 
-def _compile(*arguments):
-    """Runs Python where Triton compiles, in a process of its own: here it may interpret."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, *arguments]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-
-
 # Hopper's tiles all; of the others new ones in each run: compiling and disassembling one takes two
 # seconds. `make kernels` compiles every case for every architecture.
 @pytest.mark.parametrize(("arch", "sample"), [("sm_80", 30), ("sm_90", None), ("sm_100", 30)])
@@ -149,7 +139,7 @@ def test_what_ships_fits_and_keeps_its_tensor_cores(arch, sample, tmp_path):
         kinds -= by_hand
     options = ["--arch", arch, "--heaviest", "--dtype", "bf16", "--kind", ",".join(kinds)]
     options += ["--sample", str(sample)] if sample else []
-    _compile("-m", "benchmarks.compile_report", *options, "--json", str(rows_file))
+    run_outside("-m", "benchmarks.compile_report", *options, "--json", str(rows_file))
     rows = json.loads(rows_file.read_text())
     assert len(rows) >= 30
     assert all(row["stack"] == 0 for row in rows)
@@ -184,4 +174,4 @@ assert offsets, ttir
 print(sorted(set(offsets)))
 assert all("i64" in offset for offset in offsets), sorted(set(offsets))
 """
-    _compile("-c", program)
+    run_outside("-c", program)

@@ -1,16 +1,14 @@
 """`lora_linear_multi` against the fp64 oracle: a loop over the adapters on every row of x."""
 
 import math
-import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from oracle import FORWARD_FACTOR, GRADIENT_FACTOR
+from outside import run_outside
 from torch import nn
 
 from fused_lora import (
@@ -781,15 +779,7 @@ offsets = re.findall(r"tt.addptr [^:]*: tensor<[^>]*ptr<(?:bf16|f32)>+, tensor<(
 assert offsets, ttir
 assert all("i64" in offset for offset in offsets), sorted(set(offsets))
 """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_outside("-c", program)
 
 
 def _layer(device="cpu", **kwargs):

@@ -4,17 +4,15 @@ import copy
 import functools
 import io
 import json
-import os
 import pickle
 import re
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from oracle import Made, check, fused, problem, run
+from outside import run_outside
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -149,21 +147,9 @@ def test_product_in_every_configuration(device, name, transposed):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100"])
 def test_nf4_int8_and_fp8_kernels_compile_without_spills(arch, tmp_path):
     rows_file = tmp_path / "rows.json"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.compile_report", "--arch", arch]
     # New cases in each run; `make kernels` compiles all.
-    command += [
-        "--kind",
-        "quantized",
-        "--dtype",
-        "bf16",
-        "--sample",
-        "12",
-        "--json",
-        str(rows_file),
-    ]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+    options = ["--arch", arch, "--kind", "quantized", "--dtype", "bf16", "--sample", "12"]
+    run_outside("-m", "benchmarks.compile_report", *options, "--json", str(rows_file))
     rows = json.loads(rows_file.read_text())
     assert len(rows) == 12
     assert all(row["stack"] == 0 for row in rows)

@@ -5,12 +5,10 @@ whole group only because Triton puts a barrier before them, and its rules for th
 between versions.
 """
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
+from outside import run_outside
 
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
@@ -54,8 +52,7 @@ LETTERS = {
 def dumps(tmp_path_factory):
     """PTX and SASS by case."""
     folder = tmp_path_factory.mktemp("code")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", DUMP, str(folder)], env=environment, check=True)
+    run_outside("-c", DUMP, str(folder))
     return {
         f.stem: (f.read_text(), f.with_suffix(".sass").read_text()) for f in folder.glob("*.ptx")
     }
