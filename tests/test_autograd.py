@@ -76,7 +76,7 @@ def test_gradients_accumulate(layer, x):
 
 def test_one_layer_used_twice(device, backend, M):
     layer = FusedLoRALinear(K, K, R, device=device, backend=backend)
-    nn.init.normal_(layer.lora_B)
+    nn.init.normal_(layer.lora_B, std=0.1)  # a saturated tanh would enlarge roundings
     x = torch.randn(M, K, device=device)
 
     def twice(linear):
