@@ -385,7 +385,7 @@ def test_merge_and_unload_of_a_fused_model(use_dora):
     expected = model(x)
     merged = model.merge_and_unload()
     assert type(merged.up) is nn.Linear
-    torch.testing.assert_close(merged(x), expected)
+    torch.testing.assert_close(merged(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_but_the_class_changes(tmp_path):
