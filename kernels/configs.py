@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import asdict, dataclass, replace
-from typing import Literal, TypeGuard, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 
@@ -35,6 +35,8 @@ Kind = Literal[
     SpecializedKind,
 ]
 
+# An option of every launch: FMA contraction is Triton's default up to 3.9, no longer from 3.10 on.
+FP_FUSION: dict[str, Any] = {"enable_fp_fusion": True}
 MAX_RANK = 512
 # Beyond it h's accumulator takes as much as y's, and the model prefers to make h first anyway.
 MAX_ONE_PASS_RANK = 64
@@ -73,8 +75,7 @@ class TileConfig:
     @functools.cached_property
     def _meta(self) -> dict[str, int | bool]:  # `asdict` at every launch would cost 10 us
         given = {k: v for k, v in asdict(self).items() if v is not None and k != "programs_per_sm"}
-        # FMA contraction is Triton's default up to 3.9 and no longer from 3.10 on.
-        return {**given, "enable_fp_fusion": True}
+        return given | FP_FUSION
 
 
 def padded(size: int) -> int:

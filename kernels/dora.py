@@ -14,15 +14,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import MIN_DOT, padded
+from .configs import FP_FUSION, MIN_DOT, padded
 from .device import device_guard, device_info
 from .grads import rows_in_split, sum_partials
 from .quantized import QuantizedMatrix, load_weight
 
 # Both are bound by memory. The norm's products are exact (FMA): few rows, so that many programs
 # share them; the columns' tile is one of plain loads.
-_NORM = {"BLOCK_N": MIN_DOT, "BLOCK_K": 64, "num_warps": 4, "enable_fp_fusion": True}
-_COLUMNS = {"BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 4, "enable_fp_fusion": True}
+_NORM = {"BLOCK_N": MIN_DOT, "BLOCK_K": 64, "num_warps": 4} | FP_FUSION
+_COLUMNS = {"BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 4} | FP_FUSION
 _MAX_BLOCK_R = 32  # 64 spills on sm_80
 
 

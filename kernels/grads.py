@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import TileConfig
+from .configs import FP_FUSION, TileConfig
 from .device import device_guard, device_info
 from .dropout import Dropout
 from .gemm import dot_precision
@@ -186,7 +186,8 @@ def sum_partials(
     numel, numel2 = out.numel(), 0 if out2 is None else out2.numel()
     blocks = triton.cdiv(numel, REDUCE_BLOCK) + triton.cdiv(numel2, REDUCE_BLOCK)
     tensors = (partial, out, partial2, out2)
-    _launch_sum((blocks, 1, 1), tensors, (numel, numel2, SPLIT_M), BLOCK=REDUCE_BLOCK)
+    sizes = (numel, numel2, SPLIT_M)
+    _launch_sum((blocks, 1, 1), tensors, sizes, BLOCK=REDUCE_BLOCK, **FP_FUSION)
 
 
 class _Product(NamedTuple):

@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import TileConfig, padded
+from .configs import FP_FUSION, TileConfig, padded
 from .device import device_guard, device_info
 from .dropout import Dropout
 from .gemm import dot_precision
@@ -435,6 +435,7 @@ def multi_grads(
                     C,
                     stride,
                     BLOCK=_REDUCE_BLOCK,
+                    **FP_FUSION,
                 )
     if use_A:
         return flat.view(total_rank, C).split(ranks)

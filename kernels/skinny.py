@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import TileConfig, padded, split_k
+from .configs import FP_FUSION, TileConfig, padded, split_k
 from .device import device_guard, device_info
 from .dropout import Dropout
 from .gemm import dot_precision
@@ -244,5 +244,6 @@ def skinny(
             CHUNK_R=min(padded(R), 64),
             PRECISION=precision,
             num_warps=config.num_warps,
+            **FP_FUSION,
         )
     return y, h

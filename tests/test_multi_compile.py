@@ -187,7 +187,7 @@ def test_multi_compiled_rows_that_are_wrong_are_refused_when_it_runs(multi_launc
     with pytest.raises(Exception, match="got 4 and 3 adapters"):
         compiled_call(replace(b, Bs=b.Bs[1:]), segments=[(0, 4)], backend="triton")
     b.As[1] = torch.randn(2, 9)
-    with pytest.raises(Exception, match="lora_A: got shape"):
+    with pytest.raises(Exception, match="lora_A.*: got shape"):
         compiled_call(b, segments=[(0, 4)], backend="triton")
     assert multi_launches == []
 
