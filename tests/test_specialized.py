@@ -56,7 +56,8 @@ def emulated(monkeypatch):
 
     monkeypatch.setattr(persistent, "MAX_SPINS", tl.constexpr(20_000))
     persistent._sync_buffers.clear()
-    return emulate
+    yield emulate
+    persistent._sync_buffers.clear()  # a launch that failed has left its tickets drawn
 
 
 @pytest.fixture
