@@ -79,12 +79,11 @@ def forward(
 
 
 @functools.lru_cache(maxsize=256)
-@functools.lru_cache(maxsize=1024)  # the tensor costs 2 us
 def _is_exact(scaling: float, dtype: torch.dtype) -> bool:
     """Whether `add_` can have it as alpha, which it rounds to its tensors' dtype; inf is refused.
 
-    1.3 would be 1.297 in bf16; rounded to fp32, as the kernels do, it is exact enough. Powers of
-    two, the usual ones, save the call that scales h.
+    1.3 would be 1.297 in bf16; rounded to fp32, as in the kernels, it is exact enough. So powers of
+    two, the usual ones, save the call that scales h, and in fp32 whatever is finite there.
     """
     rounded = torch.tensor(scaling, dtype=torch.float64, device="cpu").to(dtype).item()
     return rounded == scaling or (dtype == torch.float32 and math.isfinite(rounded))

@@ -1,5 +1,6 @@
 """Many adapters under torch.compile and torch.export, and the operators behind them."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -113,7 +114,7 @@ def test_multi_compiled_segments_of_every_length(recompiled):
 
 
 def test_multi_compiled_alphas_change_at_most_once_more(recompiled):
-    b = batch(STRADDLING)
+    b = batch(STRADDLING, dtype=torch.float64)
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
 
     def scaled(function, scaling):
@@ -124,8 +125,7 @@ def test_multi_compiled_alphas_change_at_most_once_more(recompiled):
     scaled(compiled, 0.5)
     before = recompiled()
     for scaling in (0.25, 3.0, 7.5):
-        got, want = scaled(compiled, scaling), scaled(call, scaling)
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(scaled(compiled, scaling), scaled(call, scaling))
     assert recompiled() == before
 
 
@@ -187,7 +187,9 @@ def test_multi_compiled_rows_that_are_wrong_are_refused_when_it_runs(multi_launc
     with pytest.raises(Exception, match="got 4 and 3 adapters"):
         compiled_call(replace(b, Bs=b.Bs[1:]), segments=[(0, 4)], backend="triton")
     b.As[1] = torch.randn(2, 9)
-    with pytest.raises(Exception, match="lora_A.*: got shape"):
+    # Dynamo 2.11 shows a message by its parts.
+    parts = "'lora_A'), ConstantVariable(str: ': got shape '"
+    with pytest.raises(Exception, match=f"lora_A: got shape|{re.escape(parts)}"):
         compiled_call(b, segments=[(0, 4)], backend="triton")
     assert multi_launches == []
 
