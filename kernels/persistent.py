@@ -34,6 +34,9 @@ counter to 0: nothing is cleared by another launch, and a CUDA graph may replay 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -425,24 +428,24 @@ def rank_blocks(R: int, drop_y: bool) -> tuple[int, int]:
 _sync_buffers: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
-def sync_buffer(device: torch.device, flags: int) -> torch.Tensor:
+@contextmanager
+def sync_buffer(device: torch.device, flags: int) -> Iterator[torch.Tensor]:
     """The produced form's flags: zeros at first, then as the launch before has left them.
 
     Launches share one where the stream orders them. A captured graph may run on any stream and
-    gets its own, which it clears itself.
+    gets its own, which it clears itself. One that raises (an interpreted launch may be interrupted
+    half-way, tickets drawn) takes its buffer along.
     """
     words = FLAGS.value + triton.next_power_of_2(flags)
-    if device.type != "cuda":
-        stream = 0
-    elif torch.cuda.is_current_stream_capturing():
-        return torch.zeros(words, dtype=torch.int32, device=device)
-    else:
-        stream = torch.cuda.current_stream(device).cuda_stream
-    buffer = _sync_buffers.get((device, stream))
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        yield torch.zeros(words, dtype=torch.int32, device=device)
+        return
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    buffer = _sync_buffers.pop((device, stream), None)
     if buffer is None or buffer.numel() < words:
         buffer = torch.zeros(words, dtype=torch.int32, device=device)
-        _sync_buffers[device, stream] = buffer
-    return buffer
+    yield buffer
+    _sync_buffers[device, stream] = buffer
 
 
 def _launch(
@@ -468,14 +471,14 @@ def _launch(
     rows = triton.cdiv(M, config.BLOCK_M)
     tiles = rows * triton.cdiv(N, config.BLOCK_N)
     programs = device_info(x.device).num_sms * config.programs_per_sm
-    sync = None
+    synchronised: AbstractContextManager[torch.Tensor | None] = nullcontext()
     if produced:
         columns_h = triton.cdiv(R, BLOCK_R)
         tiles += rows * columns_h
-        sync = sync_buffer(x.device, rows * columns_h)
+        synchronised = sync_buffer(x.device, rows * columns_h)
         if x.device.type == "cpu":  # the interpreter runs one program after the other
             programs = 1
-    with device_guard(x.device):
+    with device_guard(x.device), synchronised as sync:
         lora_persistent_kernel[(min(programs, tiles),)](
             _descriptor(x, config.BLOCK_M, config.BLOCK_K),
             _descriptor(w, config.BLOCK_K, config.BLOCK_N),

@@ -34,6 +34,7 @@ next tile; here that is loaded meanwhile.
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -567,13 +568,13 @@ def _launch(
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     num_m = triton.cdiv(M, config.BLOCK_M)
     items = num_m * triton.cdiv(N, BLOCK_N)
-    sync = None
+    synchronised: AbstractContextManager[torch.Tensor | None] = nullcontext()
     if a is not None:
         h = torch.empty((M, _padded_row(R)), dtype=x.dtype, device=x.device)
         flags = num_m * triton.cdiv(R, BLOCK_K)
         items += flags
-        sync = persistent.sync_buffer(x.device, flags * parts)
-    with device_guard(x.device):
+        synchronised = persistent.sync_buffer(x.device, flags * parts)
+    with device_guard(x.device), synchronised as sync:
         lora_specialized_kernel[(min(device_info(x.device).num_sms, items),)](
             _descriptor(x, rows, BLOCK_K),
             _descriptor(w, BLOCK_K, BLOCK_N, turned),
@@ -586,7 +587,7 @@ def _launch(
             else None,
             _descriptor(y, rows, BLOCK_N // (config.SUBTILES or 1)),
             bias,
-            h if sync is not None else None,
+            h if a is not None else None,
             sync,
             M,
             N,
@@ -600,7 +601,7 @@ def _launch(
             maxnreg=MAX_REGISTERS,
             **config.meta(),
         )
-    if sync is None or h is None:
+    if a is None or h is None:
         return y, None
     return y, h[:, :R].contiguous()  # a copy of odd ranks only
 

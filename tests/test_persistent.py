@@ -127,6 +127,27 @@ def test_a_larger_problem_gets_a_larger_buffer(device):
     _assert_close(y, o.y(h), 2e-3)
 
 
+def test_a_launch_that_raises_takes_its_buffer_along(device, monkeypatch):
+    """The interpreter, interrupted half-way: the next launch must not go on with its tickets."""
+
+    class Interrupted:
+        def __getitem__(self, grid):
+            return self
+
+        def __call__(self, *args, **kwargs):
+            sync = next(t for t in args if isinstance(t, torch.Tensor) and t.dtype == torch.int32)
+            sync[persistent.TICKET.value] = 2
+            raise KeyboardInterrupt
+
+    o = Operands(device, torch.float16, transposed=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(persistent, "lora_persistent_kernel", Interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            persistent_produced(TILE, o.x, o.w, o.a, o.b, bias=None, scale=1.0)
+    y, h = persistent_produced(TILE, o.x, o.w, o.a, o.b, bias=o.bias, scale=0.5)
+    _assert_close(y, o.y(h), 2e-3)
+
+
 @pytest.mark.parametrize("group_m", [1, 2, 3, 8])
 @pytest.mark.parametrize(("num_m", "num_n", "num_r"), [(1, 1, 1), (5, 3, 1), (9, 2, 2)])
 def test_every_item_comes_after_what_it_waits_for(group_m, num_m, num_n, num_r):
