@@ -44,6 +44,10 @@ class _Launcher:
         self.name = source.fn.__name__
 
     def __call__(self, *given: Any) -> None:
+        metadata, enter, leave = given[6:9]
+        for hook in (enter, leave):
+            if hook is not None:
+                hook(metadata)
         if launches is not None:
             launches.append((self.name, given[:3], given[9:]))
 

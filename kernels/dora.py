@@ -102,7 +102,7 @@ def weight_norm(
     if N == 0:
         return norm
     quantized = weight if isinstance(weight, QuantizedMatrix) else None
-    with device_guard(a.device):
+    with device_guard(a):
         weight_norm_kernel[(triton.cdiv(N, _NORM["BLOCK_N"]),)](
             weight if quantized is None else quantized.code_bytes(),
             None if quantized is None else quantized.tables,
@@ -177,7 +177,7 @@ def scale_columns_backward(
     rows_per_split = rows_in_split(M, tiles, _COLUMNS["BLOCK_M"], 4 * num_sms)
     SPLIT_M = triton.cdiv(M, rows_per_split)
     partial = None if z is None else column_scale.new_empty((SPLIT_M, N))
-    with device_guard(g.device):
+    with device_guard(g):
         scale_columns_kernel[(tiles, SPLIT_M)](
             g, z, column_scale, gs, partial, M, N, rows_per_split, *g.stride(), **_COLUMNS
         )

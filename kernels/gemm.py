@@ -299,7 +299,7 @@ def _launch(
     if quantized and quantized.takes_fp8:
         x, x_scales = fp8_input(x)
     tiles = -(-M // config.BLOCK_M) * -(-N // config.BLOCK_N)  # triton.cdiv costs 1 us a call
-    with device_guard(x.device):
+    with device_guard(x):
         _launch_gemm(
             (tiles, 1, 1),
             (

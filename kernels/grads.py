@@ -231,7 +231,7 @@ def _launch(
     SPLIT_M = triton.cdiv(M, rows_per_split)
     partial = first.partial(SPLIT_M)
     partial2 = second.partial(SPLIT_M) if second is not None else None
-    with device_guard(first.q.device):
+    with device_guard(first.q):
         _launch_grads(
             (tiles_c, tiles_r, SPLIT_M),
             (

@@ -122,7 +122,7 @@ def gemm_group(
     if M == 0 or N == 0:
         return y
     grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
-    with device_guard(y.device):
+    with device_guard(y):
         lora_group_kernel[grid](
             tuple(xs),
             tuple(ws),

@@ -303,7 +303,7 @@ def shrink(
     dtype = torch.float32 if in_parts else x.dtype
     h = torch.empty((SPLIT_K, M, adapters.max_rank), dtype=dtype, device=x.device)
     if len(table):
-        with device_guard(x.device):
+        with device_guard(x):
             shrink_kernel[(len(table), tiles_r, SPLIT_K)](
                 x,
                 w,
@@ -349,7 +349,7 @@ def expand(
     h_sum = torch.empty(h.shape[1:], dtype=y.dtype, device=y.device) if store_h else None
     if len(table) and N:
         meta = config.meta() | {"BLOCK_K": min(padded(adapters.max_rank), config.BLOCK_K)}
-        with device_guard(y.device):
+        with device_guard(y):
             expand_kernel[(len(table), triton.cdiv(N, config.BLOCK_N))](
                 h,
                 w,
@@ -403,7 +403,7 @@ def multi_grads(
         if not direct:
             shape = (len(pieces.table), stride)
             partial = torch.empty(shape, dtype=torch.float32, device=q.device)
-        with device_guard(q.device):
+        with device_guard(q):
             if len(pieces.table):
                 multi_grad_kernel[(tiles_c, tiles_r, len(pieces.table))](
                     q,

@@ -478,7 +478,7 @@ def _launch(
         synchronised = sync_buffer(x.device, rows * columns_h)
         if x.device.type == "cpu":  # the interpreter runs one program after the other
             programs = 1
-    with device_guard(x.device), synchronised as sync:
+    with device_guard(x), synchronised as sync:
         lora_persistent_kernel[(min(programs, tiles),)](
             _descriptor(x, config.BLOCK_M, config.BLOCK_K),
             _descriptor(w, config.BLOCK_K, config.BLOCK_N),

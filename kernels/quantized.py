@@ -173,7 +173,7 @@ def fp8_input(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if codes.numel():
         tile = FP8_INPUT_TILE
         grid = (-(-M // tile["BLOCK_M"]), len(scales))
-        with device_guard(x.device):
+        with device_guard(x):
             fp8_input_kernel[grid](x, codes, scales, M, K, *x.stride(), **tile)
     return codes, scales
 
@@ -307,7 +307,7 @@ def dequantize(w: QuantizedMatrix, dtype: torch.dtype) -> torch.Tensor:
     if out.numel():
         tile = DEQUANTIZE_TILE
         grid = (triton.cdiv(w.rows, tile["BLOCK_ROWS"]), triton.cdiv(w.cols, tile["BLOCK_COLS"]))
-        with device_guard(out.device):
+        with device_guard(out):
             dequantize_kernel[grid](
                 w.code_bytes(), w.tables, out, w.rows, w.cols, LAYOUT=w.layout, **tile
             )

@@ -222,7 +222,7 @@ def skinny(
     SPLIT_K = -(-K // k_per_split) if K else 1
     partial = torch.empty((SPLIT_K, M, N + R), dtype=torch.float32, device=x.device)
     precision = dot_precision(x.dtype)
-    with device_guard(x.device):
+    with device_guard(x):
         _launch_partial(
             (tiles, SPLIT_K, 1),
             (x, w, a, partial, seed if drop_x else None),

@@ -574,7 +574,7 @@ def _launch(
         flags = num_m * triton.cdiv(R, BLOCK_K)
         items += flags
         synchronised = persistent.sync_buffer(x.device, flags * parts)
-    with device_guard(x.device), synchronised as sync:
+    with device_guard(x), synchronised as sync:
         lora_specialized_kernel[(min(device_info(x.device).num_sms, items),)](
             _descriptor(x, rows, BLOCK_K),
             _descriptor(w, BLOCK_K, BLOCK_N, turned),

@@ -108,6 +108,28 @@ def check_another_call_is_looked_at():
     assert not looked(known)
 
 
+def check_profilers_hear_of_known_launches():
+    config = gemm.TileConfig(16, 64, 64, num_warps=4, num_stages=4)
+    x, w = torch.randn(2, 64).bfloat16(), torch.randn(64, 64).bfloat16()
+
+    def launch():
+        gemm.gemm_scaled(config, x, w, scale=1.0)
+
+    launch()
+    heard = []
+    for hooks in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+
+        def hear(metadata):
+            heard.append(metadata.get()["name"])
+
+        hooks.add(hear)
+        assert _launches(launch)[1] == []
+        hooks.remove(hear)
+    assert heard == ["lora_gemm_kernel"] * 2
+    launch()
+    assert len(heard) == 2
+
+
 def check_the_memory_of_launches_is_bounded():
     launcher = Launcher(gemm.lora_gemm_kernel)
     launcher._known = {(i,): (None, ()) for i in range(4096)}
@@ -120,6 +142,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     driver.set_active(launch_overhead.StandIn())
     check_another_call_is_looked_at()
+    check_profilers_hear_of_known_launches()
     check_the_memory_of_launches_is_bounded()
     for strategy in LAUNCHES:
         check_known_launches(strategy, 0.0, 1, False)
