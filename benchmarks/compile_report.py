@@ -6,7 +6,7 @@ For each kernel form x configuration that the model or a tuned table can choose:
 (spills), shared memory, occupancy and tensor-core and copy-engine instructions, read from the
 compiled cubin; and for a layer of M, N, K = 8192, 4096, 4096 (a skinny kernel: M as it takes) the
 operations, the fewest bytes, and the time that they take on the measured ceilings of an H100 and an
-H200. Exits with 1 if one spills, does not fit, or lost its tensor-core instructions.
+H200. Exits with 1 if one spills (see `spills`), does not fit, or lost its tensor-core instructions.
 """
 
 from __future__ import annotations
@@ -81,6 +81,8 @@ CODES: dict[str, tuple[str, tuple[str | None, ...], tuple[int, int]]] = {
 FP8_ARCH = 89  # from there on there is the type, and a product in it
 # Warp-group products on Hopper, tcgen05 on Blackwell, warp products elsewhere and in small tiles,
 # in 16 bits (H) and fp8 (Q); loads and stores by the copy engine; registers handed to other warps.
+LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)  # address, instruction
+BRANCH = re.compile(r"\bBRA\b.*(0x[0-9a-f]+)")
 INSTRUCTION = re.compile(r"\b(HGMMA|QGMMA|UTCHMMA|UTCQMMA|HMMA|QMMA|UTMALDG|UTMASTG|USETMAXREG)\b")
 TENSOR_CORE = {"HGMMA", "UTCHMMA", "HMMA"}
 FP8_TENSOR_CORE = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA"}
@@ -89,6 +91,7 @@ REGISTERS_PER_SM, THREADS_PER_SM = 65_536, 2_048
 # Blocks by shared memory: what a multiprocessor has beyond one block's limit is 1 KB, which each
 # block takes for itself.
 RESERVED_SHARED = 1_024
+ASIDE = 16  # bytes of stack that a kernel may have, if it is not in loops that it is used
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,8 @@ class Resources:
     """What the compiled kernel takes and whether that is acceptable."""
 
     registers: int
-    stack: int  # bytes a thread: anything but 0 is a spill
+    stack: int  # bytes a thread
+    spills: int  # instructions in loops that store to it or load from it
     shared: int  # bytes a block
     occupancy: int  # blocks that a multiprocessor holds at a time
     instructions: dict[str, int]
@@ -525,8 +529,37 @@ def resources(case: Case) -> Resources:
         (SHARED_MEMORY[case.arch] + RESERVED_SHARED) // (shared + RESERVED_SHARED),
         THREADS_PER_SM // (32 * warps),
     )
-    problem = _problem(case, stack, shared, occupancy, instructions)
-    return Resources(registers, stack, shared, occupancy, instructions, problem)
+    spilled = spills(sass)
+    problem = _problem(case, stack, spilled, shared, occupancy, instructions)
+    return Resources(registers, stack, spilled, shared, occupancy, instructions, problem)
+
+
+def spills(sass: str) -> int:
+    """Instructions in loops that store to the stack or load from it.
+
+    Outside of loops ptxas puts up to four words aside by its own choice, to have registers for
+    another block: at 40 of 255, for two stores and two loads a thread, and no two versions in the
+    same kernels. So an instruction counts if it can come to be executed again.
+    """
+    code = [(int(address, 16), text) for address, text in LINE.findall(sass)]
+    after: dict[int, list[int]] = {}
+    for i, (address, text) in enumerate(code):
+        ends = re.match(r"(BRA|EXIT|RET|BRX)\b", text)  # without a predicate
+        after[address] = [] if ends or i + 1 == len(code) else [code[i + 1][0]]
+        if branch := BRANCH.search(text):
+            after[address].append(int(branch[1], 16))
+
+    def comes_again(start: int) -> bool:
+        seen: set[int] = set()
+        todo = [*after[start]]
+        while todo:
+            address = todo.pop()
+            if address not in seen:
+                seen.add(address)
+                todo += after[address]
+        return start in seen
+
+    return sum(comes_again(address) for address, text in code if re.search(r"\b(STL|LDL)\b", text))
 
 
 def _cuobjdump(option: str, path: str) -> str:
@@ -536,10 +569,15 @@ def _cuobjdump(option: str, path: str) -> str:
 
 
 def _problem(
-    case: Case, stack: int, shared: int, occupancy: int, instructions: dict[str, int]
+    case: Case,
+    stack: int,
+    spilled: int,
+    shared: int,
+    occupancy: int,
+    instructions: dict[str, int],
 ) -> str:
-    if stack:
-        return f"spills: {stack} bytes of stack a thread"
+    if spilled or stack > ASIDE:
+        return f"spills: {stack} bytes of stack a thread, {spilled} instructions on it in loops"
     if shared > SHARED_MEMORY[case.arch]:
         return f"needs {shared} bytes of shared memory, {SHARED_MEMORY[case.arch]} are there"
     if occupancy < case.config.programs_per_sm:

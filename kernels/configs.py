@@ -67,6 +67,9 @@ class TileConfig:
     COOPERATIVE: bool | None = None  # both consumers work on one tile, else on one each
     LEAD: int | None = None  # steps that the first of them is ahead of the second on their tile
     programs_per_sm: int = 1
+    # With a bound, ptxas spills no more than it must; without one, now and then in the K loop, to
+    # have registers for another block, which a pipeline of copies has no need of.
+    maxnreg: int | None = None
 
     def meta(self) -> dict[str, int | bool]:
         """The keyword arguments of a launch: the tile and the compiler's options."""
@@ -89,11 +92,10 @@ _GEMM_16BIT = (
     TileConfig(128, 256, 32, num_warps=8, num_stages=3),
     TileConfig(128, 128, 64, num_warps=8, num_stages=3),
     TileConfig(64, 128, 64, num_warps=8, num_stages=3),
-    TileConfig(64, 128, 64, num_warps=4, num_stages=3),  # Blackwell's: see `is_valid`
     TileConfig(64, 64, 64, num_warps=4, num_stages=3),
     # Few rows: as many bytes of W on their way as fit.
-    TileConfig(16, 64, 64, num_warps=4, num_stages=5),
-    TileConfig(16, 64, 64, num_warps=4, num_stages=3),
+    TileConfig(16, 64, 64, num_warps=4, num_stages=5, maxnreg=168),
+    TileConfig(16, 64, 64, num_warps=4, num_stages=3, maxnreg=168),
 )
 # W's tile is in registers, in fp32, between its codes and the product; and it is read in codes, so
 # that a large tile saves less than it does for a plain W.
@@ -169,10 +171,7 @@ _EXPAND_16BIT = (
 )
 _GRAD_16BIT = (TileConfig(128, 64, 64, num_warps=4, num_stages=3),)
 # Rows through `order` take registers too.
-_MULTI_GRAD_16BIT = (
-    TileConfig(128, 64, 64, num_warps=8, num_stages=3),
-    TileConfig(128, 64, 32, num_warps=8, num_stages=3),  # before Hopper, with dropout
-)
+_MULTI_GRAD_16BIT = (TileConfig(128, 64, 64, num_warps=8, num_stages=3, maxnreg=128),)
 _GRAD_32BIT = (TileConfig(64, 32, 32, num_warps=4, num_stages=3),)
 
 
@@ -236,19 +235,6 @@ def is_valid(
     loops = 2 if kind == "skinny" else 1  # over W and over A, each with memory of its own
     if loops * config.num_stages * (operands + adapter) > device.shared_memory:
         return False
-    # Some of their forms have 8 bytes of stack: on sm_89 with Triton 3.9, on sm_90 with 3.6.
-    narrow_on = {"second": (89,), "expand": (89, 90) if dropout else ()}.get(kind, ())
-    if device.capability in narrow_on and config.BLOCK_M == 16 and itemsize == 2:
-        return False
-    if itemsize == 2 and kind in ("one_pass", "second", "group"):
-        # On Blackwell 8 warps have 8 bytes with Triton 3.6, for many adapters. (4 warps have them
-        # with 3.9, for DoRA there and before Hopper.)
-        four_warps = kind == "second" and not dora and device.capability >= 100
-        if config.BLOCK_M * config.BLOCK_N == 64 * 128 and (config.num_warps == 4) != four_warps:
-            return False
-    if itemsize == 2 and kind == "multi_grad":
-        # So has the larger BLOCK_K before Hopper, with Triton 3.6.
-        return (config.BLOCK_K == 32) == (dropout and device.capability < 90)
     threads = 32 * config.num_warps
     accumulators = config.BLOCK_M * (config.BLOCK_N + block_r) / threads
     # W's tile is in registers too, as values.
@@ -258,6 +244,8 @@ def is_valid(
         return accumulators <= (32 if kind == "group" else 64)  # a group has two accumulators
     if dora and accumulators > 96:  # two outputs and a scale: the largest tiles spill
         return False
+    if itemsize == 4 and kind == "one_pass":
+        return accumulators <= 16  # rows of A are in registers too, where products are FMAs
     if device.capability >= 90:
         return accumulators <= 144
     # Before Hopper the operands of a product are in registers too, BLOCK_K of them at a time.
