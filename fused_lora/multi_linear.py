@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,14 @@ from .quantize import Format, QuantizedWeight, Quantizer
 
 BASE = "__base__"  # PEFT's name for no adapter
 NamedSegments = Sequence[tuple[str, int]]
+
+
+class _Route(NamedTuple):
+    """What `route` says to a layer."""
+
+    given: dict[str, Any]  # which row takes which adapter
+    known: Iterable[str]  # adapters of all layers
+    thread: int
 
 
 class FusedMultiLoRALinear(nn.Module):
@@ -105,8 +114,7 @@ class FusedMultiLoRALinear(nn.Module):
         self.lora_alpha: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
         self.scaling: dict[str, float] = {}
-        # What `route` says, and the adapters that other layers of the model have.
-        self._route: tuple[dict[str, Any], Iterable[str]] | None = None
+        self._route: _Route | None = None
 
     def add_adapter(
         self,
@@ -210,7 +218,7 @@ class FusedMultiLoRALinear(nn.Module):
         given = {key: value for key, value in given.items() if value is not None}
         elsewhere: Iterable[str] = ()
         if not given and self._route is not None:
-            given, elsewhere = self._route
+            given, elsewhere = self._route.given, self._route.known
         if len(given) != 1:
             raise ValueError(
                 f"adapter_names, adapter_indices, segments: got {len(given)} of the three, wanted "
@@ -305,6 +313,9 @@ def _rows_by_index(
     return {"segments": [(place(name), rows) for name, rows in segments]}
 
 
+_entering = threading.Lock()
+
+
 @contextmanager
 def route(
     model: nn.Module,
@@ -317,13 +328,15 @@ def route(
 
     For models whose forward passes x alone. As in PEFT, an adapter that a layer does not have is
     none there, if another layer has it. The backward pass may be outside, unless activation
-    checkpointing runs the forward again in it.
+    checkpointing runs the forward again in it. One thread's at a time: calls of other threads
+    follow it too (a generation, a checkpoint's second forward).
 
         with route(model, segments=[("german", 700), ("french", 324)]):
             loss = model(packed).loss
 
     Raises ValueError: not one of the three is given, no layer has an adapter of a name, or
     ``adapter_indices`` is given and the layers do not have the same adapters in the same order.
+    RuntimeError: another thread is inside `route` with one of the layers.
     """
     given = {
         "adapter_names": adapter_names,
@@ -347,9 +360,16 @@ def route(
             "wanted adapter_names or segments"
         )
     known = dict.fromkeys(name for order in orders for name in order)
-    before = [layer._route for layer in layers]
-    for layer in layers:
-        layer._route = given, known
+    entered = _Route(given, known, threading.get_ident())
+    with _entering:
+        before = [layer._route for layer in layers]
+        if any(outer is not None and outer.thread != entered.thread for outer in before):
+            raise RuntimeError(
+                "model: another thread is inside route with it, and either would get the other's "
+                "adapters; wanted one at a time, or adapter_names at each layer's call"
+            )
+        for layer in layers:
+            layer._route = entered
     try:
         yield
     finally:

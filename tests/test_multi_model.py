@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -186,6 +187,29 @@ def test_multi_adapters_over_nf4(saved):
         y = model(TOKENS).logits
     expected = torch.stack([alone(theirs, "legal", t) for t in TOKENS])
     assert (y - expected).norm() < 0.3 * expected.norm()  # the format's error, not another model
+
+
+def test_multi_route_is_one_threads_at_a_time():
+    model = llama()
+    add_adapter(model, "one", 2, 4, ["q_proj"])
+    add_adapter(model, "two", 2, 4, ["q_proj"])
+
+    def generate():
+        return model(TOKENS).logits
+
+    def serve():
+        with route(model, adapter_names="two"):
+            return generate()
+
+    with ThreadPoolExecutor(1) as other:
+        with torch.no_grad(), route(model, adapter_names="one"):
+            with pytest.raises(RuntimeError, match="another thread is inside route"):
+                other.submit(serve).result()
+            with route(model, adapter_names="two"):
+                inner = generate()
+            y = other.submit(torch.no_grad()(generate)).result()
+            torch.testing.assert_close(y, generate())
+        torch.testing.assert_close(other.submit(serve).result(), inner)
 
 
 def test_multi_route_names_what_is_wrong():
