@@ -36,7 +36,7 @@ lint: $(DEV)
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 
-# Every kernel x configuration for every architecture: registers, spills, tensor cores (20 minutes).
+# Every kernel x configuration for every architecture: registers, spills, tensor cores (half an hour).
 kernels: $(DEV)
 	$(PY) -m benchmarks.compile_report --arch sm_80,sm_89,sm_90,sm_100 $(ARGS)
 

@@ -161,13 +161,13 @@ def forward_group(
     biases: Sequence[Tensor | None],
     scalings: Sequence[float],
     dropouts: Sequence[Dropout | None],
-    plan: Plan,
+    plans: Sequence[Plan],
 ) -> tuple[list[Tensor], Tensor]:
     """Every y_i [..., N_i], and the scaled h_i side by side [M, sum r_i], in x's dtype."""
     arguments = (_as_matrix(x), weights, lora_As, lora_Bs, biases, scalings, dropouts)
     with _no_autocast(x):
-        if plan.backend == "triton":
-            ys, h = _kernels().forward_group(*arguments, plan)
+        if plans[0].backend == "triton":
+            ys, h = _kernels().forward_group(*arguments, plans)
         else:
             ys, h = torch_backend.forward_group(*arguments)
     return [_shaped_as(x, y) for y in ys], h
@@ -182,17 +182,17 @@ def backward_group(
     hs: Sequence[Tensor | None],
     scalings: Sequence[float],
     dropouts: Sequence[Dropout | None],
-    plan: Plan,
+    plans: Sequence[Plan],
     *,
     need_dx: bool,
 ) -> tuple[Tensor | None, Sequence[Tensor | None], list[Tensor | None]]:
     """dx [..., K], the sum over the members, and dA_i iff x is given, dB_i iff h_i is."""
     x2 = None if x is None else _as_matrix(x)
-    gs2 = [_gradient(g, plan.backend) for g in gs]
+    gs2 = [_gradient(g, plans[0].backend) for g in gs]
     arguments = (gs2, x2, weights, lora_As, lora_Bs, hs, scalings, dropouts)
     with _no_autocast(gs[0]):
-        if plan.backend == "triton":
-            dx, dAs, dBs = _kernels().backward_group(*arguments, need_dx=need_dx)
+        if plans[0].backend == "triton":
+            dx, dAs, dBs = _kernels().backward_group(*arguments, plans, need_dx=need_dx)
         else:
             dx, dAs, dBs = torch_backend.backward_group(*arguments, need_dx=need_dx)
     return None if dx is None else dx.view(*gs[0].shape[:-1], dx.shape[-1]), dAs, dBs

@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -39,6 +40,11 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 # Measured ceilings of the model: bf16 operations and bytes a second. Other GPUs get the H100's.
 CEILINGS = {"H100": (798e12, 3.0e12), "H200": (788e12, 4.3e12)}
+# What a large product in plain Triton has of cuBLAS's speed, by the GPU's generation. Estimates,
+# from what others have measured of Triton's tutorial: 0.8 to 0.9 on an H100 (triton-lang/triton
+# issue 3672), 0.89 to 0.96 on an A100 (issue 6523).
+_OF_CUBLAS = {8: 0.92}
+_OF_CUBLAS_NEWER = 0.85
 # Up to here PyTorch's own nodes beat one of ours on a CPU, which saves passes but costs 25 us.
 MAX_COMPOSED_M = 64
 _LAUNCH = 4e-6  # seconds that a second, dependent launch adds: an estimate
@@ -47,8 +53,7 @@ _LATENCY = 0.7e-6  # seconds that a load from a busy memory takes: an estimate
 # lanes at 1.7 GHz. Counted, not measured.
 _DECODED = 2.4e12
 
-# The launch that makes y, and what the kernels choose between while no table says more. No GPU has
-# measured the other strategies yet: a table has to, or a plan has to name them.
+# The launch that makes y.
 KINDS: dict[Strategy, Kind] = {
     "one_pass": "one_pass",
     "split": "second",
@@ -63,11 +68,14 @@ KINDS: dict[Strategy, Kind] = {
 # A layer on its own; with DoRA, whose column scale an epilogue must have; a part of a group, or of
 # many adapters in a batch, whose h was made before.
 Form = Literal["layer", "dora", "part"]
-_BY_MODEL: dict[Form, tuple[Strategy, ...]] = {
-    "layer": ("one_pass", "split", "skinny", "in_loop"),
+_TAKES: dict[Form, tuple[Strategy, ...]] = {
+    "layer": get_args(Strategy),
     "dora": ("one_pass", "split", "in_loop"),
-    "part": ("split", "in_loop"),
+    "part": ("split", "in_loop", "library", "tma_split", "ws_split"),
 }
+# What is chosen between while no table says more. No GPU has measured the other strategies yet: a
+# table has to, or a plan has to name them.
+_BY_MODEL: tuple[Strategy, ...] = ("one_pass", "split", "skinny", "in_loop", "library")
 
 
 @dataclass(frozen=True)
@@ -182,6 +190,11 @@ def ceilings(device: DeviceInfo) -> tuple[float, float]:
     return next(known, CEILINGS["H100"])
 
 
+def of_cublas(device: DeviceInfo) -> float:
+    """What a kernel's multiplications are expected to reach of cuBLAS's speed."""
+    return _OF_CUBLAS.get(device.capability // 10, _OF_CUBLAS_NEWER)
+
+
 def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
     """Time of each strategy that can take the call, by the design's model on measured ceilings.
 
@@ -193,7 +206,8 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
 
     The base product takes whole rounds of tiles (`configs.computed`). However few bytes move, a
     program goes through K a BLOCK_K at a time, and num_stages - 1 of these are on their way while
-    it waits for one. skinny has K in ranges. cuBLAS's tiles are taken to be ours.
+    it waits for one. skinny has K in ranges. cuBLAS's tiles are taken to be ours, and its
+    multiplications faster than a kernel's (`of_cublas`).
 
     tma_ and ws_ strategies differ from their namesakes in how well they reach the ceilings, which
     the model does not know.
@@ -209,6 +223,7 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
     M, N, K, r = call.M, call.N, call.K, call.r
     itemsize = call.dtype.itemsize
     flops, bandwidth = ceilings(device)
+    rate = of_cublas(device)
 
     def loading(tile: TileConfig, moved: float, K: int = K) -> float:
         """Seconds to move ``moved`` bytes, by programs that go through K of the reduction."""
@@ -218,7 +233,7 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
     def product(kind: Kind, N: int, dropout: bool = False) -> tuple[TileConfig, float]:
         """Tile of the launch for y [M, N], and its multiplications in seconds."""
         tile = choose_config(kind, M, N, r, itemsize, dropout, device)
-        return tile, 2 * computed(tile, M, N, device) * K / flops
+        return tile, 2 * computed(tile, M, N, device) * K / (flops * rate)
 
     touch_y = 2 * itemsize * M * N / bandwidth
     if M * N * K == 0:
@@ -232,9 +247,10 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
         return {"in_loop": max(gemm / (2 if native else 1), loading(tile, moved)) + 2 * _LAUNCH}
     tile, gemm = product("second", N)
     base = max(gemm, loading(tile, moved))
+    base_cublas = max(gemm * rate, loading(tile, moved))
     seconds: dict[Strategy, float] = {
         "split": base + read_x + _LAUNCH,
-        "library": base + read_x + touch_y + 2 * _LAUNCH,
+        "library": base_cublas + read_x + touch_y + 2 * _LAUNCH,
     }
     for strategy, kind in KINDS.items():
         # The launch of ws_split has no dropout: its forward drops where h is made.
@@ -267,9 +283,12 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
     return seconds
 
 
-def _by_model(call: Call, form: Form = "layer") -> Strategy:
+def _by_model(call: Call, direction: Direction, form: Form = "layer") -> Strategy:
     seconds = predicted_seconds(call, device_info(call.device))
-    return min((s for s in _BY_MODEL[form] if s in seconds), key=seconds.__getitem__)
+    if direction == "dx" and call.dropout:  # it cannot drop h B
+        seconds.pop("library", None)
+    known = (s for s in _BY_MODEL if s in _TAKES[form] and s in seconds)
+    return min(known, key=seconds.__getitem__)
 
 
 def table_key(call: Call, direction: Direction) -> str:
@@ -283,13 +302,13 @@ def _choose(
 ) -> tuple[Strategy, TileConfig | None]:
     """The table's choice, else the model's."""
     device = device_info(call.device)
-    if call.quantized is not None and _by_model(call, form) == "in_loop":
+    if call.quantized is not None and _by_model(call, direction, form) == "in_loop":
         return "in_loop", None  # the tables are of plain weights: of what follows a scratch
     found = tables.table(device.name).get(table_key(call, direction))
-    takes = form == "layer" or (found is not None and found.strategy in _BY_MODEL[form])
-    if found is not None and takes and found.strategy in predicted_seconds(call, device):
+    takes = () if found is None else {*_TAKES[form]} & predicted_seconds(call, device).keys()
+    if found is not None and found.strategy in takes:
         return found.strategy, found.config
-    return _by_model(call, form), None
+    return _by_model(call, direction, form), None
 
 
 def transposed(call: Call) -> Call:
@@ -335,6 +354,11 @@ def plan(call: Call, backend: Backend, form: Form = "layer") -> Plan:
     # DoRA's input gradient is a layer's.
     strategy_dx, config_dx = _choose(transposed(call), "dx", "layer" if form == "dora" else form)
     return Plan("triton", strategy, strategy_dx, config, config_dx)
+
+
+def library_dx(plans: Sequence[Plan], dropout: bool) -> bool:
+    """Whether a group's dx is a sum by cuBLAS: no mask, and every member on its own would be so."""
+    return not dropout and all(plan.strategy_dx == "library" for plan in plans)
 
 
 def _describe(
@@ -453,7 +477,7 @@ def explain_call(
     reasons["torch"] = "not taken: the kernels take this call"
     for strategy in get_args(Strategy):
         obstacle = _strategy_obstacle(call, strategy, seconds, operands)
-        if form == "dora" and strategy not in _BY_MODEL[form]:
+        if form == "dora" and strategy not in _TAKES[form]:
             obstacle = obstacle or "its launch has no column scale, which DoRA needs"
         if obstacle:
             reasons[strategy] = f"not taken: {obstacle}"
@@ -462,7 +486,7 @@ def explain_call(
         why = f"predicted {seconds[strategy] * 1e6:.1f} us"
         if found is not None and strategy == found.strategy:
             why += f", measured {found.seconds * 1e6:.1f} us on this GPU"
-        elif strategy not in _BY_MODEL[form] and strategy != "library":
+        elif strategy not in _BY_MODEL:
             why += "; taken only where a tuned table says so"
         reasons[strategy] = f"{verdict}: {why}"
     flops, bandwidth = ceilings(device)

@@ -19,10 +19,11 @@ from .dispatch import (
     checked_call,
     describe_quantized,
     explain_call,
+    library_dx,
     plan,
 )
 from .functional import Weight, _autocast, _check_options, _fold_scaling, draw_seeds, lora_linear
-from .group_ops import dropouts_of, lora_linear_group_op, plan_of_all
+from .group_ops import dropouts_of, lora_linear_group_op, plans_of_all
 from .kernels.configs import MAX_GROUP
 from .kernels.dropout import dropout_threshold
 from .linear import FusedLoRALinear
@@ -43,7 +44,7 @@ class LoRALinearGroupFunction(torch.autograd.Function):
         scalings: Sequence[float],
         seeds: Tensor | None,
         thresholds: Sequence[int],
-        plan: Plan,
+        plans: Sequence[Plan],
         *tensors: Tensor | QuantizedWeight | None,
     ) -> tuple[Tensor, ...]:
         """``tensors``: every weight, then every lora_A, every lora_B, every bias (or None).
@@ -53,7 +54,7 @@ class LoRALinearGroupFunction(torch.autograd.Function):
         n = len(scalings)
         weights, As, Bs, biases = _in_four(tensors, n)
         dropouts = dropouts_of(seeds, thresholds)
-        ys, h = backends.forward_group(x, weights, As, Bs, biases, scalings, dropouts, plan)
+        ys, h = backends.forward_group(x, weights, As, Bs, biases, scalings, dropouts, plans)
         needs_x, needs_A, needs_B = _needs(ctx, n)[:3]
         ctx.save_for_backward(
             x if any(needs_A) else None,
@@ -65,7 +66,7 @@ class LoRALinearGroupFunction(torch.autograd.Function):
         )
         ctx.quantized = [W if needs_x and isinstance(W, QuantizedWeight) else None for W in weights]
         ctx.set_materialize_grads(False)
-        ctx.scalings, ctx.thresholds, ctx.plan = scalings, thresholds, plan
+        ctx.scalings, ctx.thresholds, ctx.plans = scalings, thresholds, plans
         return tuple(ys)
 
     @staticmethod
@@ -97,7 +98,7 @@ class LoRALinearGroupFunction(torch.autograd.Function):
                 [hs[i] if needs_B[i] else None for i in live],
                 [ctx.scalings[i] for i in live],
                 [dropouts[i] for i in live],
-                ctx.plan,
+                [ctx.plans[i] for i in live],
                 need_dx=needs_x,
             )
             for i, dA, dB in zip(live, live_dAs, live_dBs, strict=True):
@@ -171,7 +172,7 @@ def lora_linear_group(
         return _apart(x, members, backend)
     if torch.compiler.is_compiling():
         return _traced(x, members, backend)
-    x_cast, cast, calls, chosen = _checked(x, members, backend)
+    x_cast, cast, calls, plans = _checked(x, members, backend)
     if better_apart(x, any(call.dropout for call in calls), backend):
         return _apart(x, members, backend)
     ys: tuple[Tensor, ...] = ()
@@ -183,7 +184,7 @@ def lora_linear_group(
             [float(member.scaling) for member in part],
             draw_seeds(len(thresholds), x.device, backend) if any(thresholds) else None,
             thresholds,
-            chosen,
+            plans[first : first + MAX_GROUP],
             *(member.weight for member in part),
             *(member.lora_A for member in part),
             *(member.lora_B for member in part),
@@ -237,7 +238,7 @@ def _members(
 
 def _checked(
     x: Tensor, members: Sequence[_Member], backend: Backend
-) -> tuple[Tensor, list[_Member], list[Call], Plan]:
+) -> tuple[Tensor, list[_Member], list[Call], tuple[Plan, ...]]:
     """x and the members as autocast would have them, each one's call, and the decision for all."""
     cast: list[_Member] = []
     calls: list[Call] = []
@@ -253,7 +254,7 @@ def _checked(
         except (TypeError, ValueError, RuntimeError) as error:
             raise type(error)(f"member {i}: {error}") from None
         cast.append(member._replace(weight=W, bias=bias))
-    return x_cast, cast, calls, plan_of_all(plans)
+    return x_cast, cast, calls, plans_of_all(plans)
 
 
 def explain_group(
@@ -272,8 +273,10 @@ def explain_group(
     Takes and raises what it does; computes nothing.
     """
     members = _members(weights, lora_As, lora_Bs, scalings, biases, dropout_ps)
-    _, cast, calls, chosen = _checked(x, members, backend)
-    on_kernels = chosen.backend == "triton"
+    _, cast, calls, plans = _checked(x, members, backend)
+    on_kernels = plans[0].backend == "triton"
+    by_library = not on_kernels or library_dx(plans, any(call.dropout for call in calls))
+    strategy_dx = "library" if by_library else "split"
     reasons: dict[str, str] = {}
     if on_kernels:
         reasons["torch"] = "not taken: the kernels take every member"
@@ -285,16 +288,17 @@ def explain_group(
     if better_apart(x, any(call.dropout for call in calls), backend):
         reasons["group"] = "not taken: on a CPU dropout and few rows are faster each on its own"
     else:
-        reasons |= _describe(cast, calls, on_kernels)
+        reasons |= _describe(cast, calls, on_kernels, strategy_dx)
     for i, call in enumerate(calls):
         if call.quantized is not None:
-            how = describe_quantized(call, chosen.backend, chosen.strategy == "in_loop")
+            how = describe_quantized(call, plans[i].backend, plans[i].strategy == "in_loop")
             reasons[f"quantised W0 of member {i}"] = how
-    return Explanation(chosen.backend, chosen.strategy, chosen.strategy_dx, reasons)
+    strategies = ", ".join(dict.fromkeys(plan.strategy for plan in plans))
+    return Explanation(plans[0].backend, strategies, strategy_dx, reasons)
 
 
 def _describe(
-    members: Sequence[_Member], calls: Sequence[Call], on_kernels: bool
+    members: Sequence[_Member], calls: Sequence[Call], on_kernels: bool, strategy_dx: str
 ) -> dict[str, str]:
     """What a group does at once."""
     h = "one product for all members: x is read once"
@@ -303,7 +307,7 @@ def _describe(
     elif on_kernels and len({member.scaling for member in members}) > 1:
         h = "a product for each member: their scalings differ"
     dx = "one tensor, each member added to it in place"
-    if on_kernels:
+    if strategy_dx == "split":
         dx = f"one launch for {min(len(calls), MAX_GROUP)} members"
         if any(call.quantized for call in calls):
             dx += ", with the values of all that are quantised in scratch tensors"

@@ -27,28 +27,23 @@ def dropouts_of(seeds: Tensor | None, thresholds: Sequence[int]) -> list[Dropout
     return [Dropout(seeds[i : i + 1], t) if t else None for i, t in enumerate(thresholds)]
 
 
-def plan_of_all(plans: Sequence[Plan]) -> Plan:
-    """The kernels if every member can take them; h is always made first.
-
-    "in_loop", which is a matter of M, if a quantised member would take it on its own. The one
-    launch for dx reads values: there each quantised member has a scratch tensor.
-    """
+def plans_of_all(plans: Sequence[Plan]) -> tuple[Plan, ...]:
+    """The members' plans: on the kernels if every member can take them."""
     if any(p.backend == "torch" for p in plans):
-        return Plan("torch", "library", "library")
-    in_loop = any(p.strategy == "in_loop" for p in plans)
-    return Plan("triton", "in_loop" if in_loop else "split", "split")
+        return (Plan("torch", "library", "library"),) * len(plans)
+    return tuple(plans)
 
 
-def _plan(
+def _plans(
     x: Tensor,
     weights: Sequence[Tensor | QuantizedWeight],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     thresholds: Sequence[int],
     backend: str,
-) -> Plan:
+) -> tuple[Plan, ...]:
     members = zip(weights, lora_As, lora_Bs, thresholds, strict=True)
-    return plan_of_all(
+    return plans_of_all(
         [
             plan(checked_call(x, W, A, B, None, t > 0), cast(Backend, backend), "part")
             for W, A, B, t in members
@@ -76,7 +71,7 @@ def lora_linear_group_op(
 ) -> list[Tensor]:
     """Every y_i, and the h_i side by side [M, sum r_i], empty unless they are needed."""
     Ws = unpack(weights, spec)
-    chosen = _plan(x, Ws, lora_As, lora_Bs, thresholds, backend)
+    chosen = _plans(x, Ws, lora_As, lora_Bs, thresholds, backend)
     dropouts = dropouts_of(seeds, thresholds)
     ys, h = backends.forward_group(
         x, Ws, lora_As, lora_Bs, _present(biases), scalings, dropouts, chosen
@@ -122,7 +117,7 @@ def lora_linear_group_backward_op(
     n = len(gs)
     Ws = unpack(weights, spec)
     like_x = gs[0].new_empty(1).expand(*gs[0].shape[:-1], lora_As[0].shape[1])
-    chosen = _plan(like_x, Ws, lora_As, lora_Bs, thresholds, backend)
+    chosen = _plans(like_x, Ws, lora_As, lora_Bs, thresholds, backend)
     hs = [None] * n if h is None else h.split_with_sizes([len(A) for A in lora_As], dim=1)
     dropouts = dropouts_of(seeds, thresholds)
     dx, dAs, dBs = backends.backward_group(

@@ -17,6 +17,7 @@ from .dispatch import (
     _facts,
     ceilings,
     checked_call,
+    of_cublas,
     plan,
     rounds_input,
     transposed,
@@ -40,10 +41,12 @@ EXPAND_ROWS = 256  # up to here y is nothing beside the weight, and the GEMM can
 def predicted_extra(call: Call, groups: int) -> dict[Strategy, float]:
     """Cost of adding h B as a fraction of the base GEMM's time; making h costs both the same.
 
-    split    each piece of a tile is r_pad / K of the GEMM, and its loads are waited for
+    split    each piece of a tile is r_pad / K of the GEMM, and its loads are waited for; the GEMM
+             is a kernel, not cuBLAS's
     expand   one more read and write of y, and one more launch
     """
-    flops, bandwidth = ceilings(device_info(call.device))
+    device = device_info(call.device)
+    flops, bandwidth = ceilings(device)
     gemm = 2 * call.M * call.N * call.K / flops
     if gemm == 0:
         return {"split": 0.0, "expand": 0.0}
@@ -51,7 +54,8 @@ def predicted_extra(call: Call, groups: int) -> dict[Strategy, float]:
     pieces_per_tile = (tiles + groups) / tiles
     touch_y = 2 * call.dtype.itemsize * call.M * call.N / bandwidth
     return {
-        "split": _UNPIPELINED * pieces_per_tile * padded(call.r) / call.K,
+        "split": (1 + _UNPIPELINED * pieces_per_tile * padded(call.r) / call.K) / of_cublas(device)
+        - 1,
         "expand": (touch_y + _LAUNCH) / gemm,
     }
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Plan, specialized_obstacle
+from .dispatch import Plan, library_dx, specialized_obstacle
 from .kernels.configs import Kind, TileConfig, choose_config, tma_obstacle
 from .kernels.device import device_info
 from .kernels.dropout import Dropout
@@ -55,6 +55,27 @@ def _values(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return weight if isinstance(weight, Tensor) else dequantize(weight.matrix(), dtype)
 
 
+def _possible(
+    strategy: Strategy,
+    config: TileConfig | None,
+    x: Tensor,
+    w: Tensor,
+    a: Tensor | None,
+    dropout: Dropout | None,
+    on_y: Dropout | None,
+) -> tuple[Strategy, TileConfig | None]:
+    """A strategy and its tile, or what it becomes where it does not run or has no descriptors."""
+    if strategy in BY_COMPILER and (
+        (dropout if strategy == "ws_one_launch" else on_y)
+        or specialized_obstacle(x.device, device_info(x.device))
+    ):
+        strategy, config = BY_COMPILER[strategy], None
+    a_read = None if strategy in ("tma_split", "ws_split") else a
+    if strategy in WITHOUT_TMA and tma_obstacle(x, w, a_read):
+        strategy, config = WITHOUT_TMA[strategy], None
+    return strategy, config
+
+
 def lora_gemm(
     x: Tensor,
     w: Tensor | QuantizedMatrix,
@@ -78,56 +99,67 @@ def lora_gemm(
     """
     r, N = b.shape
     on_x, on_y = (dropout, None) if drop_x else (None, dropout)
-    if isinstance(w, QuantizedMatrix):
-        if strategy == "in_loop" or w.takes_fp8:
-            h = gemm_scaled(_config("plain", x, r, r, on_x), x, a, scale=scaling, dropout=on_x)
-            config = config or _config(w.kind, x, N, r, on_y, dora is not None)
-            return gemm_add_lora(config, x, w, h, b, bias=bias, dropout=on_y, dora=dora), h
+    if isinstance(w, QuantizedMatrix) and strategy != "in_loop" and not w.takes_fp8:
         w = dequantize(w, x.dtype)
-    if dora is not None:
-        strategy, config = "one_pass" if strategy == "one_pass" else "split", None
-    if strategy in BY_COMPILER and (
-        (dropout if strategy == "ws_one_launch" else on_y)
-        or specialized_obstacle(x.device, device_info(x.device))
-    ):
-        strategy, config = BY_COMPILER[strategy], None
-    a_read = None if strategy in ("tma_split", "ws_split") else a
-    if strategy in WITHOUT_TMA and tma_obstacle(x, w, a_read):
-        strategy, config = WITHOUT_TMA[strategy], None
-    if strategy == "one_pass":
-        config = config or _config("one_pass", x, N, r, dropout, dora is not None)
-        return gemm_one_pass(
-            config, x, w, a, b, bias=bias, scale=scaling, store_h=need_h, dora=dora
-        )
-    if strategy == "tma_one_pass":
-        config = config or _config("tma_one_pass", x, N, r, dropout)
-        return persistent_one_pass(config, x, w, a, b, bias=bias, scale=scaling, store_h=need_h)
-    if strategy == "one_launch":
-        config = config or _config("tma_produced", x, N, r, on_y)
-        return persistent_produced(
-            config, x, w, a, b, bias=bias, scale=scaling, dropout=dropout, drop_x=drop_x
-        )
-    if strategy == "ws_one_launch":
-        from .kernels.specialized import specialized_produced  # Gluon: not in every Triton
+    if isinstance(w, Tensor):
+        if dora is not None:
+            strategy, config = "one_pass" if strategy == "one_pass" else "split", None
+        strategy, config = _possible(strategy, config, x, w, a, dropout, on_y)
+        if strategy == "one_pass":
+            config = config or _config("one_pass", x, N, r, dropout, dora is not None)
+            return gemm_one_pass(
+                config, x, w, a, b, bias=bias, scale=scaling, store_h=need_h, dora=dora
+            )
+        if strategy == "tma_one_pass":
+            config = config or _config("tma_one_pass", x, N, r, dropout)
+            return persistent_one_pass(config, x, w, a, b, bias=bias, scale=scaling, store_h=need_h)
+        if strategy == "one_launch":
+            config = config or _config("tma_produced", x, N, r, on_y)
+            return persistent_produced(
+                config, x, w, a, b, bias=bias, scale=scaling, dropout=dropout, drop_x=drop_x
+            )
+        if strategy == "ws_one_launch":
+            from .kernels.specialized import specialized_produced  # Gluon: not in every Triton
 
-        config = config or _config("ws_produced", x, N, r, None)
-        return specialized_produced(config, x, w, a, b, bias=bias, scale=scaling)
-    if strategy == "skinny":
-        config = config or _config("skinny", x, N, r, None)
-        return skinny(config, x, w, a, b, bias=bias, scale=scaling, dropout=dropout, drop_x=drop_x)
+            config = config or _config("ws_produced", x, N, r, None)
+            return specialized_produced(config, x, w, a, b, bias=bias, scale=scaling)
+        if strategy == "skinny":
+            config = config or _config("skinny", x, N, r, None)
+            return skinny(
+                config, x, w, a, b, bias=bias, scale=scaling, dropout=dropout, drop_x=drop_x
+            )
     h = gemm_scaled(_config("plain", x, r, r, on_x), x, a, scale=scaling, dropout=on_x)
-    if strategy == "library" and on_y is None:
-        return F.linear(x, w.t(), bias).addmm_(h, b.to(x.dtype)), h
+    return _add_lora(x, w, h, b, bias, on_y, strategy, config, dora), h
+
+
+def _add_lora(
+    x: Tensor,
+    w: Tensor | QuantizedMatrix,
+    h: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    dropout: Dropout | None,
+    strategy: Strategy,
+    config: TileConfig | None,
+    dora: ColumnScale | None = None,
+) -> Tensor:
+    """y = x w + D o (h b) + bias by a strategy that has its h from before."""
+    r, N = b.shape
+    if isinstance(w, QuantizedMatrix):
+        config = config or _config(w.kind, x, N, r, dropout, dora is not None)
+        return gemm_add_lora(config, x, w, h, b, bias=bias, dropout=dropout, dora=dora)
+    if strategy == "library" and dropout is None:
+        return F.linear(x, w.t(), bias).addmm_(h, b.to(x.dtype))
     if strategy == "tma_split":
-        config = config or _config("tma_second", x, N, r, on_y)
-        return persistent_add_lora(config, x, w, h, b, bias=bias, dropout=on_y), h
+        config = config or _config("tma_second", x, N, r, dropout)
+        return persistent_add_lora(config, x, w, h, b, bias=bias, dropout=dropout)
     if strategy == "ws_split":
         from .kernels.specialized import specialized_add_lora
 
         config = config or _config("ws_second", x, N, r, None)
-        return specialized_add_lora(config, x, w, h, b, bias=bias), h
-    config = config or _config("second", x, N, r, on_y, dora is not None)
-    return gemm_add_lora(config, x, w, h, b, bias=bias, dropout=on_y, dora=dora), h
+        return specialized_add_lora(config, x, w, h, b, bias=bias)
+    config = config or _config("second", x, N, r, dropout, dora is not None)
+    return gemm_add_lora(config, x, w, h, b, bias=bias, dropout=dropout, dora=dora)
 
 
 def forward(
@@ -213,7 +245,7 @@ def forward_group(
     biases: Sequence[Tensor | None],
     scalings: Sequence[float],
     dropouts: Sequence[Dropout | None],
-    plan: Plan,
+    plans: Sequence[Plan],
 ) -> tuple[list[Tensor], Tensor]:
     """Every y_i [M, N_i], and the h_i = scaling_i * (D_i o x) A_i^T side by side [M, sum r_i]."""
     ranks = [A.shape[0] for A in lora_As]
@@ -227,11 +259,12 @@ def forward_group(
         config = _config("plain", x, h.shape[1], h.shape[1], None)
         gemm_scaled(config, x, torch.cat(tuple(lora_As)).t(), scale=scalings[0], out=h)
     ys = []
-    for weight, B, bias, h_i in zip(weights, lora_Bs, biases, hs, strict=True):
+    for weight, B, bias, h_i, plan in zip(weights, lora_Bs, biases, hs, plans, strict=True):
         w = (_operand(weight) if plan.strategy == "in_loop" else _values(weight, x.dtype)).t()
-        kind: Kind = w.kind if isinstance(w, QuantizedMatrix) else "second"
-        config = _config(kind, x, B.shape[0], B.shape[1], None)
-        ys.append(gemm_add_lora(config, x, w, h_i, B.t(), bias=bias))
+        way = plan.strategy, plan.config
+        if isinstance(w, Tensor):
+            way = _possible(*way, x, w, None, None, None)
+        ys.append(_add_lora(x, w, h_i, B.t(), bias, None, *way))
         del w  # a scratch, before the next one is there
     return ys, h
 
@@ -245,10 +278,14 @@ def backward_group(
     hs: Sequence[Tensor | None],
     scalings: Sequence[float],
     dropouts: Sequence[Dropout | None],
+    plans: Sequence[Plan],
     *,
     need_dx: bool,
 ) -> tuple[Tensor | None, Sequence[Tensor | None], list[Tensor | None]]:
-    """dx, dA_i and dB_i for g_i = dL/dy_i [M, N_i]: dA_i iff x is given, dB_i iff h_i is."""
+    """dx, dA_i and dB_i for g_i = dL/dy_i [M, N_i]: dA_i iff x is given, dB_i iff h_i is.
+
+    dx is made in one launch, or, where cuBLAS is expected to be faster for every member, by it.
+    """
     dx: Tensor | None = None
     dAs: list[Tensor | None] = [None] * len(gs)
     dBs: list[Tensor | None] = [None] * len(gs)
@@ -264,7 +301,11 @@ def backward_group(
     for g, B, r, scale, dh_i in zip(gs, lora_Bs, ranks, scalings, dhs, strict=True):
         gemm_scaled(_config("plain", g, r, r, None), g, B, scale=scale, out=dh_i)
     dropout = next(filter(None, dropouts), None)
-    if need_dx:
+    if need_dx and library_dx(plans, dropout is not None):
+        dx = dh @ torch.cat([A.to(dh.dtype) for A in lora_As])
+        for g, weight in zip(gs, weights, strict=True):
+            dx.addmm_(g, _values(weight, g.dtype))
+    elif need_dx:
         config = _config("group", gs[0], K, max(ranks), dropout)
         values = [_values(weight, dh.dtype) for weight in weights]
         dx = gemm_group(config, gs, values, dhs, lora_As, dropouts)

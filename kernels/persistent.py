@@ -536,8 +536,8 @@ def persistent_add_lora(
     bias: torch.Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> torch.Tensor:
-    """`gemm.gemm_add_lora` on tensor descriptors."""
-    return _launch(config, x, w, bias=bias, h=h, b=b, dropout=dropout)
+    """`gemm.gemm_add_lora` on tensor descriptors. A part of a group's h is copied."""
+    return _launch(config, x, w, bias=bias, h=h.contiguous(), b=b, dropout=dropout)
 
 
 def persistent_produced(

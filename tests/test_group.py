@@ -57,8 +57,9 @@ def _fused(problems, backend):
     seeds = torch.cat([p.seed for p in problems]) if any(thresholds) else None
     kinds = ("weight", "lora_A", "lora_B", "bias")
     tensors = [getattr(p, kind) for kind in kinds for p in problems]
+    plans = [PLANS[backend]] * len(problems) if isinstance(backend, str) else backend
     return LoRALinearGroupFunction.apply(
-        problems[0].x, [p.scaling for p in problems], seeds, thresholds, PLANS[backend], *tensors
+        problems[0].x, [p.scaling for p in problems], seeds, thresholds, plans, *tensors
     )
 
 
@@ -103,6 +104,31 @@ SIZES = [(77, 16), (33, 5), (40, 33)]
 def test_values_and_gradients(device, launches, backend, dtype, members):
     _check(_group((3, 23), 101, SIZES[:members], dtype=dtype, device=device), backend)
     assert bool(launches) == (backend == "triton")
+
+
+@pytest.mark.parametrize("dropout_ps", [None, (0.1, 0.1, 0.1)])
+@pytest.mark.parametrize("adapter_dtype", [torch.float16, torch.float32])
+def test_each_member_by_its_own_strategy(device, launches, adapter_dtype, dropout_ps):
+    """dx by cuBLAS only if all of them would have it so, and there is no mask."""
+    kwargs = {"dtype": torch.float16, "adapter_dtype": adapter_dtype, "device": device}
+    sizes = [(80, 16), (32, 5), (48, 24)]
+    plans = [Plan("triton", s, "library") for s in ("library", "split", "tma_split")]
+    _check(_group(37, 72, sizes, dropout_ps, **kwargs), plans)
+    ours = [name for name in launches if name not in ("gemm_scaled", "grad_lora_a", "grad_lora_b")]
+    by_library = dropout_ps is None
+    assert ours == ["gemm_add_lora", "persistent_add_lora"] + ["gemm_group"] * (not by_library)
+    launches.clear()
+    _check(
+        _group(37, 72, sizes, dropout_ps, **kwargs), [*plans[:2], Plan("triton", "split", "split")]
+    )
+    assert "gemm_group" in launches
+
+
+def test_a_member_without_a_descriptor(device, launches):
+    plans = [Plan("triton", "tma_split", "split")] * 2
+    _check(_group(37, 72, [(33, 4), (64, 4)], dtype=torch.float16, device=device), plans)
+    assert "gemm_add_lora" in launches
+    assert "persistent_add_lora" in launches
 
 
 @both_backends

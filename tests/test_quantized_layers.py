@@ -337,7 +337,13 @@ def _check_group(problems, weights, plan):
         seeds = torch.cat([p.seed for p in group]) if any(thresholds) else None
         adapters = [getattr(p, kind) for kind in ("lora_A", "lora_B", "bias") for p in group]
         return LoRALinearGroupFunction.apply(
-            group[0].x, [p.scaling for p in group], seeds, thresholds, plan, *weights, *adapters
+            group[0].x,
+            [p.scaling for p in group],
+            seeds,
+            thresholds,
+            [plan] * len(group),
+            *weights,
+            *adapters,
         )
 
     def one_by_one(group):
@@ -447,7 +453,7 @@ def test_a_group_over_nf4_is_explained():
     problems, weights = _group(9, 64, MIXED["nf4, plain, int8"], dtype=torch.float16)
     tensors = (problems[0].x, weights, [p.lora_A for p in problems], [p.lora_B for p in problems])
     said = str(explain_group(*tensors, backend="triton"))
-    assert said.startswith("backend triton, forward in_loop, dx split")
+    assert said.startswith("backend triton, forward in_loop, split, dx split")
     assert "h: one product for all members: x is read once" in said
     assert "dx: one launch for 3 members, with the values of all that are quantised" in said
     assert "quantised W0 of member 0: nf4, tiles become values in the K loop" in said

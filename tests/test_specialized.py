@@ -276,7 +276,7 @@ def test_the_model_never_takes_it(monkeypatch):
     seconds = predicted_seconds(CALL, H100)
     assert seconds["ws_split"] == seconds["tma_split"]
     assert seconds["ws_one_launch"] == seconds["one_launch"]
-    assert not dispatch._by_model(CALL).startswith("ws_")
+    assert not dispatch._by_model(CALL, "forward").startswith("ws_")
 
 
 def test_candidates_of_tuning(monkeypatch):
