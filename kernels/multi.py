@@ -40,9 +40,10 @@ _REDUCE_BLOCK = 1024
 
 @triton.jit
 def _rows_at(order_ptr, positions, mask):
-    if order_ptr is None:
-        return positions
-    return tl.load(order_ptr + positions, mask=mask, other=0)
+    rows = positions  # a return here would not keep Triton from compiling what comes after it
+    if order_ptr is not None:
+        rows = tl.load(order_ptr + positions, mask=mask, other=0)
+    return rows
 
 
 @triton.jit(do_not_specialize=["scale", "threshold"])

@@ -156,7 +156,8 @@ def fp8_input_kernel(
     tl.store(scales_ptr + block * M + rows, amax * (1 / FP8_MAX), mask=in_m)
 
 
-FP8_INPUT_TILE = {"BLOCK_M": 32, "num_warps": 4} | FP_FUSION
+# Contracted, x * s + magic would be rounded once, and a tie of the reference's be none here.
+FP8_INPUT_TILE = {"BLOCK_M": 32, "num_warps": 4, "enable_fp_fusion": False}
 
 
 def fp8_input(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

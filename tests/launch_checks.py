@@ -12,6 +12,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks import launch_overhead
+from fused_lora import lora_linear_multi
 from fused_lora.kernels import gemm
 from fused_lora.kernels.launch import Launcher
 
@@ -130,6 +131,21 @@ def check_profilers_hear_of_known_launches():
     assert len(heard) == 2
 
 
+def check_many_adapters_compile(**rows):
+    """Rows that lie by adapter already have no `order`: other kernels than compile_report's."""
+    launch_overhead.kernel_path("split")
+    side = launch_overhead.SIDE
+    x, W = (torch.randn(n, side, dtype=torch.bfloat16) for n in (6, side))
+    As = [torch.randn(r, side, requires_grad=True) for r in (4, 16)]
+    Bs = [torch.randn(side, r, requires_grad=True) for r in (4, 16)]
+
+    def both():
+        lora_linear_multi(x.requires_grad_(), W, As, Bs, scalings=2.0, **rows).sum().backward()
+
+    kernels = {"shrink_kernel", "expand_kernel", "multi_grad_kernel"}
+    assert kernels <= {name for name, *_ in _launches(both)[0]}
+
+
 def check_the_memory_of_launches_is_bounded():
     launcher = Launcher(gemm.lora_gemm_kernel)
     launcher._known = {(i,): (None, ()) for i in range(4096)}
@@ -149,3 +165,5 @@ if __name__ == "__main__":
         check_known_launches(strategy, 0.0, 3, True)
     for strategy in ("split", "skinny"):
         check_known_launches(strategy, 0.1, 3, True)
+    check_many_adapters_compile(segments=[(0, 2), (1, 4)])
+    check_many_adapters_compile(adapter_indices=[1, 0, 1, 0, 0, -1])

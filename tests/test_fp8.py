@@ -411,6 +411,7 @@ for arch in (80, 89, 90, 100):
     if arch >= 90:  # for sm_89 Triton 3.6 takes a way through fp16, towards zero
         assert "cvt.rn.satfinite.e4m3x2.f32" in ptx, arch
     assert str((127 - 6) << 23) in ptx, arch  # _round_to_e4m3, before it
+    assert "fma." not in ptx, arch  # x * s is rounded before it
     usage, _ = disassembled(compiled)
     assert "STACK:0" in usage, usage
 """
