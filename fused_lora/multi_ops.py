@@ -54,7 +54,11 @@ def _decided(
     return found.layer._replace(dropout=dropout), found.plan
 
 
-@torch.library.custom_op("fused_lora::lora_linear_multi", mutates_args=())
+# What is uploaded for a batch is kept, which memory of a CUDA graph must not be.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op("fused_lora::lora_linear_multi", mutates_args=(), tags=_TAGS)
 def lora_linear_multi_op(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -103,7 +107,7 @@ def _(
     return y, x.new_empty((math.prod(x.shape[:-1]), rank) if need_h else 0)
 
 
-@torch.library.custom_op("fused_lora::lora_linear_multi_backward", mutates_args=())
+@torch.library.custom_op("fused_lora::lora_linear_multi_backward", mutates_args=(), tags=_TAGS)
 def lora_linear_multi_backward_op(
     g: Tensor,
     x: Tensor | None,

@@ -35,6 +35,7 @@ counter to 0: nothing is cleared by another launch, and a CUDA graph may replay 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -428,6 +429,11 @@ def rank_blocks(R: int, drop_y: bool) -> tuple[int, int]:
 _sync_buffers: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
+def _kept_zeros(words: int, device: torch.device, stream: torch.cuda.Stream | None) -> torch.Tensor:
+    with torch.cuda.stream(stream):
+        return torch.zeros(words, dtype=torch.int32, device=device)
+
+
 @contextmanager
 def sync_buffer(device: torch.device, flags: int) -> Iterator[torch.Tensor]:
     """The produced form's flags: zeros at first, then as the launch before has left them.
@@ -440,12 +446,15 @@ def sync_buffer(device: torch.device, flags: int) -> Iterator[torch.Tensor]:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         yield torch.zeros(words, dtype=torch.int32, device=device)
         return
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    buffer = _sync_buffers.pop((device, stream), None)
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    key = device, 0 if stream is None else stream.cuda_stream
+    buffer = _sync_buffers.pop(key, None)
     if buffer is None or buffer.numel() < words:
-        buffer = torch.zeros(words, dtype=torch.int32, device=device)
+        # The CUDA graphs of torch.compile put what this thread allocates where nothing may stay.
+        with ThreadPoolExecutor(1) as other:
+            buffer = other.submit(_kept_zeros, words, device, stream).result()
     yield buffer
-    _sync_buffers[device, stream] = buffer
+    _sync_buffers[key] = buffer
 
 
 def _launch(
