@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -194,11 +195,13 @@ def load_adapter(
                 f"{CONFIG_NAME}: target_modules: {config['target_modules']!r} matches no nn.Linear "
                 f"of the model, which has {names}; is it the adapter's base model?"
             )
+        _check_one_path(model, [linears[path] for path in paths])
         ranks = per_layer("rank_pattern", config["rank_pattern"], config["r"], paths)
     expected = {path: (ranks[path], linears[path]) for path in ranks}
     _check_tensors(tensors, expected, config["use_dora"])
     if layers:
         _check_computation(layers, config)
+        _check_finite(tensors, layers)
     else:
         inject(
             model,
@@ -217,6 +220,16 @@ def load_adapter(
             for name in _TENSORS:
                 if _key(path, name) in tensors:
                     getattr(layer, name).copy_(tensors[_key(path, name)])
+
+
+def _check_finite(tensors: dict[str, Tensor], layers: dict[str, FusedLoRALinear]) -> None:
+    """ValueError if a value is not finite in its layer's dtype."""
+    for path, layer in layers.items():
+        for name in _TENSORS:
+            key = _key(path, name)
+            dtype = getattr(layer, name).dtype if key in tensors else None
+            if dtype is not None and not tensors[key].to(dtype).isfinite().all():
+                raise ValueError(f"{key}: has values that are not finite in the layer's {dtype}")
 
 
 def _load_named(
@@ -238,6 +251,7 @@ def _load_named(
     modules: dict[str, Any] = dict(model.named_modules())
     matched = match_modules(model, config["target_modules"], config["exclude_modules"])
     paths = [path for path in matched if path in modules and can_adapt(modules[path])]
+    _check_one_path(model, [modules[path] for path in paths])
     ranks = per_layer("rank_pattern", config["rank_pattern"], config["r"], paths)
     _check_tensors(tensors, {path: (ranks[path], modules[path]) for path in paths}, False)
     names = ("exclude_modules", "rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora")
@@ -258,6 +272,7 @@ class _Named:
     lora_B: Tensor
     lora_alpha: float
     use_rslora: bool
+    scaling: float
     lora_dropout: float
     lora_magnitude_vector: Tensor | None = None
     lora_A_init: Tensor | None = None
@@ -268,7 +283,8 @@ class _Named:
 
 def _named(layer: FusedMultiLoRALinear, name: str, lora_dropout: float) -> _Named:
     A, B = layer.lora_A[name], layer.lora_B[name]
-    return _Named(A, B, layer.lora_alpha[name], layer.use_rslora[name], lora_dropout)
+    numbers = (layer.lora_alpha[name], layer.use_rslora[name], layer.scaling[name])
+    return _Named(A, B, *numbers, lora_dropout)
 
 
 def _layers(model: object, adapter_name: str | None = None) -> dict[str, Any]:
@@ -282,8 +298,24 @@ def _layers(model: object, adapter_name: str | None = None) -> dict[str, Any]:
         found = layers_with(model, adapter_name)
         # Layers that had an adapter before have its dropout; PEFT's format has one for all.
         dropout = max((layer.lora_dropout for layer in found.values()), default=0.0)
+        _check_one_path(model, found.values())
         return {path: _named(layer, adapter_name, dropout) for path, layer in found.items()}
-    return {path: m for path, m in model.named_modules() if isinstance(m, FusedLoRALinear)}
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, FusedLoRALinear)}
+    _check_one_path(model, layers.values())
+    return layers
+
+
+def _check_one_path(model: nn.Module, adapted: Iterable[nn.Module]) -> None:
+    """ValueError if one of the modules is at several paths: on disk an adapter has one."""
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(path)
+    for module in adapted:
+        if len(paths[module]) > 1:
+            raise ValueError(
+                f"model: {' and '.join(paths[module])} are one module, and on disk an adapter is "
+                "that of one path"
+            )
 
 
 def _adapter_names(model: nn.Module) -> list[str]:
@@ -307,11 +339,15 @@ class _Saved(NamedTuple):
 
 def _saved(layer: FusedLoRALinear | _Named) -> _Saved:
     A, B, magnitude = layer.lora_A, layer.lora_B, layer.lora_magnitude_vector
+    alpha = layer.lora_alpha
+    of_one = FusedLoRALinear.scaling_of(1.0, A.shape[0], layer.use_rslora)
+    if layer.scaling != FusedLoRALinear.scaling_of(alpha, A.shape[0], layer.use_rslora):
+        alpha = layer.scaling / of_one  # the scaling, or A and B, were replaced
     if layer.lora_A_init is None or layer.lora_B_init is None:
-        return _Saved(A, B, magnitude, layer.lora_alpha)
+        return _Saved(A, B, magnitude, alpha)
     growth = math.sqrt(2) if layer.use_rslora else 2  # as r doubles, the scaling stays
     learnt = torch.cat([A, layer.lora_A_init]), torch.cat([B, -layer.lora_B_init], dim=1)
-    return _Saved(*learnt, magnitude, layer.lora_alpha * growth)
+    return _Saved(*learnt, magnitude, alpha * growth)
 
 
 def _key(path: str, name: str) -> str:
@@ -342,10 +378,9 @@ def _config(
         "use_rslora": _only("use_rslora", layers),
         "use_dora": _only("use_dora", layers),
         "target_modules": _target_modules(model, layers),
-        "rank_pattern": {re.escape(p): other for p, other in ranks.items() if other != r},
-        "alpha_pattern": {
-            re.escape(p): other for p, other in alphas.items() if other != lora_alpha
-        },
+        # Without the anchor "q" would be every "....q" too.
+        "rank_pattern": {f"^{re.escape(p)}": n for p, n in ranks.items() if n != r},
+        "alpha_pattern": {f"^{re.escape(p)}": n for p, n in alphas.items() if n != lora_alpha},
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

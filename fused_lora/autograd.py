@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,6 +19,42 @@ def raise_second_derivative(name: str) -> NoReturn:
         f"{name}: its gradients cannot be differentiated again (create_graph=True); "
         f"fused_lora.reference.{name}'s can"
     )
+
+
+class Codes(NamedTuple):
+    """A quantised W0 between forward and backward: autograd looks after tensors that it saves."""
+
+    weight: QuantizedWeight
+    versions: tuple[int, ...]
+
+    @staticmethod
+    def _versions(weight: QuantizedWeight) -> tuple[int, ...]:
+        parts = (part for part in weight._parameters.values() if part is not None)
+        return tuple(0 if part.is_inference() else part._version for part in parts)
+
+    @classmethod
+    def of(cls, weight: Tensor | QuantizedWeight) -> Codes | None:
+        """What to keep of a weight that is quantised."""
+        if isinstance(weight, QuantizedWeight):
+            return cls(weight, cls._versions(weight))
+        return None
+
+    def unchanged(self) -> QuantizedWeight:
+        """The weight; RuntimeError if it was changed in place, as autograd's for tensors."""
+        if self.versions != self._versions(self.weight):
+            raise RuntimeError(
+                "weight: a quantised W0 that the gradient needs was changed in place after the "
+                "forward pass"
+            )
+        return self.weight
+
+
+def alias(t: Tensor) -> Tensor:
+    """What to save of a parameter: if ``.data`` is set (`merge`), it has the old values still.
+
+    It counts changes in place with the parameter.
+    """
+    return t.detach()
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -56,13 +92,13 @@ class LoRALinearFunction(torch.autograd.Function):
         )
         ctx.save_for_backward(
             x if needs_A else None,
-            weight if needs_x and isinstance(weight, Tensor) else None,
-            lora_A,
-            lora_B,
+            alias(weight) if needs_x and isinstance(weight, Tensor) else None,
+            alias(lora_A),
+            alias(lora_B),
             h,
             seed if needs_x or needs_A else None,
         )
-        ctx.quantized = weight if needs_x and isinstance(weight, QuantizedWeight) else None
+        ctx.quantized = Codes.of(weight) if needs_x else None
         ctx.scaling, ctx.threshold, ctx.plan = scaling, threshold, plan
         return y
 
@@ -78,7 +114,7 @@ class LoRALinearFunction(torch.autograd.Function):
         dx, dA, dB = backends.backward(
             g,
             x,
-            weight if ctx.quantized is None else ctx.quantized,
+            weight if ctx.quantized is None else ctx.quantized.unchanged(),
             lora_A,
             lora_B,
             h,

@@ -6,7 +6,7 @@ import sys
 from numbers import Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .quantize import QuantizedWeight
 
@@ -41,6 +41,26 @@ def check_dropout(name: str, p: object) -> None:
     _check_real(name, p)
     if not 0.0 <= p < 1.0:  # type: ignore[operator]  # so NaN is refused too
         raise ValueError(f"{name}: got {p}, wanted a probability in [0, 1)")
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__  # accelerate's hooks replace it
+    )
+
+
+def check_unhooked(name: str, module: nn.Module) -> None:
+    """ValueError if the module, which is to be replaced, has hooks that nobody would run then."""
+    if is_hooked(module):
+        raise ValueError(
+            f"{name}: has hooks (weight_norm's, pruning's, accelerate's, ...) or a forward of its "
+            "own, which the layer in its place would not run; remove them, or exclude it"
+        )
 
 
 def check_backend(backend: object) -> None:

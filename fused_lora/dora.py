@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import backends, torch_backend
-from .autograd import raise_second_derivative
+from .autograd import Codes, alias, raise_second_derivative
 from .dispatch import Plan
 from .quantize import QuantizedWeight
 
@@ -103,15 +103,15 @@ class DoRALinearFunction(torch.autograd.Function):
         )
         ctx.save_for_backward(
             x if needs_A else None,
-            weight if needs_x and isinstance(weight, Tensor) else None,
-            lora_A,
-            lora_B,
-            magnitude,
+            alias(weight) if needs_x and isinstance(weight, Tensor) else None,
+            alias(lora_A),
+            alias(lora_B),
+            alias(magnitude),
             norm,
             h,
             z,
         )
-        ctx.quantized = weight if needs_x and isinstance(weight, QuantizedWeight) else None
+        ctx.quantized = Codes.of(weight) if needs_x else None
         ctx.scaling, ctx.plan = scaling, plan
         return y
 
@@ -124,7 +124,7 @@ class DoRALinearFunction(torch.autograd.Function):
         dx, dA, dB, dm = gradients(
             g,
             x,
-            weight if ctx.quantized is None else ctx.quantized,
+            weight if ctx.quantized is None else ctx.quantized.unchanged(),
             lora_A,
             lora_B,
             magnitude,

@@ -217,8 +217,14 @@ def _on_device(
         return y
     _check_options(weight, scaling, dropout_p, backend)
     checks.check_tensors(x, weight, lora_A, lora_B, bias)
+    check_frozen(weight)
     threshold = dropout_threshold(dropout_p)
-    seed = _draw_seed(x.device, backend, shard or 0) if threshold else None
+    seed = None
+    if threshold and _only_watched(x, backend) and shard is None:
+        # As in a call that nobody watches: a checkpoint's second forward may be one.
+        seed = drawn_mask(threshold, x.shape[:-1].numel(), x.shape[-1])
+    elif threshold:
+        seed = _draw_seed(x.device, backend, shard or 0)
     lora_B, scaling = _fold_scaling(lora_B, scaling)
     compiling = torch.compiler.is_compiling()
     apply: Any = ops.lora_linear_op if compiling else ops.LoRALinearOpFunction.apply
@@ -234,6 +240,40 @@ def _observed() -> bool:
     if compiling and transformed:  # Dynamo traces neither an operator's formula nor a Function here
         torch._dynamo.graph_break(msg="fused_lora inside of a torch.func transform")
     return compiling or transformed or _get_current_dispatch_mode() is not None
+
+
+def _only_watched(x: Tensor, backend: Backend) -> bool:
+    """Whether a call on a CPU is observed by a dispatch mode alone, in eager mode."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return x.device.type == "cpu" and backend != "triton" and not traced
+
+
+def has_tangent(t: Tensor) -> bool:
+    """Whether forward-mode AD is at work on it."""
+    return forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def is_differentiated(t: Tensor) -> bool:
+    """Whether a gradient or a tangent of it is asked for, in any of torch.func's wrappings."""
+    functorch = torch._C._functorch
+    while True:
+        if has_tangent(t) or (t.requires_grad and torch.is_grad_enabled()):
+            return True
+        if not functorch.is_functorch_wrapped_tensor(t):
+            return False
+        t = functorch.get_unwrapped(t)
+
+
+def check_frozen(weight: Weight) -> None:
+    """ValueError if a derivative with respect to W0 is asked for by other means than autograd's."""
+    if torch.compiler.is_compiling():
+        return
+    parts = (weight,) if isinstance(weight, Tensor) else tuple(weight.parameters())
+    if any(map(is_differentiated, parts)):
+        raise ValueError(
+            "weight: torch.func or forward AD differentiates with respect to it, but LoRA's base "
+            "weight is frozen and has no derivative; pass weight.detach()"
+        )
 
 
 def _is_trained(tensor: Tensor) -> bool:
@@ -319,6 +359,7 @@ def dora_linear(
     observed = _observed()
     if observed:
         checks.check_tensors(x, weight, lora_A, lora_B, bias)
+        check_frozen(weight)
     else:
         chosen = plan(checked_call(x, weight, lora_A, lora_B, bias, False), backend, "dora")
     _check_magnitude(weight, magnitude)

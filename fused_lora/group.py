@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import backends, checks
+from .autograd import Codes, alias
 from .dispatch import (
     Backend,
     Call,
@@ -60,11 +61,10 @@ class LoRALinearGroupFunction(torch.autograd.Function):
             x if any(needs_A) else None,
             h if any(needs_B) else None,
             seeds if needs_x or any(needs_A) else None,
-            *(W if needs_x and isinstance(W, Tensor) else None for W in weights),
-            *As,
-            *Bs,
+            *(alias(W) if needs_x and isinstance(W, Tensor) else None for W in weights),
+            *map(alias, (*As, *Bs)),
         )
-        ctx.quantized = [W if needs_x and isinstance(W, QuantizedWeight) else None for W in weights]
+        ctx.quantized = [Codes.of(W) if needs_x else None for W in weights]
         ctx.set_materialize_grads(False)
         ctx.scalings, ctx.thresholds, ctx.plans = scalings, thresholds, plans
         return tuple(ys)
@@ -92,7 +92,10 @@ class LoRALinearGroupFunction(torch.autograd.Function):
             dx, live_dAs, live_dBs = backends.backward_group(
                 [grads[i] for i in live],  # type: ignore[misc]  # they are tensors
                 x if any(needs_A[i] for i in live) else None,
-                [weights[i] if ctx.quantized[i] is None else ctx.quantized[i] for i in live],
+                [
+                    weights[i] if ctx.quantized[i] is None else ctx.quantized[i].unchanged()
+                    for i in live
+                ],
                 [As[i] for i in live],
                 [Bs[i] for i in live],
                 [hs[i] if needs_B[i] else None for i in live],
@@ -344,17 +347,6 @@ def _traced(x: Tensor, members: Sequence[_Member], backend: Backend) -> tuple[Te
     return tuple(ys)
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__  # accelerate's hooks replace it
-    )
-
-
 def forward_together(modules: Iterable[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
     """The modules' outputs for the same x [..., in_features]: `lora_linear_group` where it can be.
 
@@ -396,7 +388,7 @@ def _why_alone(modules: Sequence[nn.Module]) -> str | None:
         return "the layers differ in their backend"
     if any(layer.lora_magnitude_vector is not None for layer in layers):
         return "a layer has DoRA"
-    return "a layer has hooks" if any(is_hooked(layer) for layer in layers) else None
+    return "a layer has hooks" if any(checks.is_hooked(layer) for layer in layers) else None
 
 
 def _together(layers: Iterable[Any]) -> tuple[tuple[list[Any], ...], dict[str, Any]]:

@@ -97,8 +97,8 @@ def inject(
 
     Raises:
         ValueError: nothing matched (the message lists what there is to match), the model is itself
-            an `nn.Linear` or already has adapters, a pattern is no regular expression, or a layer's
-            argument is out of range. The model is unchanged then.
+            an `nn.Linear` or already has adapters, a pattern is no regular expression, a layer's
+            argument is out of range, or a matched layer has hooks. The model is unchanged then.
         TypeError: an argument is of the wrong type.
     """
     if not isinstance(model, nn.Module):
@@ -134,6 +134,8 @@ def inject(
             + (f"; it does match {skipped}" if skipped else "")
         )
 
+    for path in layers:
+        checks.check_unhooked(f"model: {path}", modules[path])
     # Built first and put in last, so that a failure leaves the model as it was. A module that is
     # used at several paths stays one module.
     ranks = per_layer("rank_pattern", rank_pattern or {}, r, layers)

@@ -12,15 +12,23 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import checks, multi_backends, multi_ops
 from .adapter_set import check_lists
+from .autograd import Codes, alias
 from .dispatch import Backend, Explanation, describe_quantized, explain_call
-from .functional import Weight, _autocast, _check_options, _draw_seed, _fold_scaling
+from .functional import (
+    Weight,
+    _autocast,
+    _check_options,
+    _draw_seed,
+    _fold_scaling,
+    check_frozen,
+    has_tangent,
+)
 from .kernels.dropout import Dropout, dropout_threshold
 from .kernels.rows import AdapterLayout, RowGroups
 from .multi_backends import Adapted, MultiPlan
 from .multi_dispatch import checked, predicted_extra
 from .multi_rows import Segments, check_one
 from .packing import pack
-from .quantize import QuantizedWeight
 
 _TENSORS = 9  # the place of the first adapter among the function's arguments
 
@@ -56,14 +64,13 @@ class LoRALinearMultiFunction(torch.autograd.Function):
         y, h = multi_backends.forward(x, layer, bias, plan, need_h=needs_B)
         ctx.save_for_backward(
             x if needs_A else None,
-            weight if isinstance(weight, Tensor) else None,
+            alias(weight) if isinstance(weight, Tensor) else None,
             h,
             seed if need[0] or needs_A else None,
             *adapters,
         )
         # Without tensors that are saved: it would keep them alive, and past their hooks.
-        quantized = weight if isinstance(weight, QuantizedWeight) else None
-        ctx.rest = (quantized, scalings, threshold, rows, plan, layout)
+        ctx.rest = (Codes.of(weight), scalings, threshold, rows, plan, layout)
         return y
 
     @staticmethod
@@ -79,7 +86,7 @@ class LoRALinearMultiFunction(torch.autograd.Function):
         number, need = len(scalings), ctx.needs_input_grad
         As, Bs = adapters[:number], adapters[number:]
         dropout = None if seed is None else Dropout(seed, threshold)
-        weight = weight if quantized is None else quantized
+        weight = weight if quantized is None else quantized.unchanged()
         layer = Adapted(weight, As, Bs, scalings, dropout, rows, layout).unpacked()
         dx, dAs, dBs = multi_backends.backward(g, x, layer, h, plan, need_dx=need[0])
         dbias = g.sum_to_size(g.shape[-1:]) if need[2] else None
@@ -195,6 +202,11 @@ def _observed(
     backend: Backend,
 ) -> Tensor:
     """By the registered operator, which checks what is not known while tracing: the rows."""
+    check_frozen(weight)
+    if not torch.compiler.is_compiling():
+        duals = [t for t in (x, bias, *lora_As, *lora_Bs) if t is not None and has_tangent(t)]
+        if duals:
+            raise RuntimeError("lora_linear_multi: has no forward-mode derivatives")
     folded = [_fold_scaling(B, s) for B, s in zip(lora_Bs, scalings, strict=True)]
     Bs, scales = [B for B, _ in folded], [s for _, s in folded]
     if adapter_indices is not None and not isinstance(adapter_indices, Tensor):

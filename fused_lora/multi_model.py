@@ -118,6 +118,9 @@ def add_adapter(
             if isinstance(module, FusedMultiLoRALinear):
                 _check_same_codes(path, module.weight, quantize)
 
+    for path in layers:
+        if is_linear(modules[path]):
+            checks.check_unhooked(f"model: {path}", modules[path])
     # Made first and put in last, so that a failure leaves the model as it was.
     multi: dict[nn.Module, FusedMultiLoRALinear] = {}
     changes: list[tuple[float, float]] = []

@@ -10,6 +10,7 @@ call that the fused path does not take goes to PEFT's own forward. Needs the ext
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import MethodType, TracebackType
@@ -30,7 +31,6 @@ from . import checks, foreign, sharing
 from .backends import autocast_enabled
 from .dispatch import Backend, Explanation
 from .functional import dora_linear, explain, lora_linear
-from .group import is_hooked
 from .multi import explain_multi, lora_linear_multi
 from .multi_linear import sample_segments
 from .quantize import QuantizedWeight
@@ -256,6 +256,8 @@ def _active(layer: peft_lora.Linear) -> list[str]:
 
 def _dropout_p(layer: peft_lora.Linear, adapter: str) -> float:
     dropout = layer.lora_dropout[adapter]
+    if adapter in layer.lora_variant and not layer.training:  # where PEFT's DoRA looks
+        return 0.0
     return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
@@ -287,6 +289,8 @@ def obstacle(layer: peft_lora.Linear, adapter_names: Sequence[str] | None = None
     None if the fused path takes it. ``adapter_names``: those of a mixed batch's samples, which then
     count instead of the active ones.
     """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        return "torch.jit.trace records PyTorch's own operators"
     if layer.disable_adapters:
         return "its adapters are disabled"
     if layer.merged:
@@ -304,7 +308,7 @@ def obstacle(layer: peft_lora.Linear, adapter_names: Sequence[str] | None = None
         return f"its base weight is {base.weight.dtype}"
     if base.weight.requires_grad and torch.is_grad_enabled():
         return "its base weight requires a gradient"
-    if is_hooked(base):
+    if checks.is_hooked(base):
         return "its base layer has hooks"
     adapters = _active(layer) if adapter_names is None else _named(layer, adapter_names)
     if not adapters:
@@ -328,8 +332,15 @@ def obstacle(layer: peft_lora.Linear, adapter_names: Sequence[str] | None = None
             return f"adapter {name!r} is made of {type(A).__name__} and {type(B).__name__}"
         if type(dropout) is not nn.Dropout and type(dropout) is not nn.Identity:
             return f"adapter {name!r} has a {type(dropout).__name__} for its dropout"
-        if is_hooked(A) or is_hooked(B) or is_hooked(dropout):
+        if A.bias is not None:
+            return f"adapter {name!r} has a bias in its lora_A"
+        if checks.is_hooked(A) or checks.is_hooked(B) or checks.is_hooked(dropout):
             return f"adapter {name!r} has hooks"
+        scaling = layer.scaling[name]
+        if not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
+            return f"adapter {name!r} has {scaling!r} for its scaling, not a finite number"
+        if _dropout_p(layer, name) >= 1:
+            return f"adapter {name!r} drops everything"
         if adapter_names is None and len(adapters) > 1 and _dropout_p(layer, name):
             return "several adapters are active, each with a dropout mask of its own"
     return None
@@ -341,7 +352,7 @@ def _variant_obstacle(layer: peft_lora.Linear, name: str, adapters: list[str]) -
     if len(adapters) > 1:
         return f"several adapters are active, and {name!r} is DoRA's"
     magnitude = layer.lora_magnitude_vector[name]
-    if type(magnitude) is not DoraLinearLayer or is_hooked(magnitude):
+    if type(magnitude) is not DoraLinearLayer or checks.is_hooked(magnitude):
         return f"adapter {name!r} has a changed {type(magnitude).__name__}"
     return None
 
@@ -450,7 +461,7 @@ def fuse(
             layer.__dict__.pop("fused_lora_group", None)
     found = tuple(sharing.find_groups(model, _FUSED.values())) if groups else ()
     for paths in found:
-        group = SharedInput([layers[path] for path in paths], _lasting_arguments)
+        group = SharedInput([model.get_submodule(path) for path in paths], _lasting_arguments)
         for layer in group.members:
             layer.__dict__["fused_lora_group"] = group
     fused = tuple(path for path in layers if path not in not_fused)

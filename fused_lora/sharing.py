@@ -5,6 +5,7 @@ call computes all three and returns its own output; the others are handed out wh
 called with the very same tensor in the very same state. Whatever differs by then (another tensor, a
 changed version of it or of a weight, another adapter, scaling, mode, stream, autocast or gradient
 mode) is computed anew, as if nothing had been prepared: only time can be lost, never correctness.
+But what is written through ``.data`` between two of the calls has no version, and is not seen.
 
 One set of prepared outputs is kept a thread: until it has been handed out, or, should an exception
 come between, until the thread's next group or `forget`. Nothing of the model's own code, hooks or
@@ -144,6 +145,8 @@ class SharedInput:
 
     def _prepare(self, x: Tensor) -> Tensor | None:
         self._drop_prepared()
+        if torch._C._are_functorch_transforms_active():  # their tensors have no address to compare
+            return None
         calls: list[Arguments] = []
         for layer in self.members:
             call = None if _changes_its_input(layer) else self.arguments(layer, x)
@@ -204,13 +207,18 @@ class SharedInput:
 def find_groups(model: nn.Module, kinds: Collection[type[nn.Module]]) -> Iterator[tuple[str, ...]]:
     """Paths of the layers of these types that a block calls one after another with one input.
 
-    Only in blocks of transformers' own classes that are known to.
+    Only in blocks of transformers' own classes that are known to. A layer that is one of two such
+    blocks, or twice in one, is in the first group alone.
     """
+    grouped: set[nn.Module] = set()
     for path, block in model.named_modules():
         for suffix, names in _SHARING.items():
             if type(block).__module__ in _MODULES and type(block).__name__.endswith(suffix):
                 members = [name for name in names if type(getattr(block, name, None)) in kinds]
-                if len(members) > 1:
+                members = [name for name in members if getattr(block, name) not in grouped]
+                layers = {getattr(block, name) for name in members}
+                if len(members) > 1 and len(layers) == len(members):
+                    grouped |= layers
                     yield tuple(f"{path}.{name}" if path else name for name in members)
 
 

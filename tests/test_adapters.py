@@ -10,7 +10,7 @@ from torch import nn
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-from fused_lora import FusedLoRALinear, inject  # noqa: E402
+from fused_lora import FusedLoRALinear, add_adapter, inject  # noqa: E402
 from fused_lora.adapters import load_adapter, save_adapter  # noqa: E402
 
 
@@ -299,3 +299,66 @@ def test_a_model_with_other_layers_ranks_or_scaling_is_refused(tmp_path):
     merged[0].q_proj.merge()
     with pytest.raises(ValueError, match="is merged"):
         load_adapter(merged, tmp_path)
+
+
+def test_patterns_match_no_other_path(tmp_path):
+    """Without an anchor, in PEFT's rule "q_proj" is the end of "0.q_proj" too."""
+
+    def base():
+        return nn.ModuleDict({"q_proj": nn.Linear(8, 8), "0": Block(), "k": nn.Linear(8, 8)})
+
+    model = base()
+    patterns = {"rank_pattern": {"^q_proj": 2}, "alpha_pattern": {"^q_proj": 32}}
+    inject(model, 3, 6, ["k", "q_proj"], **patterns)
+    save_adapter(model, tmp_path)
+    other = base()
+    load_adapter(other, tmp_path)
+    scalings = {p: m.scaling for p, m in model.named_modules() if isinstance(m, FusedLoRALinear)}
+    assert scalings == {"q_proj": 16.0, "0.q_proj": 2.0, "k": 2.0}
+    assert scalings == {
+        p: m.scaling for p, m in other.named_modules() if isinstance(m, FusedLoRALinear)
+    }
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("adapted_before", [False, True])
+def test_a_module_at_two_paths_is_refused(tmp_path, named, adapted_before):
+    save_adapter(_adapted(), tmp_path)
+    model = _base()
+    model[2] = model[0]
+    name = "one" if named else None
+    if adapted_before:
+        targets = ["q_proj", "o_proj"]
+        add_adapter(model, "one", 3, 6, targets) if named else inject(model, 3, 6, targets)
+        with pytest.raises(ValueError, match=r"0.q_proj and 2.q_proj are one module"):
+            save_adapter(model, tmp_path / "other", adapter_name=name)
+        assert not (tmp_path / "other").exists()
+        return
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match=r"0.q_proj and 2.q_proj are one module"):
+        load_adapter(model, tmp_path, adapter_name=name)
+    assert dict(model.named_modules()) == before
+
+
+def test_what_is_saved_is_what_the_layers_compute(tmp_path):
+    """Another scaling, or A and B of another rank, put in by hand."""
+    model = _adapted(use_rslora=True)
+    model[0].q_proj.scaling = 5.0
+    model[2].o_proj.lora_A = nn.Parameter(torch.randn(7, 6, dtype=torch.float64))
+    model[2].o_proj.lora_B = nn.Parameter(torch.randn(8, 7, dtype=torch.float64))
+    save_adapter(model, tmp_path)
+    other = _base()
+    load_adapter(other, tmp_path)
+    torch.testing.assert_close(other.eval()(X), model(X))
+
+
+def test_values_that_the_layers_dtype_has_not_are_refused(tmp_path):
+    model = _adapted()
+    with torch.no_grad():
+        model[0].q_proj.lora_A.mul_(1e6)
+    save_adapter(model, tmp_path)
+    half = _adapted(adapter_dtype=torch.float16)
+    before = half[0].q_proj.lora_A.clone()
+    with pytest.raises(ValueError, match=r"q_proj.lora_A.*not finite in the layer's torch.float16"):
+        load_adapter(half, tmp_path)
+    assert torch.equal(half[0].q_proj.lora_A, before)

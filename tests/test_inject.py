@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fused_lora import FusedLoRALinear, inject
+from fused_lora import FusedLoRALinear, add_adapter, inject
 
 
 class Block(nn.Module):
@@ -134,6 +134,23 @@ def test_refused_and_unchanged(changes, error, message):
         inject(**arguments)
     assert dict(model.named_modules()) == modules
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("add", [inject, lambda *a: add_adapter(a[0], "one", *a[1:])])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_a_layer_with_hooks_is_refused(kind, add):
+    model = _model()
+    modules = dict(model.named_modules())
+    hook = getattr(model[0].q_proj, f"register_{kind}_hook")(lambda *_: None)
+    with pytest.raises(ValueError, match="model: 0.q_proj: has hooks"):
+        add(model, 2, 4, ["q_proj"])
+    assert dict(model.named_modules()) == modules
+    hook.remove()
+    model[0].q_proj.forward = model[0].q_proj.forward  # as accelerate does it
+    with pytest.raises(ValueError, match="or a forward of its own"):
+        add(model, 2, 4, ["q_proj"])
+    del model[0].q_proj.forward
+    add(model, 2, 4, ["q_proj"])
 
 
 def test_twice_is_refused():

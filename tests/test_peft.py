@@ -492,6 +492,21 @@ def _merge(model):
     model.merge_adapter()
 
 
+def _hotswap(model):
+    from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    model.base_model.model.down.scaling["default"] = 2.0
+
+
+def _bias_of_A(model):
+    model.base_model.model.up.lora_A["default"].bias = nn.Parameter(torch.ones(4))
+
+
+def _drops_everything(model):
+    model.base_model.model.up.lora_dropout["default"] = nn.Dropout(1.0).train()
+
+
 REFUSED = [
     (_subclass, "its base layer is a _Frozen, not an nn.Linear or Conv1D"),
     (_base_hook, "its base layer has hooks"),
@@ -500,6 +515,9 @@ REFUSED = [
     (_odd_dropout, "adapter 'default' has a AlphaDropout for its dropout"),
     (_replaced_forward, "its forward was replaced by another library"),
     (_merge, "its adapters are merged"),
+    (_hotswap, "adapter 'default' has tensor(2.) for its scaling, not a finite number"),
+    (_bias_of_A, "adapter 'default' has a bias in its lora_A"),
+    (_drops_everything, "adapter 'default' drops everything"),
 ]
 
 
@@ -587,3 +605,27 @@ def test_fused_dora_layers_explain_their_calls():
     model = _model(use_dora=True)
     fuse(model)
     assert "norm" in model.base_model.model.up.explain(torch.randn(6, 12)).reasons["dora"]
+
+
+def test_dropout_of_dora_in_evaluation():
+    """PEFT's DoRA looks at the layer's mode, plain LoRA at the dropout's."""
+    model, x = _model(use_dora=True, lora_dropout=0.5, target_modules=["up", "down"]), None
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    x = torch.randn(80, 12)
+    expected = model(x)
+    fuse(model, strict=True)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_jit_trace_records_pefts_operators():
+    model = _model(target_modules=["up", "down"]).eval()
+    fuse(model, strict=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, torch.randn(5, 12))
+    for M in (7, 100):
+        x = torch.randn(M, 12)
+        torch.testing.assert_close(traced(x), model(x))

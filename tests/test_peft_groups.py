@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call, grad
 from torch.utils.checkpoint import checkpoint
 
 peft = pytest.importorskip("peft")
@@ -522,3 +523,35 @@ def test_few_rows_on_a_cpu_prepare_nothing(monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(sharing, "lora_linear_group", None)  # would be called, and fail
         torch.testing.assert_close(model(batch).logits, expected)
+
+
+@pytest.mark.parametrize("twice", ["in two blocks", "in one"])
+def test_a_projection_used_twice(groups, twice):
+    """It is in one group, or in none where it would be two members."""
+    model, ids = _model(), _batch()
+    first, second = (layer.self_attn for layer in model.base_model.model.model.layers)
+    if twice == "in one":
+        first.v_proj = first.k_proj
+    else:
+        second.q_proj = first.q_proj
+    expected = _outputs(model, ids)
+    report = fuse(model)
+    _assert_same(_outputs(model, ids), expected)
+    assert len(report.groups) == (3 if twice == "in one" else 4)
+
+
+def test_functional_call_under_a_transform():
+    """More rows than PyTorch's own nodes take: the tensors have no address."""
+    model = _base().double()
+    inject(model, 2, 4, ["q_proj", "k_proj", "v_proj"])
+    params = {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
+    ids = torch.randint(1, 40, (2, 50))
+
+    def loss(params):
+        return functional_call(model, params, (ids,)).logits.square().mean()
+
+    got = grad(loss)(params)
+    model(ids).logits.square().mean().backward()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.testing.assert_close(got[name], parameter.grad)

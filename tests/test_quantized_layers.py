@@ -19,7 +19,9 @@ from fused_lora import (
     explain,
     explain_group,
     inject,
+    lora_linear,
     lora_linear_group,
+    lora_linear_multi,
     merge_and_unload,
     quantize_fp4,
     quantize_fp8,
@@ -677,3 +679,23 @@ def test_refused_loftq_starts():
         )
     with pytest.raises(ValueError, match="r: got 9, wanted at most 8"):
         FusedLoRALinear.from_linear(nn.Linear(64, 8), 9, quantize="nf4", init_lora_weights="loftq")
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int8", "fp8"])
+@pytest.mark.parametrize("kind", ["layer", "dora", "multi", "group"])
+def test_codes_changed_in_place_are_noticed(format, kind):
+    """By all forms, as autograd notices it of the tensors that it saves."""
+    W = quantize_module.quantize(torch.randn(32, 64), format)
+    x = torch.randn(100, 64, requires_grad=True)
+    A, B, m = torch.randn(4, 64), torch.randn(32, 4), torch.rand(32)
+    y = {
+        "layer": lambda: lora_linear(x, W, A, B, scaling=1.0),
+        "dora": lambda: dora_linear(x, W, A, B, m, scaling=1.0),
+        "multi": lambda: lora_linear_multi(x, W, [A], [B], scalings=1.0, segments=[(0, 100)]),
+        "group": lambda: lora_linear_group(x, [W, W], [A, A], [B, B], scalings=1.0)[1],
+    }[kind]()
+    torch.autograd.grad(y.sum(), x, retain_graph=True)
+    with torch.no_grad():
+        W.codes.copy_(W.codes.flip(0))
+    with pytest.raises(RuntimeError, match="quantised W0 .* was changed in place"):
+        torch.autograd.grad(y.sum(), x)
