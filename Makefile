@@ -1,10 +1,12 @@
-# make test | demo | bench | lint | kernels | clean
+# make test | demo | bench | lint | kernels | front-end | clean
 #
 # Each makes .venv and installs what it needs there, once. With PYTHON=<interpreter> it uses that
 # one as it is, and installs nothing. ARGS=... goes to pytest or to the demo.
 
 TORCH ?= torch==2.13.0
 ARGS ?=
+LAUNCHING := lora_linear kernels quantize quantized_layers fp8 multi multi_quantized group dora skinny \
+	persistent
 
 ifdef PYTHON
 PY := $(PYTHON)
@@ -19,7 +21,7 @@ DEMO := .venv/demo.stamp
 BENCH := .venv/bench.stamp
 endif
 
-.PHONY: test demo bench lint kernels clean
+.PHONY: test demo bench lint kernels front-end clean
 .NOTPARALLEL: # two pips must not write to one venv
 
 test: $(DEV)
@@ -39,6 +41,11 @@ lint: $(DEV)
 # Every kernel x configuration for every architecture: registers, spills, tensor cores (half an hour).
 kernels: $(DEV)
 	$(PY) -m benchmarks.compile_report --arch sm_80,sm_89,sm_90,sm_100 $(ARGS)
+
+# Every kernel that these tests launch, through Triton's compiler instead of its interpreter, as far
+# as its own IR: what it refuses (7 minutes on one core).
+front-end: $(DEV)
+	PYTHONPATH=tests $(PY) -m pytest -p front_end -q $(ARGS) $(LAUNCHING:%=tests/test_%.py)
 
 clean:
 	rm -rf .venv dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

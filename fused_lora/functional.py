@@ -219,12 +219,7 @@ def _on_device(
     checks.check_tensors(x, weight, lora_A, lora_B, bias)
     check_frozen(weight)
     threshold = dropout_threshold(dropout_p)
-    seed = None
-    if threshold and _only_watched(x, backend) and shard is None:
-        # As in a call that nobody watches: a checkpoint's second forward may be one.
-        seed = drawn_mask(threshold, x.shape[:-1].numel(), x.shape[-1])
-    elif threshold:
-        seed = _draw_seed(x.device, backend, shard or 0)
+    seed = _draw_seed(x.device, backend, shard or 0) if threshold else None
     lora_B, scaling = _fold_scaling(lora_B, scaling)
     compiling = torch.compiler.is_compiling()
     apply: Any = ops.lora_linear_op if compiling else ops.LoRALinearOpFunction.apply
@@ -240,12 +235,6 @@ def _observed() -> bool:
     if compiling and transformed:  # Dynamo traces neither an operator's formula nor a Function here
         torch._dynamo.graph_break(msg="fused_lora inside of a torch.func transform")
     return compiling or transformed or _get_current_dispatch_mode() is not None
-
-
-def _only_watched(x: Tensor, backend: Backend) -> bool:
-    """Whether a call on a CPU is observed by a dispatch mode alone, in eager mode."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return x.device.type == "cpu" and backend != "triton" and not traced
 
 
 def has_tangent(t: Tensor) -> bool:
