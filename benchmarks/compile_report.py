@@ -2,8 +2,8 @@
 
     python -m benchmarks.compile_report --arch sm_80,sm_89,sm_90,sm_100 [--heaviest] [--json FILE]
 
-For each kernel form x configuration that the model or a tuned table can choose: registers, stack
-(spills), shared memory, occupancy and tensor-core and copy-engine instructions, read from the
+For each kernel form x configuration that the model or a tuned table can choose: registers, stack,
+spills, shared memory, occupancy and tensor-core and copy-engine instructions, read from the
 compiled cubin; and for a layer of M, N, K = 8192, 4096, 4096 (a skinny kernel: M as it takes) the
 operations, the fewest bytes, and the time that they take on the measured ceilings of an H100 and an
 H200. Exits with 1 if one spills (see `spills`), does not fit, or lost its tensor-core instructions.
@@ -79,10 +79,10 @@ CODES: dict[str, tuple[str, tuple[str | None, ...], tuple[int, int]]] = {
     "fp8 rows": ("*fp8e4nv", ("*fp32", None, None, None, None), (1, 0)),
 }
 FP8_ARCH = 89  # from there on there is the type, and a product in it
+LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?) ?;", re.MULTILINE)  # address, instruction
+BRANCH = re.compile(r"\bBRA\b.*(0x[0-9a-f]+)")
 # Warp-group products on Hopper, tcgen05 on Blackwell, warp products elsewhere and in small tiles,
 # in 16 bits (H) and fp8 (Q); loads and stores by the copy engine; registers handed to other warps.
-LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)  # address, instruction
-BRANCH = re.compile(r"\bBRA\b.*(0x[0-9a-f]+)")
 INSTRUCTION = re.compile(r"\b(HGMMA|QGMMA|UTCHMMA|UTCQMMA|HMMA|QMMA|UTMALDG|UTMASTG|USETMAXREG)\b")
 TENSOR_CORE = {"HGMMA", "UTCHMMA", "HMMA"}
 FP8_TENSOR_CORE = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA"}

@@ -305,8 +305,8 @@ def _choose(
     if call.quantized is not None and _by_model(call, direction, form) == "in_loop":
         return "in_loop", None  # the tables are of plain weights: of what follows a scratch
     found = tables.table(device.name).get(table_key(call, direction))
-    takes = () if found is None else {*_TAKES[form]} & predicted_seconds(call, device).keys()
-    if found is not None and found.strategy in takes:
+    known = found is not None and found.strategy in _TAKES[form]
+    if found is not None and known and found.strategy in predicted_seconds(call, device):
         return found.strategy, found.config
     return _by_model(call, direction, form), None
 

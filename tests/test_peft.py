@@ -609,8 +609,7 @@ def test_fused_dora_layers_explain_their_calls():
 
 def test_dropout_of_dora_in_evaluation():
     """PEFT's DoRA looks at the layer's mode, plain LoRA at the dropout's."""
-    model, x = _model(use_dora=True, lora_dropout=0.5, target_modules=["up", "down"]), None
-    model.eval()
+    model = _model(use_dora=True, lora_dropout=0.5, target_modules=["up", "down"]).eval()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.train()

@@ -10,6 +10,8 @@ import re
 import pytest
 from outside import run_outside
 
+from benchmarks.compile_report import LINE
+
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 DUMP = """
@@ -64,7 +66,7 @@ def _order(ptx):
 
 
 def _instructions(sass):
-    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?) ?;", sass, flags=re.MULTILINE)
+    return [instruction for _, instruction in LINE.findall(sass)]
 
 
 def test_all_threads_are_there_before_one_speaks_for_them(dumps):
