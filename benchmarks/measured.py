@@ -16,6 +16,7 @@ LABELS = {
     "addmm": "F.linear + addmm_",
     "compile": "torch.compile",
     "peft": "PEFT",
+    "peft_fused": "PEFT, fused",
     "peft_formula": "PEFT's formula",
     "dequantise": "dequantise, F.linear",
     "peft_bnb": "PEFT over bitsandbytes",

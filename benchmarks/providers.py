@@ -62,9 +62,8 @@ def fused(p: Problem) -> Layer:
             lora_dropout=p.dropout_p,
             adapter_dtype=p.lora_A.dtype,
         )
-    for name in ("lora_A", "lora_B"):
-        delattr(layer, name)  # a parameter; the problem's leaves stay what they are
-        setattr(layer, name, getattr(p, name))
+    for name in ("lora_A", "lora_B"):  # the problem's leaves stay what they are
+        layer._parameters[name] = getattr(p, name)
     return layer
 
 
@@ -168,8 +167,7 @@ def peft_layer(p: Problem, base: nn.Module, adapters: dict[str, tuple[Tensor, Te
     layer = wrapped.base_model.model.proj.train()
     for name, (A, B) in adapters.items():
         for module, tensor in ((layer.lora_A[name], A), (layer.lora_B[name], B)):
-            del module.weight  # a parameter; the problem's leaves stay what they are
-            module.weight = tensor
+            module._parameters["weight"] = tensor  # the problem's leaves stay what they are
     return layer
 
 
@@ -187,6 +185,21 @@ def plain_linear(p: Problem) -> nn.Linear:
 def _peft(p: Problem) -> Layer:
     layer: Layer = peft_layer(p, plain_linear(p), {"default": (p.lora_A, p.lora_B)})
     return layer
+
+
+def _peft_fused(p: Problem) -> Layer:
+    """PEFT's layer after `fused_lora.peft.fuse`."""
+    from fused_lora.peft import fuse
+
+    with torch.random.fork_rng():  # what it starts from is random
+        layer = _peft(p)
+    fuse(layer)  # type: ignore[arg-type]
+    return layer
+
+
+def _many_rows(p: Problem) -> str | None:
+    few = p.x.shape[:-1].numel() <= 64
+    return None if few else "over many rows it differs from fused by nothing that counts"
 
 
 class _AddmmFunction(torch.autograd.Function):
@@ -238,19 +251,19 @@ def by_name(*providers: Provider) -> dict[str, Provider]:
 
 # The real one where it is installed. Rows of the two are never mixed.
 _eager = (
-    Provider("peft", _peft)
+    (Provider("peft", _peft), Provider("peft_fused", _peft_fused, True, obstacle=_many_rows))
     if importlib.util.find_spec("peft")
-    else Provider("peft_formula", _takes_all(_expression))
+    else (Provider("peft_formula", _takes_all(_expression)),)
 )
-EAGER = _eager.name
+EAGER = _eager[0].name
 PROVIDERS = by_name(
     Provider("fused", fused, ours=True, choice=chosen),
     Provider("one_pass", with_plan("one_pass"), True, "triton", obstacle=_one_pass_cannot),
     Provider("split", with_plan("split"), True, "triton", obstacle=kernels_cannot),
     Provider("linear", linear, adapter=False),
-    _eager,
+    *_eager,
     Provider("addmm", _takes_all(_AddmmFunction.apply)),
     Provider("compile", _compiled),
 )
 # torch.compile takes half a minute a layer on a CPU: there it is measured when it is asked for.
-CPU_PROVIDERS = ("fused", "linear", EAGER, "addmm")
+CPU_PROVIDERS = ("fused", "linear", *(provider.name for provider in _eager), "addmm")

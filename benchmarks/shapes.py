@@ -162,10 +162,11 @@ def _tokens() -> Iterator[Case]:
 
 def _cpu() -> Iterator[Case]:
     larger = [square(2048), ("llama-3.1-8b k,v", 1024, 4096)]
+    layers = projections("smollm2-135m") + larger
     yield from _overhead("fp32")
-    yield from _cases(projections("smollm2-135m") + larger, (1, 32, 512), dtype=("fp32", "bf16"))
-    # PEFT's default over a bf16 model
-    yield from _cases([square(2048)], (32, 512), adapter_dtype="fp32")
+    yield from _cases(layers, (1, 32, 512), dtype=("fp32",))
+    yield from _cases(layers, (1, 32, 512), adapter_dtype="fp32")  # PEFT's default over bf16
+    yield from _cases(larger, (1, 32, 512))
 
 
 def _quantized() -> Iterator[Case]:

@@ -34,6 +34,9 @@ def _summary(measured: Measured) -> Iterator[str]:
             times = [ratio for case, ratio in over_base.items() if case.dropout == dropout]
             line = f"- {mode}, dropout {dropout:g}: {_spread(speed)} {eager}'s speed"
             yield line + (f"; {_spread(times)} the base layer's time" if times else "")
+        swapped = list(measured.ratios(measured.eager, mode, "peft_fused").values())
+        if swapped:
+            yield f"- {mode}, few rows, {eager}'s layers after `fuse`: {_spread(swapped)} its speed"
     memory = list(measured.ratios("fused", "memory", measured.eager).values())
     if memory:
         yield f"- peak memory of forward+backward: {_spread(memory)} of {eager}'s"

@@ -3,8 +3,8 @@
 Hundreds of them take longer to look at than a decoding step takes on a GPU. What is kept for a
 set of adapters is found by their addresses, and holds only if Dynamo's guards on tensors, which
 look at all of them in one call, find every type, dtype, shape, stride and requires_grad as it was.
-So nothing has to be told of a change, and no tensor is kept alive. The guards are private to
-PyTorch: where they are not what they were, nothing is kept, and each call looks anew.
+So nothing has to be told of a change, and no tensor is kept alive. Without guards nothing is kept,
+and each call looks anew.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .backends import autocast_enabled
+from .autocast import autocast_enabled
 from .dispatch import Call, _facts
+from .guards import guards_of
 from .kernels.rows import AdapterLayout, adapter_layout, addresses_of
 
 _MAX_SETS = 512  # 0.1 MB each with 256 adapters
@@ -82,25 +83,15 @@ def adapter_set(
     if found is not None and found[0].check(*lora_As, *lora_Bs):
         return found[1]
     made = _make(lora_As, lora_Bs, scales, addresses)
-    guards = _guards((*lora_As, *lora_Bs))
+    tensors = (*lora_As, *lora_Bs)
+    guards = guards_of(
+        tensors, [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    )
     if guards is not None:
         _sets[key] = (guards, made)
         if len(_sets) > _MAX_SETS:
             _sets.popitem(last=False)
     return made
-
-
-def _guards(tensors: Sequence[Tensor]) -> Any:
-    """What tells whether these tensors are as they were; None where PyTorch has no such thing."""
-    try:
-        from torch._C._dynamo.guards import TensorGuards
-
-        sizes: list[Any] = [list(t.shape) for t in tensors]
-        strides: list[Any] = [list(t.stride()) for t in tensors]
-        guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        return guards if guards.check(*tensors) is True else None
-    except (ImportError, AttributeError, TypeError):
-        return None
 
 
 def _make(

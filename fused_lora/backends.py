@@ -8,18 +8,15 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from . import torch_backend
+from .autocast import no_autocast
 from .dispatch import Plan
 from .kernels.dropout import Dropout
 from .quantize import QuantizedWeight
-
-_NOTHING = nullcontext()
 
 
 @functools.cache
@@ -42,21 +39,9 @@ def _gradient(g: Tensor, backend: str) -> Tensor:
     return _as_matrix(g)
 
 
-def autocast_enabled(t: Tensor) -> bool:
-    """Whether autocast is on for tensors on t's device; the meta device has none."""
-    kind = "cuda" if t.is_cuda else "cpu" if t.is_cpu else t.device.type  # the last takes 0.5 us
-    return kind != "meta" and torch.is_autocast_enabled(kind)
-
-
 def _shaped_as(x: Tensor, y: Tensor) -> Tensor:
     """y [M, N] as [..., N], itself: of a view, autograd would refuse changes in place."""
     return y if x.ndim == 2 else y.resize_(*x.shape[:-1], y.shape[-1])
-
-
-def _no_autocast(t: Tensor) -> AbstractContextManager[object]:
-    if autocast_enabled(t):
-        return torch.autocast(t.device.type, enabled=False)
-    return _NOTHING  # entering autocast where it is off already would cost 4 us
 
 
 def forward(
@@ -74,7 +59,7 @@ def forward(
     """y [..., N] and, if needed, h = scaling * (D o x) A^T [M, r], both in x's dtype."""
     arguments = (_as_matrix(x), weight, lora_A, lora_B, bias, scaling, dropout)
     h: Tensor | None
-    with _no_autocast(x):
+    with no_autocast(x):
         if plan.backend == "triton":
             y, h = _kernels().forward(*arguments, plan, need_h=need_h)
         else:
@@ -99,7 +84,7 @@ def backward(
     x2 = None if x is None else _as_matrix(x)
     g2 = _gradient(g, plan.backend)
     arguments = (g2, x2, weight, lora_A, lora_B, h, scaling, dropout)
-    with _no_autocast(g):
+    with no_autocast(g):
         if plan.backend == "triton":
             dx, dA, dB = _kernels().backward(*arguments, plan, need_dx=need_dx)
         else:
@@ -127,7 +112,7 @@ def dora_forward(
     x2 = _as_matrix(x)
     h: Tensor | None
     z: Tensor | None
-    with _no_autocast(x):
+    with no_autocast(x):
         if plan.backend == "triton":
             from .kernels.gemm import ColumnScale
 
@@ -165,7 +150,7 @@ def forward_group(
 ) -> tuple[list[Tensor], Tensor]:
     """Every y_i [..., N_i], and the scaled h_i side by side [M, sum r_i], in x's dtype."""
     arguments = (_as_matrix(x), weights, lora_As, lora_Bs, biases, scalings, dropouts)
-    with _no_autocast(x):
+    with no_autocast(x):
         if plans[0].backend == "triton":
             ys, h = _kernels().forward_group(*arguments, plans)
         else:
@@ -190,7 +175,7 @@ def backward_group(
     x2 = None if x is None else _as_matrix(x)
     gs2 = [_gradient(g, plans[0].backend) for g in gs]
     arguments = (gs2, x2, weights, lora_As, lora_Bs, hs, scalings, dropouts)
-    with _no_autocast(gs[0]):
+    with no_autocast(gs[0]):
         if plans[0].backend == "triton":
             dx, dAs, dBs = _kernels().backward_group(*arguments, plans, need_dx=need_dx)
         else:

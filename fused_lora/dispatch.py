@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from . import checks, tables
+from .autocast import autocast_enabled
+from .guards import Sizes, guards_of
 from .kernels.configs import (
     MAX_RANK,
     MAX_SKINNY_M,
@@ -403,22 +405,112 @@ class Decision(NamedTuple):
 
 
 _calls: dict[tuple[object, ...], Call] = {}  # a checked call by the facts about its arguments
-decisions: dict[tuple[object, ...], Decision] = {}  # and with all its options
 _MAX_CALLS = 4096
 
 
-def remember(key: tuple[object, ...] | None, decision: Decision) -> None:
-    """Keeps a decision for calls of the same ``key``, if there is one, until `forget_plans`."""
-    if key is not None:
-        if len(decisions) >= _MAX_CALLS:
-            decisions.clear()
-        decisions[key] = decision
+class _Known(NamedTuple):
+    """What is known of the calls with one W0 and the same options."""
+
+    guards: Any  # on x but for its rows, W0 or its codes, A, B and bias
+    facts: object  # about a quantised W0
+    autocast_dtype: torch.dtype | None  # where autocast is on, and left the tensors as they are
+    decisions: dict[torch.Size, Decision]  # for each x.shape
+
+
+_known: dict[tuple[object, ...], _Known] = {}  # by W0's address and the options
+
+
+def _key(
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    backend: Backend,
+) -> tuple[object, ...]:
+    kinds = type(scaling), type(dropout_p)  # True is 1.0, and is refused
+    return id(weight), bias is None, scaling, dropout_p, kinds, backend
+
+
+def recall(
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    backend: Backend,
+) -> Decision | None:
+    """What `remember` keeps of a call like this one, which then needs no other look.
+
+    Guards, not a key of all that counts: after a large product what Python touches comes from
+    memory, and a look at every attribute of every tensor takes 10 us then, warm 3.
+    """
+    try:
+        known = _known.get(_key(weight, bias, scaling, dropout_p, backend))
+        if known is None:
+            return None
+        guards, facts, autocast_dtype, decisions = known
+        W, now = _weight_facts(weight)
+        if x.is_nested or W.is_nested or lora_A.is_nested or lora_B.is_nested:
+            return None  # of their strides guards ask, and the process ends
+        if bias is None:
+            same = guards.check(x, W, lora_A, lora_B)
+        else:
+            same = not bias.is_nested and guards.check(x, W, lora_A, lora_B, bias)
+        if not same or facts != now:
+            return None
+        if autocast_dtype and autocast_dtype != torch.get_autocast_dtype(x.device.type):
+            return None
+        return decisions.get(x.shape)
+    except (AttributeError, TypeError):  # no tensor, or not hashable: the checks say which
+        return None
+
+
+def remember(
+    decision: Decision,
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    backend: Backend,
+) -> None:
+    """Keeps the decision for `recall`, until `forget_plans`. No tensor is kept alive."""
+    W, facts = _weight_facts(weight)
+    if not decision.call.plain_tensors or W.requires_grad:  # refused where a gradient is asked for
+        return
+    tensors = (x, W, lora_A, lora_B) if bias is None else (x, W, lora_A, lora_B, bias)
+    sizes: Sizes = [[*[None] * (x.ndim - 1), x.shape[-1]], *(list(t.shape) for t in tensors[1:])]
+    guards = guards_of(tensors, sizes, [[None] * t.ndim for t in tensors])
+    if guards is None:
+        return
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast_enabled(x) else None
+    key = _key(weight, bias, scaling, dropout_p, backend)
+    known = _known.get(key)
+    same = known is not None and known[1:3] == (facts, dtype) and known.guards.check(*tensors)
+    decisions = known.decisions if known is not None and same else {}
+    for cache in (_known, decisions):
+        if len(cache) >= _MAX_CALLS:
+            cache.clear()
+    decisions[x.shape] = decision
+    _known[key] = _Known(guards, facts, dtype, decisions)
+
+
+def _weight_facts(weight: Tensor | QuantizedWeight) -> tuple[Tensor, object]:
+    """A tensor that guards can look at, and what there is to know of a quantised W0 besides."""
+    if isinstance(weight, Tensor):
+        return weight, None
+    codes: Tensor = weight._parameters["codes"]  # type: ignore[assignment]
+    return codes, (weight.layout, weight.dtype, weight.shape, type(weight))
 
 
 def forget_plans() -> None:
     """Lets every call be decided anew: a table has changed."""
     plan.cache_clear()
-    decisions.clear()
+    _known.clear()
 
 
 def checked_call(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import backends, torch_backend
+from .autocast import no_autocast
 from .autograd import Codes, alias, raise_second_derivative
 from .dispatch import Plan
 from .quantize import QuantizedWeight
@@ -33,7 +34,7 @@ def weight_norm(
 
         w = weight if isinstance(weight, Tensor) else weight.matrix()
         return dora.weight_norm(w, lora_A, lora_B, scale=scaling)
-    with backends._no_autocast(lora_A):
+    with no_autocast(lora_A):
         return torch_backend.weight_norm(weight, lora_A, lora_B, scaling)
 
 

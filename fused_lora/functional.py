@@ -11,17 +11,17 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import backends, checks, dora_ops, ops, torch_backend
+from .autocast import autocast
 from .autograd import LoRALinearFunction
-from .backends import autocast_enabled
 from .dispatch import (
     Backend,
     Decision,
     Explanation,
     Form,
     checked_call,
-    decisions,
     explain_call,
     plan,
+    recall,
     remember,
 )
 from .dora import DoRALinearFunction, weight_norm
@@ -52,23 +52,6 @@ def _check_options(weight: Weight, scaling: float, dropout_p: float, backend: Ba
         )
 
 
-def _autocast(x: Tensor, weight: Weight, bias: Tensor | None) -> tuple[Any, Any, Any]:
-    """The three as autocast would give them to `F.linear`.
-
-    The adapters are not cast: both backends take them in any dtype, so that fp32 adapters get
-    fp32 gradients and x needs no fp32 copy.
-    """
-    if not isinstance(x, Tensor) or not autocast_enabled(x):
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(x.device.type)
-
-    def cast(tensor: Any) -> Any:
-        eligible = isinstance(tensor, Tensor) and tensor.is_floating_point()
-        return tensor.to(dtype) if eligible and tensor.dtype != torch.float64 else tensor
-
-    return cast(x), cast(weight), cast(bias)
-
-
 def lora_linear(
     x: Tensor,
     weight: Weight,
@@ -89,7 +72,8 @@ def lora_linear(
             call drops again: nothing of them is kept for the backward. Gets no gradient.
         lora_A, lora_B: adapter [r, K] and [N, r], in any floating dtype; they are multiplied in
             x's dtype with fp32 accumulation, as under autocast, and their gradients have their own
-            dtype. No copy of x is made for fp32 adapters over a bf16 x.
+            dtype. No copy of x is made for fp32 adapters over a bf16 x. But up to 64 rows on a CPU
+            are multiplied in the adapters' dtype where that is the wider one, as PEFT does.
         scaling: alpha / r (rsLoRA: alpha / sqrt(r)); finite. Not differentiated.
         bias: [N] in x's dtype, or None; trainable if it requires a gradient.
         dropout_p: probability in [0, 1) of dropping an element of the adapter's input, rounded to
@@ -104,28 +88,34 @@ def lora_linear(
         TypeError, ValueError: an argument is of the wrong kind, shape, dtype, device or range.
         RuntimeError: ``backend="triton"`` where the kernels cannot run.
     """
-    x, weight, bias = _autocast(x, weight, bias)
+    observed = _observed()
+    if not observed:
+        decision = recall(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
+        if decision is not None:
+            return _run(decision, x, weight, lora_A, lora_B, bias)
+    x, weight, bias = autocast(x, weight, bias)
+    options = (scaling, dropout_p, backend)
     if _distributed() and isinstance(weight, Tensor):
         from . import parallel
 
-        _check_options(weight, scaling, dropout_p, backend)
+        _check_options(weight, *options)
         x = parallel.arrived(x)
         if parallel.has_dtensor(x, weight, lora_A, lora_B, bias):
             layout = parallel.Layout.of(x, weight, lora_A, lora_B, bias)
             x, weight, lora_A, lora_B, bias = layout.to_local(x, weight, lora_A, lora_B, bias)
-            return layout.from_local(
-                _on_device(
-                    x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend, layout.shard
-                )
+            shard = layout.shard
+            y = _on_device(
+                x, weight, lora_A, lora_B, bias, *options, observed=observed, shard=shard
             )
-    return _on_device(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
+            return layout.from_local(y)
+    return _on_device(x, weight, lora_A, lora_B, bias, *options, observed=observed)
 
 
 def base_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """x W0^T + bias: a layer whose adapter is merged, or that has none. A quantised W0 is whole."""
     if not isinstance(weight, QuantizedWeight):
         return F.linear(x, weight, bias)
-    x, _, bias = _autocast(x, weight, bias)
+    x, _, bias = autocast(x, weight, bias)
     if weight.activations is not None:
         x = fp8_activations(x)
     return F.linear(x, weight.dequantize(x.dtype), bias)
@@ -134,46 +124,6 @@ def base_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 def _distributed() -> bool:
     """Whether there can be DTensors: their module takes 0.35 s to import."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _decide(
-    x: Tensor,
-    weight: Weight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    backend: Backend,
-) -> Decision:
-    """What to do with a call that is checked, or the error that it gets.
-
-    A call like an earlier one is neither checked nor decided again. In one function and by one
-    look-up: after a large product all that Python touches comes from memory (25 us at M 1).
-    """
-    key: tuple[object, ...] | None
-    try:
-        key = (
-            (x.shape, x.dtype, x.device, x.layout, type(x), x.is_neg()),
-            (weight.shape, weight.dtype, weight.device, weight.layout, type(weight)),
-            isinstance(weight, Tensor) and (weight.is_neg(), weight.requires_grad),
-            (lora_A.shape, lora_A.dtype, lora_A.device, lora_A.layout, type(lora_A)),
-            (lora_B.shape, lora_B.dtype, lora_B.device, lora_B.layout, type(lora_B)),
-            (lora_A.is_neg(), lora_B.is_neg()),
-            bias is not None
-            and (bias.shape, bias.dtype, bias.device, bias.layout, type(bias), bias.is_neg()),
-            (scaling, type(scaling), dropout_p, type(dropout_p), backend, torch.is_grad_enabled()),
-        )
-        decision = decisions.get(key)
-    except (AttributeError, TypeError, RuntimeError):  # no dense tensor, not hashable: checks say
-        key = decision = None
-    if decision is None:
-        _check_options(weight, scaling, dropout_p, backend)
-        threshold = dropout_threshold(dropout_p)
-        call = checked_call(x, weight, lora_A, lora_B, bias, threshold > 0)
-        decision = Decision(call, plan(call, backend), float(scaling), threshold)
-        remember(key, decision)
-    return decision
 
 
 def _on_device(
@@ -185,46 +135,59 @@ def _on_device(
     scaling: float,
     dropout_p: float,
     backend: Backend,
+    *,
+    observed: bool,
     shard: int | None = None,
 ) -> Tensor:
     """One device's part: bare autograd in plain eager mode, operators for everything else.
 
     ``shard``: which part of the logical x this one is. Each part gets a dropout mask of its own.
     """
-    if not _observed():
-        call, chosen, scaling, threshold = _decide(
-            x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend
-        )
-        y: Tensor
-        if chosen.composed and shard is None:
-            assert isinstance(weight, Tensor)
-            return torch_backend.composed(x, weight, lora_A, lora_B, bias, scaling, threshold)
-        seed = None
-        if threshold and chosen.backend == "torch" and x.device.type == "cpu" and shard is None:
-            seed = drawn_mask(threshold, call.M, call.K)  # a byte an element is less than x's copy
-        elif threshold:
-            seed = _draw_seed(x.device, backend, shard or 0)
-        if not torch.is_grad_enabled() and forward_ad._current_level < 0:
-            # Nothing to record: a Function would cost 4 us of a call's 18.
-            dropout = None if seed is None else Dropout(seed, threshold)
-            y, _ = backends.forward(
-                x, weight, lora_A, lora_B, bias, scaling, dropout, chosen, need_h=False
-            )
-            return y
-        y = LoRALinearFunction.apply(
-            x, weight, lora_A, lora_B, bias, scaling, seed, threshold, chosen
-        )
-        return y
     _check_options(weight, scaling, dropout_p, backend)
+    threshold = dropout_threshold(dropout_p)
+    if not observed:
+        call = checked_call(x, weight, lora_A, lora_B, bias, threshold > 0)
+        decision = Decision(call, plan(call, backend), float(scaling), threshold)
+        remember(decision, x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
+        return _run(decision, x, weight, lora_A, lora_B, bias, shard)
     checks.check_tensors(x, weight, lora_A, lora_B, bias)
     check_frozen(weight)
-    threshold = dropout_threshold(dropout_p)
     seed = _draw_seed(x.device, backend, shard or 0) if threshold else None
     lora_B, scaling = _fold_scaling(lora_B, scaling)
     compiling = torch.compiler.is_compiling()
     apply: Any = ops.lora_linear_op if compiling else ops.LoRALinearOpFunction.apply
     rest = (*pack(weight), scaling, seed, threshold, backend, _is_trained(lora_B))
-    y = apply(x, lora_A, lora_B, bias, *rest)[0]
+    y: Tensor = apply(x, lora_A, lora_B, bias, *rest)[0]
+    return y
+
+
+def _run(
+    decision: Decision,
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    shard: int | None = None,
+) -> Tensor:
+    call, chosen, scaling, threshold = decision
+    if chosen.composed and shard is None:
+        assert isinstance(weight, Tensor)
+        return torch_backend.composed(x, weight, lora_A, lora_B, bias, scaling, threshold)
+    seed = None
+    if threshold and chosen.backend == "torch" and x.device.type == "cpu" and shard is None:
+        seed = drawn_mask(threshold, call.M, call.K)  # a byte an element is less than x's copy
+    elif threshold:
+        seed = _draw_seed(x.device, chosen.backend, shard or 0)
+    y: Tensor
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+        # Nothing to record: a Function would cost 4 us of a call's 18.
+        dropout = None if seed is None else Dropout(seed, threshold)
+        y, _ = backends.forward(
+            x, weight, lora_A, lora_B, bias, scaling, dropout, chosen, need_h=False
+        )
+        return y
+    y = LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, scaling, seed, threshold, chosen)
     return y
 
 
@@ -344,7 +307,7 @@ def dora_linear(
         if parallel.has_dtensor(x, weight, lora_A, lora_B, magnitude, bias):
             raise TypeError("x, weight, ...: got a DTensor, which dora_linear does not take yet")
     exact_weight = weight
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     observed = _observed()
     if observed:
         checks.check_tensors(x, weight, lora_A, lora_B, bias)
@@ -399,7 +362,7 @@ def explain(
     ``print`` the result to read it.
     """
     _check_options(weight, scaling, dropout_p, backend)
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     dropout = dropout_threshold(dropout_p) > 0 and magnitude is None
     if _distributed() and isinstance(weight, Tensor):
         from . import parallel

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import backends, checks
+from .autocast import autocast
 from .autograd import Codes, alias
 from .dispatch import (
     Backend,
@@ -23,7 +24,7 @@ from .dispatch import (
     library_dx,
     plan,
 )
-from .functional import Weight, _autocast, _check_options, _fold_scaling, draw_seeds, lora_linear
+from .functional import Weight, _check_options, _fold_scaling, draw_seeds, lora_linear
 from .group_ops import dropouts_of, lora_linear_group_op, plans_of_all
 from .kernels.configs import MAX_GROUP
 from .kernels.dropout import dropout_threshold
@@ -250,7 +251,7 @@ def _checked(
     for i, member in enumerate(members):
         try:
             _check_options(member.weight, member.scaling, member.dropout_p, backend)
-            x_cast, W, bias = _autocast(x_cast, member.weight, member.bias)
+            x_cast, W, bias = autocast(x_cast, member.weight, member.bias)
             dropout = dropout_threshold(member.dropout_p) > 0
             calls.append(checked_call(x_cast, W, member.lora_A, member.lora_B, bias, dropout))
             plans.append(plan(calls[-1], backend, "part"))
@@ -331,7 +332,7 @@ def _traced(x: Tensor, members: Sequence[_Member], backend: Backend) -> tuple[Te
     cast = []
     for W, A, B, s, bias, p in members:
         _check_options(W, s, p, backend)
-        x, W, bias = _autocast(x, W, bias)
+        x, W, bias = autocast(x, W, bias)
         checks.check_tensors(x, W, A, B, bias)
         B, s = _fold_scaling(B, s)
         cast.append((W, A, B, x.new_empty(0) if bias is None else bias, s, dropout_threshold(p)))

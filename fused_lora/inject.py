@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, foreign, sharing
+from .arguments import Arguments
 from .dispatch import Backend
 from .linear import FusedLoRALinear
 from .multi_linear import FusedMultiLoRALinear
@@ -181,19 +182,9 @@ def inject(
     )
 
 
-def _arguments(layer: FusedLoRALinear, x: Tensor) -> sharing.Arguments | None:
-    """What the layer passes to `lora_linear` for any x; None if merged or DoRA."""
-    if layer.merged or layer.lora_magnitude_vector is not None:
-        return None
-    return sharing.Arguments(
-        layer.weight,
-        layer.lora_A,
-        layer.lora_B,
-        layer.scaling,
-        layer.bias,
-        layer.lora_dropout if layer.training else 0.0,
-        layer.backend,
-    )
+def _arguments(layer: FusedLoRALinear, x: Tensor) -> Arguments | None:
+    """What the layer passes to `lora_linear` for any x; None if it does something else."""
+    return None if layer.merged or layer.use_dora else layer._arguments()
 
 
 @torch.no_grad()

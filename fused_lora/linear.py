@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, foreign
+from .arguments import Arguments
 from .dispatch import Backend, Explanation
 from .dora import over_norm
 from .functional import base_linear, dora_linear, explain, lora_linear
 from .initial import check_init, initial_values
+from .lookup import parameters
 from .quantize import Format, QuantizedWeight, Quantizer, quantize
 from .torch_backend import weight_norm
 
@@ -274,23 +276,30 @@ class FusedLoRALinear(nn.Module):
                     "adapter, or eval() to run the merged weight"
                 )
             return base_linear(x, self.weight, self.bias)
-        if self.shared_input is not None and not torch.compiler.is_compiling():
-            shared = self.shared_input.output(self, x)
-            if shared is not None:
-                return shared
-        adapter, options = (self.lora_A, self.lora_B), self._options()
+        call = self._arguments()
         if self.use_dora:  # not the magnitude, which nn.Module takes 0.4 us to find
             assert self.lora_magnitude_vector is not None
-            return dora_linear(x, self.weight, *adapter, self.lora_magnitude_vector, **options)
-        return lora_linear(x, self.weight, *adapter, **options)
+            adapter = (call.lora_A, call.lora_B, self.lora_magnitude_vector)
+            return dora_linear(x, call.weight, *adapter, **call.options())
+        if self.shared_input is not None and self.shared_input.pays(x, self.backend):
+            shared = self.shared_input.output(self, x, call)
+            if shared is not None:
+                return shared
+        return lora_linear(
+            x,
+            call.weight,
+            call.lora_A,
+            call.lora_B,
+            scaling=call.scaling,
+            bias=call.bias,
+            dropout_p=call.dropout_p,
+            backend=call.backend,
+        )
 
-    def _options(self) -> dict[str, Any]:
-        return {
-            "scaling": self.scaling,
-            "bias": self.bias,
-            "dropout_p": self.lora_dropout if self.training else 0.0,
-            "backend": self.backend,
-        }
+    def _arguments(self) -> Arguments:
+        weight, lora_A, lora_B, bias = parameters(self, "weight", "lora_A", "lora_B", "bias")
+        dropout_p = self.lora_dropout if self.training else 0.0
+        return Arguments(weight, lora_A, lora_B, self.scaling, bias, dropout_p, self.backend)
 
     def explain(self, x: Tensor) -> Explanation:
         """Which backend and strategy `forward` takes for x, and why; computes nothing.
@@ -303,8 +312,9 @@ class FusedLoRALinear(nn.Module):
                 how = "turned into values once, in a scratch tensor"
                 reasons["quantised W0"] = f"{self.weight.layout.format}, {how}"
             return Explanation("torch", "library", "library", reasons)
-        adapter, magnitude = (self.lora_A, self.lora_B), self.lora_magnitude_vector
-        found = explain(x, self.weight, *adapter, magnitude=magnitude, **self._options())
+        call, magnitude = self._arguments(), self.lora_magnitude_vector
+        adapter = (call.lora_A, call.lora_B)
+        found = explain(x, call.weight, *adapter, magnitude=magnitude, **call.options())
         if self.shared_input is not None:
             members = len(self.shared_input.members)
             found.reasons["group"] = (

@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import checks, multi_backends, multi_ops
 from .adapter_set import check_lists
+from .autocast import autocast
 from .autograd import Codes, alias
 from .dispatch import Backend, Explanation, describe_quantized, explain_call
 from .functional import (
     Weight,
-    _autocast,
     _check_options,
     _draw_seed,
     _fold_scaling,
@@ -144,7 +144,7 @@ def lora_linear_multi(
         raise RuntimeError("lora_linear_multi: torch.func's transforms are not supported")
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         _check_options(weight, 1.0, dropout_p, backend)
-        x, weight, bias = _autocast(x, weight, bias)
+        x, weight, bias = autocast(x, weight, bias)
         check_one(adapter_indices, segments)
         scales = check_lists(lora_As, lora_Bs, scalings)
         for A, B in zip(lora_As, lora_Bs, strict=True):

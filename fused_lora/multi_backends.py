@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import _as_matrix, _gradient, _no_autocast
+from .autocast import no_autocast
+from .backends import _as_matrix, _gradient
 from .kernels.configs import Kind, TileConfig, choose_config
 from .kernels.device import device_info
 from .kernels.dropout import Dropout
@@ -96,7 +97,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """y [..., N] and, if needed, h [M, max r], both in x's dtype."""
     matrix = _as_matrix(x)
-    with _no_autocast(x):
+    with no_autocast(x):
         if plan.backend == "triton":
             y, h = _triton_product(matrix, layer, bias, plan, forward=True, need_h=need_h)
         else:
@@ -113,7 +114,7 @@ def backward(
     The gradient of an adapter without rows is zero.
     """
     g2, x2 = _gradient(g, plan.backend), None if x is None else _as_matrix(x)
-    with _no_autocast(g):
+    with no_autocast(g):
         if plan.backend == "triton":
             dx, dAs, dBs = _triton_backward(g2, x2, layer, h, plan, need_dx=need_dx)
         else:

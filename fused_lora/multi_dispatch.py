@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .adapter_set import AdapterSet, adapter_set
+from .autocast import autocast
 from .dispatch import (
     Backend,
     Call,
@@ -22,7 +23,7 @@ from .dispatch import (
     rounds_input,
     transposed,
 )
-from .functional import Weight, _autocast, _check_options, _distributed
+from .functional import Weight, _check_options, _distributed
 from .kernels.configs import padded
 from .kernels.device import device_info
 from .kernels.dropout import dropout_threshold
@@ -109,7 +110,7 @@ def checked(
     """What the call is; TypeError or ValueError if an argument is wrong."""
     known = adapter_set(lora_As, lora_Bs, scalings)
     _check_options(weight, 1.0, dropout_p, backend)
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     if _distributed():
         from . import parallel
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import MethodType, TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -28,13 +28,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
 from . import checks, foreign, sharing
-from .backends import autocast_enabled
+from .arguments import Arguments
+from .autocast import autocast_enabled
 from .dispatch import Backend, Explanation
 from .functional import dora_linear, explain, lora_linear
+from .lookup import parameters
 from .multi import explain_multi, lora_linear_multi
 from .multi_linear import sample_segments
 from .quantize import QuantizedWeight
-from .sharing import Arguments, SharedInput
+from .sharing import SharedInput
 
 
 class _FusedForward:
@@ -46,45 +48,43 @@ class _FusedForward:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., K] -> y [..., N], as PEFT's."""
         names = kwargs.get("adapter_names")
-        if not args and len(kwargs) == 1 and names is not None and _takes_batch(self, x, names):
-            return _mixed_batch(self, x, names)
-        if args or kwargs or obstacle(self) is not None or not _fits(self, x):
+        ours = not args and (not kwargs or (len(kwargs) == 1 and names is not None))
+        found = _look(self, names) if ours else ""
+        if isinstance(found, str) or _misfit(self, found, x, names) is not None:
             y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return y
-        if self.fused_lora_group is not None and not torch.compiler.is_compiling():
-            shared: Tensor | None = self.fused_lora_group.output(self, x)
+        if names is not None:
+            return _mixed_batch(self, found, x, names)
+        group = self.fused_lora_group
+        if group is not None and group.pays(x, self.fused_lora_backend):
+            shared: Tensor | None = group.output(self, x, _lasting_arguments(self, found, x))
             if shared is not None:
                 return shared
         if isinstance(self, _OVER_CODES):
-            y = _quantized(self, x)
+            y = _quantized(self, found, x)
             return y
-        return _fused(self, x, _plain_arguments(self))
+        return _fused(found, x, _arguments(found))
 
     def explain(self: Any, x: Tensor, *, adapter_names: Sequence[str] | None = None) -> Explanation:
         """Which backend and strategy `forward` takes for x, and why, or why it is PEFT's own.
 
         Computes nothing; raises what `fused_lora.explain` does.
         """
-        why = obstacle(self, adapter_names)
-        if why is None and not _fits(self, x):
-            why = "x is not what the base layer takes"
-        if why is None and adapter_names is not None and not _takes_batch(self, x, adapter_names):
-            why = "adapter_names are not one for each sample of x"
-        if why is not None:
-            reasons = {"fused": f"not taken: {why}", "peft": "taken: PEFT's own forward"}
+        found = _look(self, adapter_names)
+        if not isinstance(found, str):
+            found = _misfit(self, found, x, adapter_names) or found
+        if isinstance(found, str):
+            reasons = {"fused": f"not taken: {found}", "peft": "taken: PEFT's own forward"}
             return Explanation("torch", "peft", "peft", reasons)
         quantized = isinstance(self, _OVER_CODES)
         if quantized:
             x = torch.empty_like(x, dtype=_compute_dtype(self, x))
         if adapter_names is not None:
-            tensors, options = _mixed_arguments(self, x, adapter_names)
+            tensors, options = _mixed_arguments(self, found, x, adapter_names)
             return explain_multi(x, *tensors, **options)
-        if quantized:
-            call = _arguments(self, _read(self.base_layer), x.dtype)
-        else:
-            call = _plain_arguments(self)
+        call = _arguments_over_codes(found, x.dtype) if quantized else _arguments(found)
         adapter = (call.lora_A, call.lora_B)
-        return explain(x, call.weight, *adapter, magnitude=_magnitude(self), **_options(call))
+        return explain(x, call.weight, *adapter, magnitude=found.magnitude, **call.options())
 
 
 class FusedPeftLinear(_FusedForward, peft_lora.Linear):  # type: ignore[misc]  # peft is untyped
@@ -130,157 +130,139 @@ def _compute_dtype(layer: Any, x: Tensor) -> torch.dtype:
     return getattr(layer.base_layer, "compute_dtype", None) or x.dtype
 
 
+class _State(NamedTuple):
+    """A layer, as it is now, which the fused path can take."""
+
+    base: nn.Module
+    names: list[str]  # of its adapters: the active ones, or those of a mixed batch
+    calls: list[Arguments]  # for each, with the base layer's own weight and bias
+    biases: list[Tensor | None]  # of each lora_B
+    magnitude: Tensor | None  # of DoRA, the only variant: then of one adapter, and no mixed batch
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether the layer is no more than W0, A, B and a bias."""
+        return len(self.calls) == 1 and self.magnitude is None and self.biases[0] is None
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _quantized(layer: Any, x: Tensor) -> Tensor:
+def _quantized(layer: Any, state: _State, x: Tensor) -> Tensor:
     dtype = _compute_dtype(layer, x)
-    return _fused(layer, x.to(dtype), _arguments(layer, _read(layer.base_layer), dtype)).to(x.dtype)
+    return _fused(state, x.to(dtype), _arguments_over_codes(state, dtype)).to(x.dtype)
 
 
-def _fused(layer: Any, x: Tensor, call: Arguments) -> Tensor:
-    base, adapter = (x, call.weight), (call.lora_A, call.lora_B)
-    magnitude = _magnitude(layer)
-    if magnitude is not None:
-        return dora_linear(*base, *adapter, magnitude, **_options(call))
-    return lora_linear(*base, *adapter, **_options(call))
-
-
-def _options(call: Arguments) -> dict[str, Any]:
-    return {
-        "scaling": call.scaling,
-        "bias": call.bias,
-        "dropout_p": call.dropout_p,
-        "backend": call.backend,
-    }
-
-
-def _magnitude(layer: Any) -> Tensor | None:
-    """DoRA's, of the active adapter: the only variant that `obstacle` lets through."""
-    first = _active(layer)[0]
-    if first not in layer.lora_variant:
-        return None
-    magnitude: Tensor = layer.lora_magnitude_vector[first].weight
-    return magnitude
-
-
-def _plain_arguments(layer: FusedPeftLinear) -> Arguments:
-    base = layer.base_layer
-    weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
-    return _arguments(layer, weight, weight.dtype)
-
-
-def _arguments(layer: Any, weight: Any, dtype: torch.dtype) -> Arguments:
-    adapters = _active(layer)
-    first = adapters[0]
-    lora_A, lora_B = layer.lora_A[first].weight, layer.lora_B[first].weight
-    scaling = layer.scaling[first]
-    if len(adapters) > 1:  # side by side: their products add up, and x is read once for all
-        lora_A = torch.cat([layer.lora_A[a].weight for a in adapters])
-        lora_B = torch.cat([layer.lora_B[a].weight * layer.scaling[a] for a in adapters], dim=1)
-        scaling = 1.0
-    return Arguments(
-        weight=weight,
-        lora_A=lora_A,
-        lora_B=lora_B,
-        scaling=scaling,
-        bias=_bias(layer, adapters, dtype),
-        dropout_p=_dropout_p(layer, first),
-        backend=layer.fused_lora_backend,
+def _fused(state: _State, x: Tensor, call: Arguments) -> Tensor:
+    if state.magnitude is not None:
+        adapter = (call.lora_A, call.lora_B, state.magnitude)
+        return dora_linear(x, call.weight, *adapter, **call.options())
+    return lora_linear(
+        x,
+        call.weight,
+        call.lora_A,
+        call.lora_B,
+        scaling=call.scaling,
+        bias=call.bias,
+        dropout_p=call.dropout_p,
+        backend=call.backend,
     )
 
 
-def _lasting_arguments(layer: FusedPeftLinear, x: Tensor) -> Arguments | None:
+def _arguments(state: _State) -> Arguments:
+    """What the layer passes on."""
+    call = state.calls[0]
+    if isinstance(state.base, Conv1D):
+        weight: Any = call.weight
+        call = call._replace(weight=weight.t())
+    return call if state.is_simple else _in_one(state, call, call.weight.dtype)
+
+
+def _arguments_over_codes(state: _State, dtype: torch.dtype) -> Arguments:
+    bias = state.calls[0].bias
+    bias = None if bias is None else bias.to(dtype)  # bitsandbytes' follows x
+    call = state.calls[0]._replace(weight=_read(state.base), bias=bias)
+    return call if state.is_simple else _in_one(state, call, dtype)
+
+
+def _in_one(state: _State, call: Arguments, dtype: torch.dtype) -> Arguments:
+    """``call``, the first adapter's, with all adapters and the biases of every lora_B, scaled."""
+    pairs = zip(state.biases, state.calls, strict=True)
+    biases = [bias * each.scaling for bias, each in pairs if bias is not None]
+    if biases:
+        total = sum(biases[1:], biases[0])
+        call = call._replace(bias=(total if call.bias is None else call.bias + total).to(dtype))
+    if len(state.calls) > 1:  # side by side: their products add up, and x is read once for all
+        lora_A = torch.cat([each.lora_A for each in state.calls])
+        lora_B = torch.cat([each.lora_B * each.scaling for each in state.calls], dim=1)
+        call = call._replace(lora_A=lora_A, lora_B=lora_B, scaling=1.0)
+    return call
+
+
+def _lasting_arguments(layer: Any, state: _State, x: Tensor) -> Arguments | None:
     """The arguments if they are the layer's own tensors, none made for this call."""
-    if obstacle(layer) is not None or not _fits(layer, x):
+    base, bias = state.base, state.calls[0].bias
+    if not state.is_simple:
         return None
-    adapters = _active(layer)
-    first = adapters[0]
-    if len(adapters) > 1 or first in layer.lora_variant or layer.lora_B[first].bias is not None:
-        return None
-    base = layer.base_layer
     if not isinstance(layer, _OVER_CODES):
-        return _plain_arguments(layer) if type(base) is nn.Linear else None
+        return state.calls[0] if type(base) is nn.Linear else None
     # Where x and y are cast nowhere on the way, and the bias neither.
-    casts = {_compute_dtype(layer, x), x.dtype if base.bias is None else base.bias.dtype}
+    casts = {_compute_dtype(layer, x), x.dtype if bias is None else bias.dtype}
     if autocast_enabled(x):
         casts = {torch.get_autocast_dtype(x.device.type)}
-    return _arguments(layer, _read(base), x.dtype) if casts == {x.dtype} else None
+    return _arguments_over_codes(state, x.dtype) if casts == {x.dtype} else None
 
 
-def _takes_batch(layer: FusedPeftLinear, x: object, names: Sequence[str]) -> bool:
-    """Whether the fused path takes x with ``names`` of adapters for its samples."""
-    if obstacle(layer, names) is not None or not _fits(layer, x):
-        return False
-    assert isinstance(x, Tensor)
-    return x.dim() > 1 and len(x) == len(names)  # else PEFT's forward raises its error
+def _member_arguments(layer: Any, x: Tensor) -> Arguments | None:
+    """What a layer that is still to be called will pass on; None if it will do something else."""
+    found = _look(layer)
+    if isinstance(found, str) or _misfit(layer, found, x) is not None:
+        return None
+    return _lasting_arguments(layer, found, x)
 
 
-def _mixed_batch(layer: FusedPeftLinear, x: Tensor, names: Sequence[str]) -> Tensor:
+def _mixed_batch(layer: Any, state: _State, x: Tensor, names: Sequence[str]) -> Tensor:
     quantized = isinstance(layer, _OVER_CODES)
     cast = x.to(_compute_dtype(layer, x)) if quantized else x
-    tensors, options = _mixed_arguments(layer, cast, names)
+    tensors, options = _mixed_arguments(layer, state, cast, names)
     y = lora_linear_multi(cast, *tensors, **options)
     return y.to(x.dtype) if quantized else y
 
 
 def _mixed_arguments(
-    layer: FusedPeftLinear, x: Tensor, names: Sequence[str]
+    layer: Any, state: _State, x: Tensor, names: Sequence[str]
 ) -> tuple[tuple[Any, list[Tensor], list[Tensor]], dict[str, Any]]:
     """What `lora_linear_multi` takes besides x, which is in the compute dtype."""
-    base = layer.base_layer
-    weight: Any = base.weight
+    calls, first = state.calls, state.calls[0]
+    weight: Any = first.weight
+    bias = first.bias
     if isinstance(layer, _OVER_CODES):
-        weight = _read(base)
-    elif isinstance(base, Conv1D):
+        weight, bias = _read(state.base), None if bias is None else bias.to(x.dtype)
+    elif isinstance(state.base, Conv1D):
         weight = weight.t()
-    adapters = _named(layer, names)
-    index = {name: i for i, name in enumerate(adapters)}
-    As = [layer.lora_A[name].weight for name in adapters]
-    Bs = [layer.lora_B[name].weight for name in adapters]
-    return (weight, As, Bs), {
-        "scalings": [layer.scaling[name] for name in adapters],
+    index = {name: i for i, name in enumerate(state.names)}
+    return (weight, [call.lora_A for call in calls], [call.lora_B for call in calls]), {
+        "scalings": [call.scaling for call in calls],
         "segments": sample_segments(x, [index.get(name, -1) for name in names]),
-        "bias": _bias(layer, [], x.dtype),
-        "dropout_p": _dropout_p(layer, adapters[0]),
-        "backend": layer.fused_lora_backend,
+        "bias": bias,
+        "dropout_p": first.dropout_p,
+        "backend": first.backend,
     }
 
 
-def _named(layer: peft_lora.Linear, names: Sequence[str]) -> list[str]:
-    """Those of ``names`` that the layer has, each once; to PEFT the others are "__base__"."""
-    return [name for name in dict.fromkeys(names) if name in layer.lora_A]
+def _misfit(layer: Any, state: _State, x: Any, names: Sequence[str] | None = None) -> str | None:
+    """Why x is not for the fused path; then PEFT's forward raises its error. None if it is.
 
-
-def _active(layer: peft_lora.Linear) -> list[str]:
-    return [name for name in layer.active_adapters if name in layer.lora_A]
-
-
-def _dropout_p(layer: peft_lora.Linear, adapter: str) -> float:
-    dropout = layer.lora_dropout[adapter]
-    if adapter in layer.lora_variant and not layer.training:  # where PEFT's DoRA looks
-        return 0.0
-    return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-
-
-def _bias(layer: peft_lora.Linear, adapters: list[str], dtype: torch.dtype) -> Tensor | None:
-    """The base layer's bias and those of every lora_B (`lora_bias=True`), scaled, in one."""
-    bias: Tensor | None = layer.base_layer.bias
-    if bias is not None and isinstance(layer, _OVER_CODES):
-        bias = bias.to(dtype)  # bitsandbytes' follows x
-    biased = [name for name in adapters if layer.lora_B[name].bias is not None]
-    if not biased:
-        return bias
-    total = sum(layer.lora_B[name].bias * layer.scaling[name] for name in biased)
-    assert isinstance(total, Tensor)
-    return (total if bias is None else bias + total).to(dtype)
-
-
-def _fits(layer: peft_lora.Linear, x: object) -> bool:
-    """Whether x is what the base layer takes; where it isn't, PEFT's forward raises its error."""
-    if not isinstance(x, Tensor) or x.dim() == 0:
-        return False
-    if isinstance(layer, _OVER_CODES):
-        return x.dtype in checks.DTYPES
-    return x.dtype == layer.base_layer.weight.dtype or autocast_enabled(x)
+    ``names``: those of a mixed batch's samples.
+    """
+    fits = isinstance(x, Tensor) and x.dim() > 0
+    if fits and isinstance(layer, _OVER_CODES):
+        fits = x.dtype in checks.DTYPES
+    elif fits:
+        fits = x.dtype == state.calls[0].weight.dtype or autocast_enabled(x)
+    if not fits:
+        return "x is not what the base layer takes"
+    if names is not None and (x.dim() == 1 or len(x) != len(names)):
+        return "adapter_names are not one for each sample of x"
+    return None
 
 
 def obstacle(layer: peft_lora.Linear, adapter_names: Sequence[str] | None = None) -> str | None:
@@ -289,13 +271,24 @@ def obstacle(layer: peft_lora.Linear, adapter_names: Sequence[str] | None = None
     None if the fused path takes it. ``adapter_names``: those of a mixed batch's samples, which then
     count instead of the active ones.
     """
+    found = _look(layer, adapter_names)
+    return found if isinstance(found, str) else None
+
+
+def _look(layer: Any, mixed: Sequence[str] | None = None) -> _State | str:
+    """What the layer's call depends on, with `obstacle`'s arguments; or what that gives.
+
+    As often as every token that is made, so by the modules' own dicts and in one go: attribute by
+    attribute, function by function it took longer than all else that Python does for the call.
+    """
     if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         return "torch.jit.trace records PyTorch's own operators"
     if layer.disable_adapters:
         return "its adapters are disabled"
     if layer.merged:
         return "its adapters are merged"
-    base = layer.base_layer
+    modules = layer._modules
+    base = modules["base_layer"]
     quantized = isinstance(layer, _OVER_CODES)
     if quantized:
         try:
@@ -304,53 +297,82 @@ def obstacle(layer: peft_lora.Linear, adapter_names: Sequence[str] | None = None
             return f"its base layer cannot be read: {error}"
     elif type(base) is not nn.Linear and type(base) is not Conv1D:
         return f"its base layer is a {type(base).__name__}, not an nn.Linear or Conv1D"
-    elif base.weight.dtype not in checks.DTYPES:
-        return f"its base weight is {base.weight.dtype}"
-    if base.weight.requires_grad and torch.is_grad_enabled():
+    weight, bias = parameters(base, "weight", "bias")
+    if not quantized and weight.dtype not in checks.DTYPES:
+        return f"its base weight is {weight.dtype}"
+    if weight.requires_grad and torch.is_grad_enabled():
         return "its base weight requires a gradient"
     if checks.is_hooked(base):
         return "its base layer has hooks"
-    adapters = _active(layer) if adapter_names is None else _named(layer, adapter_names)
-    if not adapters:
-        return "none of its adapters is active"
-    if adapter_names is not None:
-        if not quantized and type(base.weight) is not nn.Parameter:
-            return f"its base weight is a {type(base.weight).__name__}"
-        if any(name in layer.lora_variant for name in adapters):
-            return "the batch mixes adapters with a variant of LoRA"
-        if any(layer.lora_B[name].bias is not None for name in adapters):
-            return "the batch mixes adapters with lora_bias"
-        if len({_dropout_p(layer, name) for name in adapters}) > 1:
-            return "the batch mixes adapters of different dropout"
-    for name in adapters:
-        if name in layer.lora_variant:
-            why = _variant_obstacle(layer, name, adapters)
-            if why is not None:
-                return why
-        A, B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    As, Bs = modules["lora_A"]._modules, modules["lora_B"]._modules
+    dropouts, variants = modules["lora_dropout"]._modules, layer.lora_variant
+    backend: Backend = getattr(layer, "fused_lora_backend", "auto")  # not fused yet
+    state = _State(base, [], [], [], None)
+    for name in layer.active_adapters if mixed is None else dict.fromkeys(mixed):
+        if name not in As:  # to PEFT it is none there, or "__base__"
+            continue
+        A, B, dropout, scaling = As[name], Bs[name], dropouts[name], layer.scaling[name]
         if type(A) is not nn.Linear or type(B) is not nn.Linear:
             return f"adapter {name!r} is made of {type(A).__name__} and {type(B).__name__}"
         if type(dropout) is not nn.Dropout and type(dropout) is not nn.Identity:
             return f"adapter {name!r} has a {type(dropout).__name__} for its dropout"
-        if A.bias is not None:
-            return f"adapter {name!r} has a bias in its lora_A"
         if checks.is_hooked(A) or checks.is_hooked(B) or checks.is_hooked(dropout):
             return f"adapter {name!r} has hooks"
-        scaling = layer.scaling[name]
+        lora_A, bias_A = parameters(A, "weight", "bias")
+        lora_B, bias_B = parameters(B, "weight", "bias")
+        if bias_A is not None:
+            return f"adapter {name!r} has a bias in its lora_A"
         if not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
             return f"adapter {name!r} has {scaling!r} for its scaling, not a finite number"
-        if _dropout_p(layer, name) >= 1:
+        dropout_p = 0.0
+        if type(dropout) is nn.Dropout and dropout.training:
+            dropout_p = float(dropout.p)
+        if name in variants:
+            why = _variant_obstacle(layer, name)
+            if why is not None:
+                return why
+            state = state._replace(magnitude=layer.lora_magnitude_vector[name].weight)
+            dropout_p = dropout_p if layer.training else 0.0  # where PEFT's DoRA looks
+        if dropout_p >= 1:
             return f"adapter {name!r} drops everything"
-        if adapter_names is None and len(adapters) > 1 and _dropout_p(layer, name):
-            return "several adapters are active, each with a dropout mask of its own"
+        state.names.append(name)
+        state.biases.append(bias_B)
+        state.calls.append(Arguments(weight, lora_A, lora_B, scaling, bias, dropout_p, backend))
+    if not state.names:
+        return "none of its adapters is active"
+    why = None
+    if mixed is not None:
+        why = _mixed_obstacle(state, quantized)
+    elif len(state.names) > 1:
+        why = _several_obstacle(layer, state)
+    return state if why is None else why
+
+
+def _mixed_obstacle(state: _State, quantized: bool) -> str | None:
+    weight = state.calls[0].weight
+    if not quantized and type(weight) is not nn.Parameter:
+        return f"its base weight is a {type(weight).__name__}"
+    if state.magnitude is not None:
+        return "the batch mixes adapters with a variant of LoRA"
+    if any(bias is not None for bias in state.biases):
+        return "the batch mixes adapters with lora_bias"
+    if len({call.dropout_p for call in state.calls}) > 1:
+        return "the batch mixes adapters of different dropout"
     return None
 
 
-def _variant_obstacle(layer: peft_lora.Linear, name: str, adapters: list[str]) -> str | None:
+def _several_obstacle(layer: Any, state: _State) -> str | None:
+    for name in state.names:
+        if name in layer.lora_variant:
+            return f"several adapters are active, and {name!r} is DoRA's"
+    if any(call.dropout_p for call in state.calls):
+        return "several adapters are active, each with a dropout mask of its own"
+    return None
+
+
+def _variant_obstacle(layer: Any, name: str) -> str | None:
     if type(layer.lora_variant[name]) is not DoraLinearVariant:
         return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
-    if len(adapters) > 1:
-        return f"several adapters are active, and {name!r} is DoRA's"
     magnitude = layer.lora_magnitude_vector[name]
     if type(magnitude) is not DoraLinearLayer or checks.is_hooked(magnitude):
         return f"adapter {name!r} has a changed {type(magnitude).__name__}"
@@ -461,7 +483,7 @@ def fuse(
             layer.__dict__.pop("fused_lora_group", None)
     found = tuple(sharing.find_groups(model, _FUSED.values())) if groups else ()
     for paths in found:
-        group = SharedInput([model.get_submodule(path) for path in paths], _lasting_arguments)
+        group = SharedInput([model.get_submodule(path) for path in paths], _member_arguments)
         for layer in group.members:
             layer.__dict__["fused_lora_group"] = group
     fused = tuple(path for path in layers if path not in not_fused)

@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .backends import autocast_enabled
+from .arguments import Arguments
+from .autocast import autocast_enabled
 from .dispatch import Backend, better_apart
 from .group import lora_linear_group
-from .quantize import QuantizedWeight
 
 # transformers' families whose attention calls q_proj, k_proj and v_proj, and whose MLP gate_proj
 # and up_proj, one after another with the same tensor.
@@ -37,29 +37,6 @@ _MODULES = {f"transformers.models.{name}.modeling_{name}" for name in _FAMILIES}
 _SHARING = {"Attention": ("q_proj", "k_proj", "v_proj"), "MLP": ("gate_proj", "up_proj")}
 
 _PATIENCE = 8  # groups in a row that were computed and not asked for, before the warning
-
-
-class Arguments(NamedTuple):
-    """What a layer passes to `lora_linear` besides x."""
-
-    weight: Tensor | QuantizedWeight
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
-    bias: Tensor | None
-    dropout_p: float
-    backend: Backend
-
-    def tensors(self) -> list[Tensor]:
-        codes = [] if isinstance(self.weight, Tensor) else list(self.weight.parameters())
-        return [*codes, *(t for t in self if isinstance(t, Tensor))]
-
-    def same(self, other: Arguments) -> bool:
-        """The same tensors (not equal ones) and the same numbers."""
-        return all(
-            a is b if isinstance(a, Tensor) or isinstance(b, Tensor) else a == b
-            for a, b in zip(self, other, strict=True)
-        )
 
 
 class _Prepared(NamedTuple):
@@ -137,20 +114,29 @@ class SharedInput:
         self.arguments = arguments
         self._unused = 0
 
-    def output(self, layer: nn.Module, x: Tensor) -> Tensor | None:
-        """The layer's output for x; None if it has to compute it itself."""
-        if layer is self.members[0]:
-            return self._prepare(x)
-        return self._take(layer, x)
+    def pays(self, x: object, backend: Backend) -> bool:
+        """Whether `output` may have something to give: a quick look, before the arguments'."""
+        if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+            return False
+        return not better_apart(x, False, backend)
 
-    def _prepare(self, x: Tensor) -> Tensor | None:
+    def output(self, layer: nn.Module, x: Tensor, own: Arguments | None) -> Tensor | None:
+        """The layer's output for x; None if it has to compute it itself.
+
+        ``own``: what ``arguments`` gives for it.
+        """
+        if layer is self.members[0]:
+            return self._prepare(x, own)
+        return self._take(layer, x, own)
+
+    def _prepare(self, x: Tensor, own: Arguments | None) -> Tensor | None:
         self._drop_prepared()
         if torch._C._are_functorch_transforms_active():  # their tensors have no address to compare
             return None
         calls: list[Arguments] = []
         for layer in self.members:
-            call = None if _changes_its_input(layer) else self.arguments(layer, x)
-            if call is None:
+            call = own if layer is self.members[0] else self.arguments(layer, x)
+            if call is None or _changes_its_input(layer):
                 return None
             calls.append(call)
             if better_apart(x, call.dropout_p > 0.0, call.backend):
@@ -173,7 +159,7 @@ class SharedInput:
         _local.prepared = _Prepared(self, weakref.ref(x), mode, outputs)
         return first
 
-    def _take(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+    def _take(self, layer: nn.Module, x: Tensor, own: Arguments | None) -> Tensor | None:
         prepared: _Prepared | None = getattr(_local, "prepared", None)
         if prepared is None or prepared.group is not self or layer not in prepared.outputs:
             return None
@@ -184,8 +170,7 @@ class SharedInput:
         if not prepared.outputs:
             forget()
             self._unused = 0
-        now = self.arguments(layer, x)
-        unchanged = now is not None and call.same(now) and versions == _versions(now)
+        unchanged = own is not None and call.same(own) and versions == _versions(own)
         return y if unchanged else None
 
     def _drop_prepared(self) -> None:

@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import TRAINED, check, expression, fused, problem, run
 
 from fused_lora import LoRALinearFunction, lora_linear, reference
@@ -279,6 +280,25 @@ def test_the_scaling_of_few_rows_is_not_rounded(dtype, scaling):
     x = (torch.randn(3, 8) / 100).to(dtype)
     y = lora_linear(x, torch.zeros_like(eye), eye, eye, scaling=scaling)
     assert torch.equal(y, x * scaling)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("M", [1, 7, MAX_COMPOSED_M])
+def test_few_rows_in_the_dtype_of_wider_adapters(dtype, M):
+    """To the bit what PEFT computes for fp32 adapters over a half base."""
+    x, W = torch.randn(M, 33, dtype=dtype, requires_grad=True), torch.randn(21, 33, dtype=dtype)
+    A, B = torch.randn(4, 33, requires_grad=True), torch.randn(21, 4, requires_grad=True)
+    y = lora_linear(x, W, A, B, scaling=2.0)
+    update = F.linear(F.linear(x.float(), A), B)
+    expected = (F.linear(x, W) + update * 2.0).to(dtype)
+    assert torch.equal(y, expected)
+    g = torch.randn_like(y)
+    for got, want in zip(
+        torch.autograd.grad(y, (x, A, B), g),
+        torch.autograd.grad(expected, (x, A, B), g),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
 
 
 def test_second_derivatives_of_few_rows_on_a_cpu():
