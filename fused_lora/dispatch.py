@@ -47,8 +47,9 @@ CEILINGS = {"H100": (798e12, 3.0e12), "H200": (788e12, 4.3e12)}
 # issue 3672), 0.89 to 0.96 on an A100 (issue 6523).
 _OF_CUBLAS = {8: 0.92}
 _OF_CUBLAS_NEWER = 0.85
-# Up to here PyTorch's own nodes beat one of ours on a CPU, which saves passes but costs 25 us.
-MAX_COMPOSED_M = 64
+# Few rows. Up to here PyTorch's own nodes beat one of ours on a CPU, which saves passes but costs
+# 25 us; and members of a group are faster apart.
+FEW_ROWS = 64
 _LAUNCH = 4e-6  # seconds that a second, dependent launch adds: an estimate
 _LATENCY = 0.7e-6  # seconds that a load from a busy memory takes: an estimate
 # Codes that become values in the K loop in a second: about 12 instructions each, on 132 SMs of 128
@@ -336,11 +337,13 @@ def _auto_avoids_kernels(call: Call) -> str | None:
 def better_apart(x: Tensor, dropout: bool, backend: Backend) -> bool:
     """Whether `lora_linear` for each member of a group is faster than the group.
 
-    On a CPU: with dropout, whose masks a group draws twice (0.76 of the speed at M 512, bf16), and
-    for few rows (0.80 at M 1).
+    For few rows: a group saves reads of x, which are nothing then, and its Python takes longer (on
+    the kernels' path at M 1, three members, 135 us a call instead of 80; on a CPU 0.80 of the
+    speed). On a CPU with dropout, whose masks a group draws twice (0.76 of the speed at M 512).
     """
-    on_cpu = x.device.type == "cpu" and backend != "triton"
-    return on_cpu and (dropout or x.shape[:-1].numel() <= MAX_COMPOSED_M)
+    if backend == "triton":  # asked for
+        return False
+    return x.shape[:-1].numel() <= FEW_ROWS or (dropout and x.device.type == "cpu")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -350,7 +353,7 @@ def plan(call: Call, backend: Backend, form: Form = "layer") -> Plan:
     if backend == "triton" and obstacle is not None:
         raise type(obstacle)(f'backend="triton" cannot take this call: {obstacle}')
     if backend == "torch" or obstacle or (backend == "auto" and _auto_avoids_kernels(call)):
-        few = call.device.type == "cpu" and call.M <= MAX_COMPOSED_M and call.quantized is None
+        few = call.device.type == "cpu" and call.M <= FEW_ROWS and call.quantized is None
         return Plan("torch", "library", "library", composed=few)
     strategy, config = _choose(call, "forward", form)
     # DoRA's input gradient is a layer's.
@@ -557,7 +560,7 @@ def explain_call(
         reasons["triton"] = f"not taken: {why}"
         reasons["library"] = "taken: F.linear, then addmm_ in place on its own output"
         if chosen.composed:
-            reasons["autograd"] = f"PyTorch's own nodes: up to {MAX_COMPOSED_M} rows they cost less"
+            reasons["autograd"] = f"PyTorch's own nodes: up to {FEW_ROWS} rows they cost less"
         if call.quantized is not None:
             reasons["quantised W0"] = describe_quantized(call, "torch", False)
         if rounds_input(call):

@@ -165,8 +165,8 @@ def lora_linear_group(
     Raises what `lora_linear` does, with the number of the member; TypeError for what is no list,
     ValueError if there is no member, or not the same number of everything.
 
-    Under torch.func's transforms, dispatch modes, for tensor subclasses such as DTensor, and on a
-    CPU with dropout or few rows each member is a call of its own.
+    Under torch.func's transforms, dispatch modes, for tensor subclasses such as DTensor, for up to
+    64 rows and on a CPU with dropout each member is a call of its own.
 
     The members are one node of the graph: a backward pass through one output alone frees what the
     others need too, unless it is told to retain the graph.
@@ -290,7 +290,7 @@ def explain_group(
             reasons["triton"] = f"{why['triton']} (member {i})"
             break
     if better_apart(x, any(call.dropout for call in calls), backend):
-        reasons["group"] = "not taken: on a CPU dropout and few rows are faster each on its own"
+        reasons["group"] = "not taken: few rows, and on a CPU dropout, are faster each on its own"
     else:
         reasons |= _describe(cast, calls, on_kernels, strategy_dx)
     for i, call in enumerate(calls):

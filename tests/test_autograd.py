@@ -14,10 +14,10 @@ from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_lora import FusedLoRALinear, explain, lora_linear, reference
-from fused_lora.dispatch import MAX_COMPOSED_M
+from fused_lora.dispatch import FEW_ROWS
 
 N, K, R = 5, 8, 2
-MANY = MAX_COMPOSED_M + 2  # rows: on a CPU PyTorch's path takes fewer without a node of ours
+MANY = FEW_ROWS + 2  # rows: on a CPU PyTorch's path takes fewer without a node of ours
 pytestmark = [
     pytest.mark.parametrize(("backend", "M"), [("triton", 6), ("torch", 6), ("torch", MANY)]),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),  # vmap's own

@@ -20,7 +20,7 @@ from fused_lora import (
     reference,
 )
 from fused_lora import group as group_module
-from fused_lora.dispatch import MAX_COMPOSED_M, Plan, better_apart
+from fused_lora.dispatch import FEW_ROWS, Plan, better_apart
 from fused_lora.group import LoRALinearGroupFunction
 from fused_lora.group_ops import lora_linear_group_backward_op, lora_linear_group_op
 from fused_lora.kernels import configs
@@ -526,11 +526,11 @@ def test_explain(launches):
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-@pytest.mark.parametrize("M", [1, MAX_COMPOSED_M, MAX_COMPOSED_M + 1])
+@pytest.mark.parametrize("M", [1, FEW_ROWS, FEW_ROWS + 1])
 def test_members_run_apart_where_that_is_faster(monkeypatch, M, dropout_p):
-    """On a CPU: the same as calls of their own, random numbers too, and `explain_group` says so."""
+    """The same as calls of their own, random numbers too, and `explain_group` says so."""
     monkeypatch.setattr(group_module, "better_apart", better_apart)
-    apart = M <= MAX_COMPOSED_M or dropout_p > 0
+    apart = M <= FEW_ROWS or dropout_p > 0
     problems = _group(M, 8, SIZES[:2], device="cpu")
     lists = [[getattr(p, n) for p in problems] for n in ("weight", "lora_A", "lora_B")]
     options = {"scalings": 1.25, "biases": [p.bias for p in problems]}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from oracle import TRAINED, check, expression, fused, problem, run
 
 from fused_lora import LoRALinearFunction, lora_linear, reference
-from fused_lora.dispatch import MAX_COMPOSED_M, Plan
+from fused_lora.dispatch import FEW_ROWS, Plan
 
 BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu, id="bf16")
 DTYPES = [
@@ -241,7 +241,7 @@ def _drawn(p):
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("lead", [0, 1, 3, MAX_COMPOSED_M, MAX_COMPOSED_M + 1, (2, 5), ()])
+@pytest.mark.parametrize("lead", [0, 1, 3, FEW_ROWS, FEW_ROWS + 1, (2, 5), ()])
 @pytest.mark.parametrize(
     ("dtype", "adapter_dtype"),
     [
@@ -283,7 +283,7 @@ def test_the_scaling_of_few_rows_is_not_rounded(dtype, scaling):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("M", [1, 7, MAX_COMPOSED_M])
+@pytest.mark.parametrize("M", [1, 7, FEW_ROWS])
 def test_few_rows_in_the_dtype_of_wider_adapters(dtype, M):
     """To the bit what PEFT computes for fp32 adapters over a half base."""
     x, W = torch.randn(M, 33, dtype=dtype, requires_grad=True), torch.randn(21, 33, dtype=dtype)

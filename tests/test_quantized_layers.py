@@ -463,7 +463,7 @@ def test_a_group_over_nf4_is_explained():
     assert "member 1" not in said
     said = str(explain_group(*tensors, dropout_ps=[0.1, 0.1, 0.1]))
     assert "triton: not taken: the tensors are on the CPU" in said
-    assert "group: not taken: on a CPU dropout and few rows are faster each on its own" in said
+    assert "group: not taken: few rows, and on a CPU dropout, are faster each on its own" in said
     assert "nf4, made values some rows or columns at a time" in said
     said = str(explain_group(*tensors, scalings=[1.0, 2.0, 3.0], backend="triton"))
     assert "their scalings differ" in said
