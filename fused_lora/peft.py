@@ -10,32 +10,37 @@ call that the fused path does not take goes to PEFT's own forward. Needs the ext
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import MethodType, TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.import_utils import is_bnb_4bit_available
 from peft.tuners.lora import layer as peft_lora
-from peft.tuners.lora.dora import DoraLinearLayer
-from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
-from . import checks, foreign, sharing
+from . import checks, sharing
 from .arguments import Arguments
-from .autocast import autocast_enabled
 from .dispatch import Backend, Explanation
 from .functional import dora_linear, explain, lora_linear
-from .lookup import parameters
 from .multi import explain_multi, lora_linear_multi
-from .multi_linear import sample_segments
-from .quantize import QuantizedWeight
+from .peft_state import (
+    State,
+    arguments_of,
+    arguments_over_codes,
+    compute_dtype,
+    lasting_over_codes,
+    look,
+    misfit,
+    mixed_arguments,
+    obstacle,
+    over_codes,
+    usual,
+)
 from .sharing import SharedInput
 
 
@@ -47,42 +52,43 @@ class _FusedForward:
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., K] -> y [..., N], as PEFT's."""
+        y: Tensor
+        call = None if args or kwargs else usual(self, x)
+        if call is not None:
+            shared = _shared(self, x, call)
+            return _lora(x, call) if shared is None else shared
         names = kwargs.get("adapter_names")
         ours = not args and (not kwargs or (len(kwargs) == 1 and names is not None))
-        found = _look(self, names) if ours else ""
-        if isinstance(found, str) or _misfit(self, found, x, names) is not None:
-            y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        found = look(self, names) if ours else ""
+        if isinstance(found, str) or misfit(self, found, x, names) is not None:
+            y = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return y
         if names is not None:
             return _mixed_batch(self, found, x, names)
-        group = self.fused_lora_group
-        if group is not None and group.pays(x, self.fused_lora_backend):
-            shared: Tensor | None = group.output(self, x, _lasting_arguments(self, found, x))
-            if shared is not None:
-                return shared
-        if isinstance(self, _OVER_CODES):
-            y = _quantized(self, found, x)
+        if over_codes(self):
+            shared = _shared(self, x, lasting_over_codes(self, found, x))
+            y = _quantized(self, found, x) if shared is None else shared
             return y
-        return _fused(found, x, _arguments(found))
+        return _fused(found, x, arguments_of(found))
 
     def explain(self: Any, x: Tensor, *, adapter_names: Sequence[str] | None = None) -> Explanation:
         """Which backend and strategy `forward` takes for x, and why, or why it is PEFT's own.
 
         Computes nothing; raises what `fused_lora.explain` does.
         """
-        found = _look(self, adapter_names)
+        found = look(self, adapter_names)
         if not isinstance(found, str):
-            found = _misfit(self, found, x, adapter_names) or found
+            found = misfit(self, found, x, adapter_names) or found
         if isinstance(found, str):
             reasons = {"fused": f"not taken: {found}", "peft": "taken: PEFT's own forward"}
             return Explanation("torch", "peft", "peft", reasons)
-        quantized = isinstance(self, _OVER_CODES)
+        quantized = over_codes(self)
         if quantized:
-            x = torch.empty_like(x, dtype=_compute_dtype(self, x))
+            x = torch.empty_like(x, dtype=compute_dtype(self, x))
         if adapter_names is not None:
-            tensors, options = _mixed_arguments(self, found, x, adapter_names)
+            tensors, options = mixed_arguments(self, found, x, adapter_names)
             return explain_multi(x, *tensors, **options)
-        call = _arguments_over_codes(found, x.dtype) if quantized else _arguments(found)
+        call = arguments_over_codes(found, x.dtype) if quantized else arguments_of(found)
         adapter = (call.lora_A, call.lora_B)
         return explain(x, call.weight, *adapter, magnitude=found.magnitude, **call.options())
 
@@ -93,7 +99,6 @@ class FusedPeftLinear(_FusedForward, peft_lora.Linear):  # type: ignore[misc]  #
 
 # PEFT's classes of layers that can be fused, and what they become.
 _FUSED: dict[type, type] = {peft_lora.Linear: FusedPeftLinear}
-_OVER_CODES: tuple[type, ...] = ()  # those whose base weight is quantised
 
 if is_bnb_4bit_available():
     from peft.tuners.lora import bnb as peft_bnb
@@ -108,53 +113,22 @@ if is_bnb_4bit_available():
         peft_bnb.Linear4bit: FusedPeftLinear4bit,
         peft_bnb.Linear8bitLt: FusedPeftLinear8bitLt,
     }
-    _OVER_CODES = (peft_bnb.Linear4bit, peft_bnb.Linear8bitLt)
-
-# What `foreign.read` made of a base layer's parameter, and where its data was then.
-_read_weights: Any = WeakIdKeyDictionary()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _read(base: nn.Module) -> QuantizedWeight:
-    parameter: Any = base.weight
-    at = parameter.data_ptr()
-    found = _read_weights.get(parameter)
-    if found is None or found[0] != at:
-        found = _read_weights[parameter] = (at, foreign.read(base))
-    weight: QuantizedWeight = found[1]
-    return weight
+def _quantized(layer: Any, state: State, x: Tensor) -> Tensor:
+    dtype = compute_dtype(layer, x)
+    return _fused(state, x.to(dtype), arguments_over_codes(state, dtype)).to(x.dtype)
 
 
-def _compute_dtype(layer: Any, x: Tensor) -> torch.dtype:
-    """The base layer's compute dtype, where it has one: in it and back, as bitsandbytes'."""
-    return getattr(layer.base_layer, "compute_dtype", None) or x.dtype
+def _fused(state: State, x: Tensor, call: Arguments) -> Tensor:
+    if state.magnitude is None:
+        return _lora(x, call)
+    adapter = (call.lora_A, call.lora_B, state.magnitude)
+    return dora_linear(x, call.weight, *adapter, **call.options())
 
 
-class _State(NamedTuple):
-    """A layer, as it is now, which the fused path can take."""
-
-    base: nn.Module
-    names: list[str]  # of its adapters: the active ones, or those of a mixed batch
-    calls: list[Arguments]  # for each, with the base layer's own weight and bias
-    biases: list[Tensor | None]  # of each lora_B
-    magnitude: Tensor | None  # of DoRA, the only variant: then of one adapter, and no mixed batch
-
-    @property
-    def is_simple(self) -> bool:
-        """Whether the layer is no more than W0, A, B and a bias."""
-        return len(self.calls) == 1 and self.magnitude is None and self.biases[0] is None
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _quantized(layer: Any, state: _State, x: Tensor) -> Tensor:
-    dtype = _compute_dtype(layer, x)
-    return _fused(state, x.to(dtype), _arguments_over_codes(state, dtype)).to(x.dtype)
-
-
-def _fused(state: _State, x: Tensor, call: Arguments) -> Tensor:
-    if state.magnitude is not None:
-        adapter = (call.lora_A, call.lora_B, state.magnitude)
-        return dora_linear(x, call.weight, *adapter, **call.options())
+def _lora(x: Tensor, call: Arguments) -> Tensor:
     return lora_linear(
         x,
         call.weight,
@@ -167,216 +141,30 @@ def _fused(state: _State, x: Tensor, call: Arguments) -> Tensor:
     )
 
 
-def _arguments(state: _State) -> Arguments:
-    """What the layer passes on."""
-    call = state.calls[0]
-    if isinstance(state.base, Conv1D):
-        weight: Any = call.weight
-        call = call._replace(weight=weight.t())
-    return call if state.is_simple else _in_one(state, call, call.weight.dtype)
-
-
-def _arguments_over_codes(state: _State, dtype: torch.dtype) -> Arguments:
-    bias = state.calls[0].bias
-    bias = None if bias is None else bias.to(dtype)  # bitsandbytes' follows x
-    call = state.calls[0]._replace(weight=_read(state.base), bias=bias)
-    return call if state.is_simple else _in_one(state, call, dtype)
-
-
-def _in_one(state: _State, call: Arguments, dtype: torch.dtype) -> Arguments:
-    """``call``, the first adapter's, with all adapters and the biases of every lora_B, scaled."""
-    pairs = zip(state.biases, state.calls, strict=True)
-    biases = [bias * each.scaling for bias, each in pairs if bias is not None]
-    if biases:
-        total = sum(biases[1:], biases[0])
-        call = call._replace(bias=(total if call.bias is None else call.bias + total).to(dtype))
-    if len(state.calls) > 1:  # side by side: their products add up, and x is read once for all
-        lora_A = torch.cat([each.lora_A for each in state.calls])
-        lora_B = torch.cat([each.lora_B * each.scaling for each in state.calls], dim=1)
-        call = call._replace(lora_A=lora_A, lora_B=lora_B, scaling=1.0)
-    return call
-
-
-def _lasting_arguments(layer: Any, state: _State, x: Tensor) -> Arguments | None:
-    """The arguments if they are the layer's own tensors, none made for this call."""
-    base, bias = state.base, state.calls[0].bias
-    if not state.is_simple:
+def _shared(layer: Any, x: Tensor, call: Arguments | None) -> Tensor | None:
+    """The output, if the layer's group has computed it; ``call`` is None if the group cannot."""
+    group: SharedInput | None = layer.fused_lora_group
+    if group is None or not group.pays(x, layer.fused_lora_backend):
         return None
-    if not isinstance(layer, _OVER_CODES):
-        return state.calls[0] if type(base) is nn.Linear else None
-    # Where x and y are cast nowhere on the way, and the bias neither.
-    casts = {_compute_dtype(layer, x), x.dtype if bias is None else bias.dtype}
-    if autocast_enabled(x):
-        casts = {torch.get_autocast_dtype(x.device.type)}
-    return _arguments_over_codes(state, x.dtype) if casts == {x.dtype} else None
+    return group.output(layer, x, call)
 
 
 def _member_arguments(layer: Any, x: Tensor) -> Arguments | None:
-    """What a layer that is still to be called will pass on; None if it will do something else."""
-    found = _look(layer)
-    if isinstance(found, str) or _misfit(layer, found, x) is not None:
+    """What a layer that is still to be called will pass on, if it is all its own; None if not."""
+    if not over_codes(layer):
+        return usual(layer, x)
+    found = look(layer)
+    if isinstance(found, str) or misfit(layer, found, x) is not None:
         return None
-    return _lasting_arguments(layer, found, x)
+    return lasting_over_codes(layer, found, x)
 
 
-def _mixed_batch(layer: Any, state: _State, x: Tensor, names: Sequence[str]) -> Tensor:
-    quantized = isinstance(layer, _OVER_CODES)
-    cast = x.to(_compute_dtype(layer, x)) if quantized else x
-    tensors, options = _mixed_arguments(layer, state, cast, names)
+def _mixed_batch(layer: Any, state: State, x: Tensor, names: Sequence[str]) -> Tensor:
+    quantized = over_codes(layer)
+    cast = x.to(compute_dtype(layer, x)) if quantized else x
+    tensors, options = mixed_arguments(layer, state, cast, names)
     y = lora_linear_multi(cast, *tensors, **options)
     return y.to(x.dtype) if quantized else y
-
-
-def _mixed_arguments(
-    layer: Any, state: _State, x: Tensor, names: Sequence[str]
-) -> tuple[tuple[Any, list[Tensor], list[Tensor]], dict[str, Any]]:
-    """What `lora_linear_multi` takes besides x, which is in the compute dtype."""
-    calls, first = state.calls, state.calls[0]
-    weight: Any = first.weight
-    bias = first.bias
-    if isinstance(layer, _OVER_CODES):
-        weight, bias = _read(state.base), None if bias is None else bias.to(x.dtype)
-    elif isinstance(state.base, Conv1D):
-        weight = weight.t()
-    index = {name: i for i, name in enumerate(state.names)}
-    return (weight, [call.lora_A for call in calls], [call.lora_B for call in calls]), {
-        "scalings": [call.scaling for call in calls],
-        "segments": sample_segments(x, [index.get(name, -1) for name in names]),
-        "bias": bias,
-        "dropout_p": first.dropout_p,
-        "backend": first.backend,
-    }
-
-
-def _misfit(layer: Any, state: _State, x: Any, names: Sequence[str] | None = None) -> str | None:
-    """Why x is not for the fused path; then PEFT's forward raises its error. None if it is.
-
-    ``names``: those of a mixed batch's samples.
-    """
-    fits = isinstance(x, Tensor) and x.dim() > 0
-    if fits and isinstance(layer, _OVER_CODES):
-        fits = x.dtype in checks.DTYPES
-    elif fits:
-        fits = x.dtype == state.calls[0].weight.dtype or autocast_enabled(x)
-    if not fits:
-        return "x is not what the base layer takes"
-    if names is not None and (x.dim() == 1 or len(x) != len(names)):
-        return "adapter_names are not one for each sample of x"
-    return None
-
-
-def obstacle(layer: peft_lora.Linear, adapter_names: Sequence[str] | None = None) -> str | None:
-    """Why this `peft.tuners.lora.Linear`, in its present state, goes to PEFT's own forward.
-
-    None if the fused path takes it. ``adapter_names``: those of a mixed batch's samples, which then
-    count instead of the active ones.
-    """
-    found = _look(layer, adapter_names)
-    return found if isinstance(found, str) else None
-
-
-def _look(layer: Any, mixed: Sequence[str] | None = None) -> _State | str:
-    """What the layer's call depends on, with `obstacle`'s arguments; or what that gives.
-
-    As often as every token that is made, so by the modules' own dicts and in one go: attribute by
-    attribute, function by function it took longer than all else that Python does for the call.
-    """
-    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
-        return "torch.jit.trace records PyTorch's own operators"
-    if layer.disable_adapters:
-        return "its adapters are disabled"
-    if layer.merged:
-        return "its adapters are merged"
-    modules = layer._modules
-    base = modules["base_layer"]
-    quantized = isinstance(layer, _OVER_CODES)
-    if quantized:
-        try:
-            _read(base)
-        except (TypeError, ValueError) as error:
-            return f"its base layer cannot be read: {error}"
-    elif type(base) is not nn.Linear and type(base) is not Conv1D:
-        return f"its base layer is a {type(base).__name__}, not an nn.Linear or Conv1D"
-    weight, bias = parameters(base, "weight", "bias")
-    if not quantized and weight.dtype not in checks.DTYPES:
-        return f"its base weight is {weight.dtype}"
-    if weight.requires_grad and torch.is_grad_enabled():
-        return "its base weight requires a gradient"
-    if checks.is_hooked(base):
-        return "its base layer has hooks"
-    As, Bs = modules["lora_A"]._modules, modules["lora_B"]._modules
-    dropouts, variants = modules["lora_dropout"]._modules, layer.lora_variant
-    backend: Backend = getattr(layer, "fused_lora_backend", "auto")  # not fused yet
-    state = _State(base, [], [], [], None)
-    for name in layer.active_adapters if mixed is None else dict.fromkeys(mixed):
-        if name not in As:  # to PEFT it is none there, or "__base__"
-            continue
-        A, B, dropout, scaling = As[name], Bs[name], dropouts[name], layer.scaling[name]
-        if type(A) is not nn.Linear or type(B) is not nn.Linear:
-            return f"adapter {name!r} is made of {type(A).__name__} and {type(B).__name__}"
-        if type(dropout) is not nn.Dropout and type(dropout) is not nn.Identity:
-            return f"adapter {name!r} has a {type(dropout).__name__} for its dropout"
-        if checks.is_hooked(A) or checks.is_hooked(B) or checks.is_hooked(dropout):
-            return f"adapter {name!r} has hooks"
-        lora_A, bias_A = parameters(A, "weight", "bias")
-        lora_B, bias_B = parameters(B, "weight", "bias")
-        if bias_A is not None:
-            return f"adapter {name!r} has a bias in its lora_A"
-        if not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
-            return f"adapter {name!r} has {scaling!r} for its scaling, not a finite number"
-        dropout_p = 0.0
-        if type(dropout) is nn.Dropout and dropout.training:
-            dropout_p = float(dropout.p)
-        if name in variants:
-            why = _variant_obstacle(layer, name)
-            if why is not None:
-                return why
-            state = state._replace(magnitude=layer.lora_magnitude_vector[name].weight)
-            dropout_p = dropout_p if layer.training else 0.0  # where PEFT's DoRA looks
-        if dropout_p >= 1:
-            return f"adapter {name!r} drops everything"
-        state.names.append(name)
-        state.biases.append(bias_B)
-        state.calls.append(Arguments(weight, lora_A, lora_B, scaling, bias, dropout_p, backend))
-    if not state.names:
-        return "none of its adapters is active"
-    why = None
-    if mixed is not None:
-        why = _mixed_obstacle(state, quantized)
-    elif len(state.names) > 1:
-        why = _several_obstacle(layer, state)
-    return state if why is None else why
-
-
-def _mixed_obstacle(state: _State, quantized: bool) -> str | None:
-    weight = state.calls[0].weight
-    if not quantized and type(weight) is not nn.Parameter:
-        return f"its base weight is a {type(weight).__name__}"
-    if state.magnitude is not None:
-        return "the batch mixes adapters with a variant of LoRA"
-    if any(bias is not None for bias in state.biases):
-        return "the batch mixes adapters with lora_bias"
-    if len({call.dropout_p for call in state.calls}) > 1:
-        return "the batch mixes adapters of different dropout"
-    return None
-
-
-def _several_obstacle(layer: Any, state: _State) -> str | None:
-    for name in state.names:
-        if name in layer.lora_variant:
-            return f"several adapters are active, and {name!r} is DoRA's"
-    if any(call.dropout_p for call in state.calls):
-        return "several adapters are active, each with a dropout mask of its own"
-    return None
-
-
-def _variant_obstacle(layer: Any, name: str) -> str | None:
-    if type(layer.lora_variant[name]) is not DoraLinearVariant:
-        return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
-    magnitude = layer.lora_magnitude_vector[name]
-    if type(magnitude) is not DoraLinearLayer or checks.is_hooked(magnitude):
-        return f"adapter {name!r} has a changed {type(magnitude).__name__}"
-    return None
 
 
 @dataclass(frozen=True)

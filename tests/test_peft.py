@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -17,6 +18,7 @@ from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 import fused_lora.peft as fused_peft  # noqa: E402
 from fused_lora.peft import FusedPeftLinear, fuse, register, unfuse  # noqa: E402
+from fused_lora.peft_state import arguments_of, look, misfit, usual  # noqa: E402
 
 
 class Net(nn.Module):
@@ -628,3 +630,80 @@ def test_jit_trace_records_pefts_operators():
     for M in (7, 100):
         x = torch.randn(M, 12)
         torch.testing.assert_close(traced(x), model(x))
+
+
+def _set(path, value):
+    def change(layer):
+        owner, _, name = path.rpartition(".")
+        owner = layer.get_submodule(owner) if owner else layer
+        setattr(owner, name, value(owner) if callable(value) else value)
+
+    change.__name__ = path
+    return change
+
+
+def _hook(path):
+    def change(layer):
+        layer.get_submodule(path).register_forward_hook(lambda *_: None)
+
+    change.__name__ = f"hook on {path}"
+    return change
+
+
+def _scaling(value):
+    return lambda layer: layer.scaling.update(default=value)
+
+
+CHANGES = [
+    lambda layer: None,
+    lambda layer: layer.train(),
+    lambda layer: layer.enable_adapters(False),
+    lambda layer: layer.merge(),
+    lambda layer: layer.set_adapter(["default", "other1"]),
+    lambda layer: layer.set_adapter("other1"),
+    lambda layer: layer.set_adapter("nobody"),
+    lambda layer: layer.set_adapter(["nobody", "other1"]),
+    _scaling(3),
+    _scaling(float("nan")),
+    _scaling(torch.tensor(2.0)),
+    _hook("base_layer"),
+    _hook("lora_A.default"),
+    _hook("lora_B.default"),
+    _hook("lora_dropout.default"),
+    _set("lora_A.default.forward", lambda module: module.forward),
+    _set("lora_A.default.bias", lambda module: nn.Parameter(torch.randn(4))),
+    _set("lora_B.default.bias", lambda module: nn.Parameter(torch.randn(20))),
+    _set("lora_dropout.default", lambda _: nn.AlphaDropout(0.1)),
+    _set("lora_dropout.default", lambda _: nn.Identity()),
+    _set("lora_dropout.default", lambda _: nn.Dropout(1.0)),
+    _set("lora_A.default", lambda _: nn.Sequential(nn.Linear(12, 4, bias=False))),
+    _set("base_layer.__class__", lambda _: _Frozen),
+    lambda layer: layer.base_layer.requires_grad_(),
+    lambda layer: layer.base_layer.to(torch.float8_e4m3fn),
+    lambda layer: layer.bfloat16(),
+    lambda layer: prune.l1_unstructured(layer.lora_A["default"], "weight", 0.5),
+    lambda layer: parametrize.register_parametrization(layer.base_layer, "weight", nn.Identity()),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_the_quick_look_at_a_layer_says_what_the_whole_one_says(change, use_dora):
+    model = _model(adapters=2, target_modules=["up"], lora_dropout=0.1, use_dora=use_dora).eval()
+    fuse(model)
+    layer, rows = model.base_model.model.up, torch.randn(5, 12)
+    assert use_dora or usual(layer, rows) is not None
+    try:
+        change(layer)
+    except ValueError:  # PEFT's: it has no such adapter
+        layer._active_adapter = ["nobody"]
+    for x in (rows, rows.bfloat16(), rows[0], rows[0, 0], None):
+        for context in (torch.enable_grad(), torch.no_grad(), torch.autocast("cpu")):
+            with context:
+                quick, found = usual(layer, x), look(layer)
+                if quick is None:
+                    continue
+                assert not isinstance(found, str), found
+                assert misfit(layer, found, x) is None
+                assert found.is_simple
+                assert quick.same(arguments_of(found))

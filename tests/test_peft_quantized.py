@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 from peft.tuners.lora import layer as peft_lora  # noqa: E402
 
 import fused_lora.peft as fused_peft  # noqa: E402
-from fused_lora import QuantizedWeight, inject, quantize_nf4, sharing  # noqa: E402
+from fused_lora import QuantizedWeight, inject, peft_state, quantize_nf4, sharing  # noqa: E402
 from fused_lora.peft import fuse, unfuse  # noqa: E402
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -95,7 +95,7 @@ def _codes(linear):
 @pytest.fixture
 def stand_in(monkeypatch):
     """Makes the codes of a PEFT model's base layers; gives the model over them."""
-    monkeypatch.setattr(fused_peft, "_OVER_CODES", (OverCodes,))
+    monkeypatch.setattr(peft_state, "_OVER_CODES", (OverCodes,))
     monkeypatch.setattr(fused_peft, "_FUSED", fused_peft._FUSED | {OverCodes: FusedOverCodes})
 
     def over_codes(net, **config):
