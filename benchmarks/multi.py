@@ -120,8 +120,8 @@ def _loop(p: MultiProblem) -> Layer:
     def layer(x: Tensor) -> Tensor:
         y = _base(p, x)
         for index, (A, B) in zip(indices, adapters, strict=True):
-            update = F.linear(F.linear(x[index], A), B)
-            y = y.index_add(0, index, update, alpha=p.scaling)
+            update = F.linear(F.linear(x[index].to(A.dtype), A), B)
+            y = y.index_add(0, index, update.to(y.dtype), alpha=p.scaling)
         return y
 
     return layer
@@ -135,9 +135,9 @@ def _bmm(p: MultiProblem) -> Layer:
 
     def layer(x: Tensor) -> Tensor:
         A, B = torch.stack(As), torch.stack(Bs)
-        update = torch.bmm(torch.bmm(x[padded], A.mT), B.mT)
+        update = torch.bmm(torch.bmm(x[padded].to(A.dtype), A.mT), B.mT)
         y = _base(p, x)
-        return y.index_add(0, padded[real], update[real], alpha=p.scaling)
+        return y.index_add(0, padded[real], update[real].to(y.dtype), alpha=p.scaling)
 
     return layer
 

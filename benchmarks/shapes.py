@@ -118,10 +118,15 @@ def _cases(
 
 
 def many_adapters(
-    side: int, dtype: str, training: int, decoding: Iterable[int], format: str = PLAIN
+    side: int,
+    dtype: str,
+    training: int,
+    decoding: Iterable[int],
+    format: str = PLAIN,
+    adapter_dtype: str | None = None,
 ) -> Iterator[Case]:
     """Joint training of 4 adapters on ``training`` rows, and decoding, a row an adapter."""
-    common = (side, side, 16, 0.0, dtype, dtype, format)
+    common = (side, side, 16, 0.0, dtype, adapter_dtype or dtype, format)
     for ragged in (True, False):
         yield Case("joint training", training, *common, adapters=4, ragged=ragged)
     for adapters in decoding:
@@ -193,6 +198,8 @@ def _cpu_quantized() -> Iterator[Case]:
 def _cpu_multi() -> Iterator[Case]:
     for dtype in ("fp32", "bf16"):
         yield from many_adapters(576, dtype, 1024, (16, 64, 256))
+    # PEFT's default over bf16
+    yield from many_adapters(576, "bf16", 1024, (16, 64, 256), adapter_dtype="fp32")
     yield from many_adapters(576, "fp32", 1024, (64,), "nf4")
 
 

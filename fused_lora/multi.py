@@ -257,9 +257,11 @@ def explain_multi(
         mixed = known.mixed if backend != "torch" else None
         why = f"not taken: {mixed}"
         reasons = {"triton": why} if mixed else dict(explain_call(call, backend, ()).reasons)
+        in_turn = layer.wide(x.dtype) is not None
         sizes = [len(batch.adapters) for batch in layer.batches(x.dtype)]
-        several = [size for size in sizes if size > 1]
-        how = f"taken: F.linear, then the products of {len(sizes) - len(several)} adapters in turn"
+        several = [size for size in sizes if size > 1 and not in_turn]
+        singles = sum(sizes) - sum(several)
+        how = f"taken: F.linear, then the products of {singles} adapters in turn"
         if several:
             how += f" and of {sum(several)} side by side in {len(several)} bmm"
         reasons["library"] = f"{how}, added in place"
