@@ -37,6 +37,9 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its own messages go to stderr
 _CPU_SAMPLE = 1e-3  # seconds: shorter calls are repeated within a sample
 _FLUSH_BYTES = 256 * 2**20  # five times the L2 of an H100
 _MIN_ROUNDS, _MAX_ROUNDS = 7, 100
+# A virtual CPU can be half as fast for a second or two: then samples spread more than this from the
+# 20 % to the 80 % quantile, and medians of different providers compare different seconds.
+_DISTURBED, _ATTEMPTS = 1.15, 3
 
 
 Expected = tuple[Result, Result, Result]
@@ -190,6 +193,23 @@ def side_by_side(
         for name in names:
             times[name].append(samplers[name]())
     return times
+
+
+def undisturbed(
+    todo: dict[str, Call], device: torch.device, seconds: float, *, overhead: bool = False
+) -> dict[str, list[float]]:
+    """`side_by_side`, on a CPU again while it is disturbed: of 3 attempts that of least spread."""
+
+    def spread(times: dict[str, list[float]]) -> float:
+        each = map(quantiles, times.values())
+        return max(found["q80"] / found["q20"] for found in each)
+
+    attempts = []
+    for _ in range(_ATTEMPTS if device.type == "cpu" else 1):
+        attempts.append(side_by_side(todo, device, seconds, overhead=overhead))
+        if spread(attempts[-1]) <= _DISTURBED:
+            break
+    return min(attempts, key=spread)
 
 
 def quantiles(samples: list[float]) -> dict[str, float]:

@@ -76,7 +76,7 @@ def measure_case(
             continue
         overhead = mode == "overhead"
         timed = {name: calls["forward" if overhead else mode] for name, calls in todo.items()}
-        times = measure.side_by_side(timed, device, seconds, overhead=overhead)
+        times = measure.undisturbed(timed, device, seconds, overhead=overhead)
         found += [row(name, mode, "us", samples) for name, samples in times.items()]
     return found, left_out
 

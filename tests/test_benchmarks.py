@@ -146,6 +146,23 @@ def test_a_measurement_takes_turns_and_has_quantiles(device):
     }
 
 
+@pytest.mark.parametrize(
+    ("spreads", "taken", "attempts"),
+    [((1.1, 2.0, 2.0), 1.1, 1), ((2.0, 1.1, 3.0), 1.1, 2), ((2.0, 1.5, 3.0), 1.5, 3)],
+)
+def test_what_was_disturbed_is_measured_again(monkeypatch, spreads, taken, attempts):
+    todo = list(spreads)
+
+    def fake(*_, **__):
+        slow = todo.pop(0)
+        return {"a": [1.0] * 10, "b": [1.0] * 5 + [slow] * 5}
+
+    monkeypatch.setattr(measure, "side_by_side", fake)
+    times = measure.undisturbed({}, torch.device("cpu"), 0.0)
+    assert max(times["b"]) == taken
+    assert len(todo) == 3 - attempts
+
+
 def test_cpu_memory_counts_temporaries_and_not_what_was_there_before():
     x = torch.ones(1000)
 
