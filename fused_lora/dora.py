@@ -28,19 +28,28 @@ from .quantize import QuantizedWeight
 def weight_norm(
     weight: Tensor | QuantizedWeight, lora_A: Tensor, lora_B: Tensor, scaling: float, plan: Plan
 ) -> Tensor:
-    """||W0 + scaling * B A|| of each row, [N], in fp32 or better, computed anew in each call."""
+    """||W0 + scaling * B A|| of each row, [N], in fp32 or better, computed anew in each call.
+
+    Rows of zeros have inf: what is divided by it is 0, and their y is the bias.
+    """
     if plan.backend == "triton":
         from .kernels import dora
 
         w = weight if isinstance(weight, Tensor) else weight.matrix()
         return dora.weight_norm(w, lora_A, lora_B, scale=scaling)
     with no_autocast(lora_A):
-        return torch_backend.weight_norm(weight, lora_A, lora_B, scaling)
+        norm = torch_backend.weight_norm(weight, lora_A, lora_B, scaling)
+        return norm.masked_fill_(norm == 0, torch.inf)
 
 
-def over_norm(numerator: Tensor, norm: Tensor) -> Tensor:
-    """numerator / norm in the norm's dtype, and 0 for rows of zeros: their y is the bias."""
-    return torch.where(norm > 0, numerator.to(norm.dtype) / norm, 0.0)
+def column_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """c = m / norm [N] in the norm's dtype."""
+    return (magnitude / norm).to(norm.dtype)
+
+
+def over_norm(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """The same for a norm that is 0 for rows of zeros."""
+    return column_scale(magnitude, norm.masked_fill(norm == 0, torch.inf))
 
 
 def gradients(
@@ -59,11 +68,11 @@ def gradients(
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dA, dB and dm for g = dL/dy: dA iff x is given, dB iff h is given, dm iff z is given."""
-    gs, dot = backends.dora_backward(g, over_norm(magnitude, norm), z, plan)
+    gs, dot = backends.dora_backward(g, column_scale(magnitude, norm), z, plan)
     dx, dA, dB = backends.backward(
         gs, x, weight, lora_A, lora_B, h, scaling, None, plan, need_dx=need_dx
     )
-    dm = None if dot is None else over_norm(dot, norm).to(magnitude.dtype)
+    dm = None if dot is None else (dot / norm).to(magnitude.dtype)
     return dx, dA, dB, dm
 
 
@@ -95,7 +104,7 @@ class DoRALinearFunction(torch.autograd.Function):
             weight,
             lora_A,
             lora_B,
-            over_norm(magnitude, norm),
+            column_scale(magnitude, norm),
             bias,
             scaling,
             plan,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import backends
 from .differentiable import differentiable
-from .dora import gradients, over_norm, weight_norm
+from .dora import column_scale, gradients, weight_norm
 from .ops import _plan
 from .packing import pack, unpack
 
@@ -40,9 +40,9 @@ def dora_linear_op(
     of_norm: Any = exact[0] if exact else W
     chosen = _plan(x, W, lora_A, lora_B, bias, False, backend, "dora")
     norm = weight_norm(of_norm, lora_A, lora_B, scaling, chosen)
-    column_scale = over_norm(magnitude, norm)
+    c = column_scale(magnitude, norm)
     y, h, z = backends.dora_forward(
-        x, W, lora_A, lora_B, column_scale, bias, scaling, chosen, need_h=need_h, need_z=need_z
+        x, W, lora_A, lora_B, c, bias, scaling, chosen, need_h=need_h, need_z=need_z
     )
     return y, norm, x.new_empty(0) if h is None else h, x.new_empty(0) if z is None else z
 

@@ -1,6 +1,6 @@
 """DoRA's own kernels: the norms of W0 + scale * B A, and the backward of the column scale.
 
-    norm[n] = ||W0[n, :] + scale * (B A)[n, :]||_2      W0 [N, K], A [R, K], B [N, R]
+    norm[n] = ||W0[n, :] + scale * (B A)[n, :]||_2      W0 [N, K], A [R, K], B [N, R]; inf for 0
     gs = c o g,  dot[n] = sum_m g[m, n] z[m, n]         g, z [M, N], c [N]
 
 The norm adds B A to a tile of W0 in registers: W0 + scale * B A is never in memory. Expanding the
@@ -17,6 +17,7 @@ import triton.language as tl
 from .configs import FP_FUSION, MIN_DOT, padded
 from .device import device_guard, device_info
 from .grads import rows_in_split, sum_partials
+from .launch import Launcher
 from .quantized import QuantizedMatrix, load_weight
 
 # Both are bound by memory. The norm's products are exact (FMA): few rows, so that many programs
@@ -87,7 +88,11 @@ def weight_norm_kernel(
         v = w.to(tl.float32) + scale * delta
         acc += v * v
     norm = tl.sqrt_rn(tl.sum(acc, axis=1))
+    norm = tl.where(norm == 0.0, float("inf"), norm)
     tl.store(norm_ptr + offs_n.to(tl.int64), norm, mask=offs_n < N)
+
+
+_launch_norm = Launcher(weight_norm_kernel)
 
 
 def weight_norm(
@@ -95,7 +100,8 @@ def weight_norm(
 ) -> torch.Tensor:
     """||weight + scale * b a|| of each row, fp32 [N]; any strides, any floating dtypes.
 
-    ``weight`` [N, K] may be a `QuantizedMatrix`; its values count before they are rounded.
+    Rows of zeros have inf: what is divided by it is 0. ``weight`` [N, K] may be a
+    `QuantizedMatrix`; its values count before they are rounded.
     """
     (N, K), R = weight.shape, a.shape[0]
     norm = torch.empty(N, dtype=torch.float32, device=a.device)
@@ -103,19 +109,24 @@ def weight_norm(
         return norm
     quantized = weight if isinstance(weight, QuantizedMatrix) else None
     with device_guard(a):
-        weight_norm_kernel[(triton.cdiv(N, _NORM["BLOCK_N"]),)](
-            weight if quantized is None else quantized.code_bytes(),
-            None if quantized is None else quantized.tables,
-            a,
-            b,
-            norm,
-            N,
-            K,
-            R,
-            *((0, 0) if isinstance(weight, QuantizedMatrix) else weight.stride()),
-            *a.stride(),
-            *b.stride(),
-            scale,
+        _launch_norm(
+            (triton.cdiv(N, _NORM["BLOCK_N"]), 1, 1),
+            (
+                weight if quantized is None else quantized.code_bytes(),
+                None if quantized is None else quantized.tables,
+                a,
+                b,
+                norm,
+            ),
+            (
+                N,
+                K,
+                R,
+                *((0, 0) if isinstance(weight, QuantizedMatrix) else weight.stride()),
+                *a.stride(),
+                *b.stride(),
+            ),
+            (scale,),
             BLOCK_R=min(padded(R), _MAX_BLOCK_R),
             W_LAYOUT=None if quantized is None else quantized.layout,
             **_NORM,
