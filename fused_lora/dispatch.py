@@ -31,6 +31,7 @@ from .kernels.configs import (
     tma_obstacle,
 )
 from .kernels.device import DeviceInfo, device_info, has_fp8
+from .lookup import parameters
 from .quantize import Layout, QuantizedWeight
 from .reference import FP8_BLOCK
 from .tables import Direction
@@ -409,10 +410,11 @@ class Decision(NamedTuple):
 
 _calls: dict[tuple[object, ...], Call] = {}  # a checked call by the facts about its arguments
 _MAX_CALLS = 4096
+_MAX_SHAPES = 32  # of x for each of the calls that `recall` knows
 
 
 class _Known(NamedTuple):
-    """What is known of the calls with one W0 and the same options."""
+    """What is known of the calls with one W0, one A and the same options."""
 
     guards: Any  # on x but for its rows, W0 or its codes, A, B and bias
     facts: object  # about a quantised W0
@@ -420,18 +422,26 @@ class _Known(NamedTuple):
     decisions: dict[torch.Size, Decision]  # for each x.shape
 
 
-_known: dict[tuple[object, ...], _Known] = {}  # by W0's address and the options
+_known: dict[tuple[object, ...], _Known] = {}
 
 
 def _key(
+    x: Tensor,
     weight: Tensor | QuantizedWeight,
+    lora_A: Tensor,
     bias: Tensor | None,
     scaling: float,
     dropout_p: float,
     backend: Backend,
-) -> tuple[object, ...]:
-    kinds = type(scaling), type(dropout_p)  # True is 1.0, and is refused
-    return id(weight), bias is None, scaling, dropout_p, kinds, backend
+) -> tuple[object, ...] | None:
+    if not (type(scaling) in _NUMBERS and type(dropout_p) in _NUMBERS):  # True is 1.0
+        return None
+    # What may take turns: else each would make the other's guards anew.
+    of_tensors = id(weight), id(lora_A), x.ndim, x.requires_grad, bias is None
+    return *of_tensors, scaling, dropout_p, backend
+
+
+_NUMBERS = (float, int)
 
 
 def recall(
@@ -450,7 +460,8 @@ def recall(
     memory, and a look at every attribute of every tensor takes 10 us then, warm 3.
     """
     try:
-        known = _known.get(_key(weight, bias, scaling, dropout_p, backend))
+        key = _key(x, weight, lora_A, bias, scaling, dropout_p, backend)
+        known = None if key is None else _known.get(key)
         if known is None:
             return None
         guards, facts, autocast_dtype, decisions = known
@@ -482,8 +493,10 @@ def remember(
     backend: Backend,
 ) -> None:
     """Keeps the decision for `recall`, until `forget_plans`. No tensor is kept alive."""
+    key = _key(x, weight, lora_A, bias, scaling, dropout_p, backend)
     W, facts = _weight_facts(weight)
-    if not decision.call.plain_tensors or W.requires_grad:  # refused where a gradient is asked for
+    # A W0 that requires a gradient is refused where one is asked for.
+    if key is None or not decision.call.plain_tensors or W.requires_grad:
         return
     tensors = (x, W, lora_A, lora_B) if bias is None else (x, W, lora_A, lora_B, bias)
     sizes: Sizes = [[*[None] * (x.ndim - 1), x.shape[-1]], *(list(t.shape) for t in tensors[1:])]
@@ -491,12 +504,11 @@ def remember(
     if guards is None:
         return
     dtype = torch.get_autocast_dtype(x.device.type) if autocast_enabled(x) else None
-    key = _key(weight, bias, scaling, dropout_p, backend)
     known = _known.get(key)
     same = known is not None and known[1:3] == (facts, dtype) and known.guards.check(*tensors)
     decisions = known.decisions if known is not None and same else {}
-    for cache in (_known, decisions):
-        if len(cache) >= _MAX_CALLS:
+    for cache, limit in ((_known, _MAX_CALLS), (decisions, _MAX_SHAPES)):
+        if len(cache) >= limit:
             cache.clear()
     decisions[x.shape] = decision
     _known[key] = _Known(guards, facts, dtype, decisions)
@@ -506,7 +518,7 @@ def _weight_facts(weight: Tensor | QuantizedWeight) -> tuple[Tensor, object]:
     """A tensor that guards can look at, and what there is to know of a quantised W0 besides."""
     if isinstance(weight, Tensor):
         return weight, None
-    codes: Tensor = weight._parameters["codes"]  # type: ignore[assignment]
+    (codes,) = parameters(weight, "codes")
     return codes, (weight.layout, weight.dtype, weight.shape, type(weight))
 
 
@@ -560,6 +572,7 @@ def explain_call(
         reasons["triton"] = f"not taken: {why}"
         reasons["library"] = "taken: F.linear, then addmm_ in place on its own output"
         if chosen.composed:
+            reasons["library"] = "taken: F.linear, the adapter's part added in place"
             reasons["autograd"] = f"PyTorch's own nodes: up to {FEW_ROWS} rows they cost less"
         if call.quantized is not None:
             reasons["quantised W0"] = describe_quantized(call, "torch", False)

@@ -93,6 +93,7 @@ def lora_linear(
         decision = recall(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
         if decision is not None:
             return _run(decision, x, weight, lora_A, lora_B, bias)
+    given = (x, weight, bias)
     x, weight, bias = autocast(x, weight, bias)
     options = (scaling, dropout_p, backend)
     if _distributed() and isinstance(weight, Tensor):
@@ -108,7 +109,8 @@ def lora_linear(
                 x, weight, lora_A, lora_B, bias, *options, observed=observed, shard=shard
             )
             return layout.from_local(y)
-    return _on_device(x, weight, lora_A, lora_B, bias, *options, observed=observed)
+    own = x is given[0] and weight is given[1] and bias is given[2]
+    return _on_device(x, weight, lora_A, lora_B, bias, *options, observed=observed, own=own)
 
 
 def base_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
@@ -137,18 +139,21 @@ def _on_device(
     backend: Backend,
     *,
     observed: bool,
+    own: bool = False,
     shard: int | None = None,
 ) -> Tensor:
     """One device's part: bare autograd in plain eager mode, operators for everything else.
 
-    ``shard``: which part of the logical x this one is. Each part gets a dropout mask of its own.
+    ``own``: whether these are the caller's own tensors, which may come again. ``shard``: which part
+    of the logical x this one is. Each part gets a dropout mask of its own.
     """
     _check_options(weight, scaling, dropout_p, backend)
     threshold = dropout_threshold(dropout_p)
     if not observed:
         call = checked_call(x, weight, lora_A, lora_B, bias, threshold > 0)
         decision = Decision(call, plan(call, backend), float(scaling), threshold)
-        remember(decision, x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
+        if own:
+            remember(decision, x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
         return _run(decision, x, weight, lora_A, lora_B, bias, shard)
     checks.check_tensors(x, weight, lora_A, lora_B, bias)
     check_frozen(weight)

@@ -265,6 +265,7 @@ def explain_multi(
         if several:
             how += f" and of {sum(several)} side by side in {len(several)} bmm"
         reasons["library"] = f"{how}, added in place"
+        reasons.pop("autograd", None)  # it has a node of its own for few rows too
         return Explanation(chosen.backend, chosen.strategy, chosen.strategy_dx, reasons)
     reasons = {"torch": "not taken: the kernels take this call"}
     for strategy, extra in predicted_extra(call, layer.rows.num_groups).items():

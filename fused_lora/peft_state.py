@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from peft.import_utils import is_bnb_4bit_available
@@ -106,11 +106,13 @@ def usual(layer: Any, x: object) -> Arguments | None:
     lora_A, lora_B = A._parameters.get("weight"), B._parameters.get("weight")
     if weight is None or lora_A is None or lora_B is None or weight.requires_grad:
         return None  # parametrised, pruned, or sharded by FSDP1
-    if A._parameters["bias"] is not None or B._parameters["bias"] is not None:
+    if bias is None and "bias" not in base._parameters:  # elsewhere
         return None
-    if not math.isfinite(scaling) or dropout_p >= 1 or weight.dtype not in checks.DTYPES:
+    if A._parameters.get("bias", A) is not None or B._parameters.get("bias", B) is not None:
         return None
-    if not isinstance(x, Tensor) or x.dim() == 0:
+    if not abs(scaling) < math.inf or dropout_p >= 1 or weight.dtype not in checks.DTYPES:
+        return None
+    if not _is_dense(x):
         return None
     if x.dtype != weight.dtype and not autocast_enabled(x):
         return None
@@ -181,12 +183,16 @@ def mixed_arguments(
     }
 
 
+def _is_dense(x: object) -> TypeGuard[Tensor]:
+    return isinstance(x, Tensor) and x.dim() > 0 and x.layout is torch.strided and not x.is_nested
+
+
 def misfit(layer: Any, state: State, x: Any, names: Sequence[str] | None = None) -> str | None:
     """Why x is not for the fused path; then PEFT's forward raises its error. None if it is.
 
     ``names``: those of a mixed batch's samples.
     """
-    fits = isinstance(x, Tensor) and x.dim() > 0
+    fits = _is_dense(x)
     if fits and over_codes(layer):
         fits = x.dtype in checks.DTYPES
     elif fits:
@@ -251,7 +257,9 @@ def look(layer: Any, mixed: Sequence[str] | None = None) -> State | str:
         lora_B, bias_B = parameters(B, "weight", "bias")
         if bias_A is not None:
             return f"adapter {name!r} has a bias in its lora_A"
-        if not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
+        # By a comparison: Dynamo knows no isfinite of a float that changes.
+        number = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
+        if not number or not abs(scaling) < math.inf:
             return f"adapter {name!r} has {scaling!r} for its scaling, not a finite number"
         dropout_p = 0.0
         if type(dropout) is nn.Dropout and dropout.training:

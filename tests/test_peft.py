@@ -650,6 +650,16 @@ def _hook(path):
     return change
 
 
+def _bias_elsewhere(path, value):
+    def change(layer):
+        module = layer.get_submodule(path)
+        del module.bias
+        module.bias = value  # no parameter any more
+
+    change.__name__ = f"bias of {path}"
+    return change
+
+
 def _scaling(value):
     return lambda layer: layer.scaling.update(default=value)
 
@@ -665,6 +675,7 @@ CHANGES = [
     lambda layer: layer.set_adapter(["nobody", "other1"]),
     _scaling(3),
     _scaling(float("nan")),
+    _scaling(True),
     _scaling(torch.tensor(2.0)),
     _hook("base_layer"),
     _hook("lora_A.default"),
@@ -673,6 +684,10 @@ CHANGES = [
     _set("lora_A.default.forward", lambda module: module.forward),
     _set("lora_A.default.bias", lambda module: nn.Parameter(torch.randn(4))),
     _set("lora_B.default.bias", lambda module: nn.Parameter(torch.randn(20))),
+    _bias_elsewhere("base_layer", torch.ones(20)),
+    _bias_elsewhere("lora_A.default", None),
+    _bias_elsewhere("lora_B.default", None),
+    _bias_elsewhere("lora_B.default", torch.ones(20)),
     _set("lora_dropout.default", lambda _: nn.AlphaDropout(0.1)),
     _set("lora_dropout.default", lambda _: nn.Identity()),
     _set("lora_dropout.default", lambda _: nn.Dropout(1.0)),

@@ -51,18 +51,18 @@ def test_what_differs_is_looked_at(looks):
     bias = torch.randn(24)
     lora_linear(x, W, A, B, scaling=2.0)
     changed = [
-        lambda: lora_linear(x, W, A, B, scaling=2),
         lambda: lora_linear(x, W, A, B, scaling=3.0),
         lambda: lora_linear(x, W, A, B, scaling=2.0, dropout_p=0.5),
         lambda: lora_linear(x, W, A, B, scaling=2.0, backend="torch"),
         lambda: lora_linear(x, W, A, B, scaling=2.0, bias=bias),
         lambda: lora_linear(x, W.clone(), A, B, scaling=2.0),
         lambda: lora_linear(x, W, A.bfloat16(), B, scaling=2.0),
-        lambda: lora_linear(x, W, A, torch.randn(24, 4), scaling=2.0),  # no gradient
         lambda: lora_linear(x[None], W, A, B, scaling=2.0),
     ]
     for i, call in enumerate(changed, 2):
         call()
+        assert len(looks) == i
+        lora_linear(x, W, A, B, scaling=2)
         assert len(looks) == i
     _assert_right(lora_linear(x, W, A, B, scaling=2.0, bias=bias), x, W, A, B, bias=bias)
 
@@ -157,6 +157,51 @@ def test_autocast_comes_goes_and_changes(looks, M):
     assert len(looks) == 1  # it had followed a call without autocast
 
 
+def test_what_autocast_changes_is_not_kept():
+    x, W, A, B = _tensors()
+    dispatch.forget_plans()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lora_linear(x, W, A, B, scaling=2.0)
+    assert not dispatch._known
+
+
+def test_calls_that_take_turns(looks):
+    x, W, A, B = _tensors()
+    others = torch.randn(6, 32), torch.randn(24, 6)
+    leaf = x.clone().requires_grad_()
+    for _ in range(3):
+        for t in (x, x[None], leaf):
+            lora_linear(t, W, A, B, scaling=2.0)
+        lora_linear(x, W, *others, scaling=2.0)
+    assert len(looks) == 4
+
+
+class _Odd(float):
+    def __hash__(self):
+        raise RuntimeError("hash")
+
+    def __eq__(self, other):
+        return True
+
+
+def test_numbers_of_other_types_are_not_compared():
+    x, W, A, B = _tensors()
+    for scaling in (1.0, 2.0):
+        got = lora_linear(x, W, A, B, scaling=_Odd(scaling))
+        expected = reference.lora_linear(x, W, A, B, scaling=scaling)
+        torch.testing.assert_close(got, expected)
+
+
+def test_codes_that_are_no_parameters():
+    """As in the replicas of nn.DataParallel."""
+    x, W, A, B = _tensors(K=64)
+    codes = quantize_nf4(W)
+    values = codes._parameters.pop("codes").data
+    codes.register_buffer("codes", values)
+    for _ in range(2):
+        _assert_right(lora_linear(x, codes, A, B, scaling=2.0), x, codes.dequantize(), A, B)
+
+
 @pytest.mark.parametrize("M", [5, 100])
 def test_transforms_and_modes_over_a_known_call(M):
     x, W, A, B = _tensors(M, dtype=torch.float64)
@@ -226,6 +271,7 @@ def test_no_tensor_is_kept_alive():
 
 def test_no_more_is_kept_than_the_limit(monkeypatch):
     monkeypatch.setattr(dispatch, "_MAX_CALLS", 3)
+    monkeypatch.setattr(dispatch, "_MAX_SHAPES", 3)
     dispatch.forget_plans()
     x, W, A, B = _tensors()
     weights = [W.clone() for _ in range(10)]
