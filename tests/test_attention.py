@@ -208,7 +208,9 @@ def test_explain():
     x, y = torch.randn(L, B, E), torch.randn(S, B, E)
     found = fused.explain(x)
     assert list(found) == ["q_proj, k_proj, v_proj", "out_proj"]
-    assert "group: not taken: on a CPU" in str(found["q_proj, k_proj, v_proj"])
+    assert "group: not taken: few rows, and on a CPU dropout" in str(
+        found["q_proj, k_proj, v_proj"]
+    )
     assert "library: taken: F.linear" in str(found["out_proj"])
     assert list(fused.explain(x, y)) == ["q_proj", "k_proj, v_proj", "out_proj"]
     some = FusedLoRAAttention(E, H, target_modules=("k_proj",))

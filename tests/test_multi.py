@@ -485,7 +485,12 @@ def test_multi_equal_adapters_in_torch(runs, dtype, adapter_dtype, dropout_p, mo
     monkeypatch.setattr(multi_backends, "_STACKED", 12 * 3 * 70 * dtype.itemsize)
     dtypes = {"dtype": dtype, "adapter_dtype": adapter_dtype}
     b = batch(runs, [3 + i % 2 for i in range(40)], N=24, dropout_p=dropout_p, **dtypes)
-    check(run(fused(PLANS[2].values[0]), b), b)
+    if dtype == adapter_dtype:
+        check(run(fused(PLANS[2].values[0]), b), b)
+    else:  # of the gradients, of which some are of a single row, the forward pass knows nothing
+        y = run(fused(PLANS[2].values[0]), b)["y"]
+        exact, same_dtype = loop(b.map(torch.Tensor.double)), loop(b)
+        assert (y.double() - exact).norm() <= 2 * (same_dtype.double() - exact).norm()
     explained = explain_multi(b.x, b.weight, b.As, b.Bs, adapter_indices=b.indices)
     if adapter_dtype == torch.float32:  # the backward pass alone goes side by side
         assert "in turn, added in place" in explained.reasons["library"]
