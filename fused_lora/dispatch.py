@@ -423,6 +423,7 @@ class _Known(NamedTuple):
 
 
 _known: dict[tuple[object, ...], _Known] = {}
+_NUMBERS = (float, int)  # and nothing that compares or hashes in a way of its own
 
 
 def _key(
@@ -439,9 +440,6 @@ def _key(
     # What may take turns: else each would make the other's guards anew.
     of_tensors = id(weight), id(lora_A), x.ndim, x.requires_grad, bias is None
     return *of_tensors, scaling, dropout_p, backend
-
-
-_NUMBERS = (float, int)
 
 
 def recall(

@@ -239,7 +239,7 @@ def fuse(
         groups: compute the projections that share their input (q, k, v; gate, up) together, in the
             model families where they are known to: Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma2 and
             Gemma3. See `fused_lora.sharing` for how; `lora_linear_group` for what it saves. Under
-            torch.compile each is computed on its own.
+            torch.compile, and for up to 64 rows, each is computed on its own.
 
     Raises:
         TypeError: model is no module.

@@ -100,10 +100,10 @@ def composed(
 ) -> Tensor:
     """y [..., N], recorded by PyTorch's autograd operator by operator; the mask is saved.
 
-    For few rows on a CPU, where a node of our own takes longer than what it saves. And where the
-    adapter's part is computed in the adapters' dtype, if that is the wider one, as PEFT does: for
-    so few rows it is less to cast them than A and B (0.62 of the time at M 1, 576 x 576, fp32 over
-    bf16; 0.98 at M 64, 1024 x 4096).
+    For few rows on a CPU, where a node of our own takes longer than what it saves. The adapter's
+    part is in the adapters' dtype, if that is the wider one, as in PEFT: to cast so few rows is
+    less than to cast A and B (0.62 of the time at M 1, 576 x 576, fp32 over bf16; 0.98 at M 64,
+    1024 x 4096).
     """
     rows, K = x.shape[:-1], x.shape[-1]
     x = x if x.ndim == 2 else x.reshape(rows.numel(), K)
