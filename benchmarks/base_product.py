@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from fused_lora.device_time import median_seconds
 from fused_lora.dispatch import specialized_obstacle
 from fused_lora.kernels import gemm, persistent
 from fused_lora.kernels.configs import Kind, TileConfig, ship
 from fused_lora.kernels.device import device_info
-from fused_lora.tune import checked_seconds, in_processes, median_seconds, shape
+from fused_lora.tune import checked_seconds, in_processes, shape
 
 from . import rows
 
@@ -98,15 +99,16 @@ def measure(
     for M, N, K in shapes:
         x, W = (torch.randn(rows, K, dtype=dtype, device=device) for rows in (M, N))
         operands[M, N, K] = x, W * K**-0.5
-    cublas = {sizes: timer(partial(F.linear, x, W)) for sizes, (x, W) in operands.items()}
     for name, (kind, product) in products(device).items():
         for sizes, (x, W) in operands.items():
             expected = F.linear(x, W).float()
+            # Anew for each kernel: a GPU that has become warm is slower, 7 % at 8192^3 on an H200.
+            cublas = timer(partial(F.linear, x, W))
             for config in _tiles(kind, dtype, device):
                 run = partial(product, config, x, W.t())
                 wrong = "is wrong by {:.1e} of the norm"
                 seconds, problem = checked_seconds(run, expected, timer, wrong)
-                speed = None if seconds is None else cublas[sizes] / seconds
+                speed = None if seconds is None else cublas / seconds
                 yield Measured(*sizes, name, str(config), seconds, speed, problem)
 
 

@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fused_lora.dispatch import CEILINGS, gluon_problem
-from fused_lora.kernels import gemm, grads, group, multi, persistent, pieces, skinny
+from fused_lora.kernels import expand, gemm, grads, group, multi, persistent, pieces, skinny
 from fused_lora.kernels.configs import (
     MAX_GROUP,
     MAX_SPLIT_K,
@@ -68,7 +68,7 @@ MULTI: dict[Kind, tuple[bool, ...]] = {
     "second": (False, True),
     "quantized": (False, True),
     "plain": (False, True),
-    "expand": (True,),
+    "expand": (False, True),
     "multi_grad": (True,),
 }
 # Of each format of a quantised W0: its codes, its tables, and its blocks. NF4 is doubly quantised.
@@ -117,7 +117,7 @@ class Case:
         flags += "+dora" * self.dora + "+multi" * self.multi
         tile = f"{c.BLOCK_M}x{c.BLOCK_N}x{c.BLOCK_K}w{c.num_warps}s{c.num_stages}"
         if c.SUBTILES:
-            tile += f"/{c.SUBTILES}" + "+flat" * bool(c.FLATTEN) + "+coop" * bool(c.COOPERATIVE)
+            tile += f"/{c.SUBTILES}" + "+coop" * bool(c.COOPERATIVE)
             tile += f"+lead{c.LEAD}" * bool(c.LEAD)
         dtypes = f"{self.dtype}/{self.adapter_dtype}"
         kind = f"{self.kind} {self.codes}".strip()
@@ -343,6 +343,16 @@ def _skinny_source(case: Case) -> tuple[Any, dict[str, str], dict[str, object]]:
     return skinny.skinny_partial_kernel, pointers, constants
 
 
+def _expand_source(case: Case) -> tuple[Any, dict[str, str], dict[str, object]]:
+    x = f"*{case.dtype}"
+    pointers = {"y_ptr": x, "h_ptr": x, "b_ptr": f"*{case.adapter_dtype}"}
+    if case.dropout:
+        pointers["seed_ptr"] = "*i64"
+    constants: dict[str, object] = {"BLOCK_K": min(padded(case.r), case.config.BLOCK_K)}
+    constants["stride_bn" if case.transposed else "stride_br"] = 1
+    return expand.add_lora_kernel, pointers, constants
+
+
 def _tma_source(case: Case) -> tuple[Any, dict[str, str], dict[str, object]]:
     config, forward = case.config, not case.transposed
     BLOCK_R, CHUNK_R = persistent.rank_blocks(case.r, case.dropout and case.transposed)
@@ -454,7 +464,8 @@ def source(case: Case) -> ASTSource:
     elif case.multi and case.kind not in ("second", "quantized"):
         build = _multi_source
     else:
-        build = {"grad": _grad_source, "skinny": _skinny_source}.get(case.kind, _gemm_source)
+        special = {"grad": _grad_source, "skinny": _skinny_source, "expand": _expand_source}
+        build = special.get(case.kind, _gemm_source)
     kernel, pointers, constants = build(case)
     names = kernel.arg_names
     tile: dict[str, object] = {k: v for k, v in case.config.meta().items() if k in names}
@@ -515,11 +526,16 @@ def disassembled(kernel: Any) -> tuple[str, str]:
         return usage, _cuobjdump("--dump-sass", cubin.name)
 
 
+def used(usage: str, what: str) -> int:
+    """REG or STACK of a kernel's resources."""
+    return int(re.findall(rf"{what}:(\d+)", usage)[0])
+
+
 def resources(case: Case) -> Resources:
     """Compiles one case for its architecture and reads the cubin."""
     kernel = compiled(case)
     usage, sass = disassembled(kernel)
-    registers, stack = (int(re.findall(rf"{key}:(\d+)", usage)[0]) for key in ("REG", "STACK"))
+    registers, stack = used(usage, "REG"), used(usage, "STACK")
     found = INSTRUCTION.findall(sass)
     instructions = {name: found.count(name) for name in sorted(set(found))}
     shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
@@ -618,7 +634,7 @@ def work(case: Case) -> tuple[int, int]:
     if case.kind == "plain":
         return 2 * M * K * r, x + a + h
     if case.kind == "expand":
-        return 2 * M * r * N, 4 * M * r + b + 2 * y
+        return 2 * M * r * N, (4 * M * r if case.multi else h) + b + 2 * y
     if case.kind == "multi_grad":  # one of the two
         return 2 * M * r * K, x + h + 4 * r * K
     if case.kind == "fp8":  # x in codes, as W0 is

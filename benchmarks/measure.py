@@ -8,7 +8,6 @@ processes on a shared machine took. Providers take turns in an order that is shu
 
 from __future__ import annotations
 
-import functools
 import gc
 import json
 import math
@@ -25,6 +24,7 @@ import torch
 from oracle import Problem, Result, compare, in_fp64, magnitudes, run
 from torch import Tensor
 
+from fused_lora import device_time
 from fused_lora.functional import draw_seeds
 
 from . import kinds
@@ -35,7 +35,6 @@ Call = Callable[[], object]
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its own messages go to stderr at every use
 
 _CPU_SAMPLE = 1e-3  # seconds: shorter calls are repeated within a sample
-_FLUSH_BYTES = 256 * 2**20  # five times the L2 of an H100
 _MIN_ROUNDS, _MAX_ROUNDS = 7, 100
 # A virtual CPU can be half as fast for a second or two: then samples spread more than this from the
 # 20 % to the 80 % quantile, and medians of different providers compare different seconds.
@@ -131,37 +130,6 @@ def _cpu_sampler(call: Call) -> Callable[[], float]:
     return lambda: _seconds(call, number) * 1e6
 
 
-@functools.cache
-def _flush_buffer() -> Tensor:
-    return torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
-
-
-def _cuda_sampler(call: Call) -> Callable[[], float]:
-    """Device time of one call with a cold L2, in us."""
-    cache = _flush_buffer()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def elapsed(timed: Call, flushes: int = 0) -> float:
-        torch.cuda.synchronize()
-        for _ in range(flushes):
-            cache.zero_()
-        start.record()
-        timed()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) * 1e3
-
-    enqueue = []
-    for _ in range(3):
-        torch.cuda.synchronize()
-        before = time.perf_counter()
-        call()
-        enqueue.append((time.perf_counter() - before) * 1e6)
-    flush = min(elapsed(cache.zero_) for _ in range(3))
-    flushes = 1 + math.ceil(2 * min(enqueue) / flush)
-    return lambda: elapsed(call, flushes)
-
-
 def _overhead_sampler(call: Call) -> Callable[[], float]:
     """CPU time of a call in us, without waiting for the device."""
 
@@ -178,7 +146,11 @@ def side_by_side(
 ) -> dict[str, list[float]]:
     """Samples in us of every call by name, all in turns, for about ``seconds`` in all."""
     make = (
-        _overhead_sampler if overhead else _cuda_sampler if device.type == "cuda" else _cpu_sampler
+        _overhead_sampler
+        if overhead
+        else device_time.sampler
+        if device.type == "cuda"
+        else _cpu_sampler
     )
     for call in todo.values():  # what happens once: compilation, handles, caches
         call()

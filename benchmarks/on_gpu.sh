@@ -37,16 +37,24 @@ OUT=$(cd "$OUT" && pwd)
 if [[ ${1:-} == tune ]]; then
     XDG_CACHE_HOME=$(mktemp -d)
     export XDG_CACHE_HOME
-    shapes=()
-    for M in 8192 2048; do
-        for NK in 4096,4096 5120,5120 8192,8192 1024,4096 14336,4096 4096,14336; do
-            shapes+=(--shapes "$M,$NK")
-        done
-    done
-    # The table is saved after every problem: what the limit cuts off is the end of the list.
-    timeout 540 "$PYTHON" -m fused_lora tune "${shapes[@]}" --r 16 --workers "$(nproc)" 2>&1 |
-        tee "$OUT/tune.log"
-    status=${PIPESTATUS[0]}
+    layers=(4096,4096 5120,5120 8192,8192 1024,4096 14336,4096 4096,14336)
+    status=0
+    # tune ROWS OPTION...: layers with so many rows. The table is saved after every problem: what
+    # the limit cuts off is the end of the list.
+    tune() {
+        local rows=$1 shapes=()
+        shift
+        for NK in "${layers[@]}"; do shapes+=(--shapes "$rows,$NK"); done
+        timeout $((540 - SECONDS)) "$PYTHON" -m fused_lora tune "${shapes[@]}" "$@" \
+            --workers "$(nproc)" 2>&1 | tee -a "$OUT/tune.log"
+        ((status |= PIPESTATUS[0]))
+    }
+    rm -f "$OUT/tune.log"
+    tune 8192 --r 16 --dropout
+    tune 2048 --r 16 --dropout
+    tune 512 --r 16
+    tune 8192 --r 64
+    tune 2048 --r 64
     for table in "$XDG_CACHE_HOME"/fused_lora/tables/*.json; do
         [[ -e $table ]] && cp "$table" "$OUT/tuned_$(basename "$table")"
     done

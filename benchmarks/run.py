@@ -144,7 +144,8 @@ def run_base(rev: str, arguments: list[str]) -> list[Row]:
                 rows.ROOT / "benchmarks", tree / "benchmarks", ignore=suite, dirs_exist_ok=True
             )
             (tree / "tests").mkdir(exist_ok=True)
-            shutil.copy(rows.ROOT / "tests" / "oracle.py", tree / "tests" / "oracle.py")
+            for parts in (("tests", "oracle.py"), ("fused_lora", "device_time.py")):
+                shutil.copy(rows.ROOT.joinpath(*parts), tree.joinpath(*parts))
             command = [sys.executable, "-m", "benchmarks.run", "--out", str(out), *arguments]
             print(f"--base: measuring {rev}", flush=True)
             subprocess.run(command, cwd=tree, check=True)

@@ -19,10 +19,13 @@ from .guards import Sizes, guards_of
 from .kernels.configs import (
     MAX_RANK,
     MAX_SKINNY_M,
+    MIN_DOT,
     Kind,
     TileConfig,
     choose_config,
     computed,
+    for_odd_rows,
+    is_odd_rank,
     is_specialized,
     is_tma,
     padded,
@@ -43,11 +46,21 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 # Measured ceilings of the model: bf16 operations and bytes a second. Other GPUs get the H100's.
 CEILINGS = {"H100": (798e12, 3.0e12), "H200": (788e12, 4.3e12)}
-# What a large product in plain Triton has of cuBLAS's speed, by the GPU's generation. Estimates,
-# from what others have measured of Triton's tutorial: 0.8 to 0.9 on an H100 (triton-lang/triton
-# issue 3672), 0.89 to 0.96 on an A100 (issue 6523).
+# What a large product in a kernel has of cuBLAS's speed, by the GPU's generation: on Hopper as
+# measured on an H200 (`benchmarks.base_product` at 8192 x 4096 x 4096) in gemm.py, persistent.py
+# (less where it multiplies by A too) and specialized.py; elsewhere estimates, from what others have
+# measured of Triton's tutorial: 0.89 to 0.96 on an A100 (triton-lang/triton issue 6523).
 _OF_CUBLAS = {8: 0.92}
 _OF_CUBLAS_NEWER = 0.85
+_OF_CUBLAS_ON_HOPPER: dict[Kind, float] = {
+    "tma_one_pass": 0.82,
+    "tma_second": 0.92,
+    "tma_produced": 0.92,
+    "ws_second": 0.98,
+    "ws_produced": 0.98,
+}
+_OF_CUBLAS_ON_HOPPER_BY_POINTERS = 0.71
+_ODD_OF_CUBLAS = 0.3  # with the tile that odd rows get: an estimate
 # Few rows. Up to here PyTorch's own nodes beat one of ours on a CPU, which saves passes but costs
 # 25 us; and members of a group are faster apart.
 FEW_ROWS = 64
@@ -77,9 +90,18 @@ _TAKES: dict[Form, tuple[Strategy, ...]] = {
     "dora": ("one_pass", "split", "in_loop"),
     "part": ("split", "in_loop", "library", "tma_split", "ws_split"),
 }
-# What is chosen between while no table says more. No GPU has measured the other strategies yet: a
-# table has to, or a plan has to name them.
+# What is chosen between while no table says more, but for Hopper, where that is all: no other GPU
+# has measured the rest.
 _BY_MODEL: tuple[Strategy, ...] = ("one_pass", "split", "skinny", "in_loop", "library")
+# What a strategy that reads through tensor descriptors becomes where a tensor cannot have one. Then
+# rows begin anywhere, where cuBLAS is better still than a kernel that loads element by element.
+WITHOUT_TMA: dict[Strategy, Strategy] = {
+    "tma_one_pass": "one_pass",
+    "tma_split": "library",
+    "one_launch": "library",
+    "ws_split": "library",
+    "ws_one_launch": "library",
+}
 
 
 @dataclass(frozen=True)
@@ -194,8 +216,10 @@ def ceilings(device: DeviceInfo) -> tuple[float, float]:
     return next(known, CEILINGS["H100"])
 
 
-def of_cublas(device: DeviceInfo) -> float:
+def of_cublas(device: DeviceInfo, kind: Kind) -> float:
     """What a kernel's multiplications are expected to reach of cuBLAS's speed."""
+    if device.capability // 10 == 9:
+        return _OF_CUBLAS_ON_HOPPER.get(kind, _OF_CUBLAS_ON_HOPPER_BY_POINTERS)
     return _OF_CUBLAS.get(device.capability // 10, _OF_CUBLAS_NEWER)
 
 
@@ -206,15 +230,14 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
     split       one more read of x and one more launch
     one_launch  one more read of x
     skinny      one read of W; parts of y written and read; one more launch
-    library     as split, and one more read and write of y and a third launch
+    library     as split, and one more read and write of y and a third launch: by cuBLAS, or, where
+                the input gradient drops h B, by a kernel of ours
 
     The base product takes whole rounds of tiles (`configs.computed`). However few bytes move, a
     program goes through K a BLOCK_K at a time, and num_stages - 1 of these are on their way while
     it waits for one. skinny has K in ranges. cuBLAS's tiles are taken to be ours, and its
-    multiplications faster than a kernel's (`of_cublas`).
-
-    tma_ and ws_ strategies differ from their namesakes in how well they reach the ceilings, which
-    the model does not know.
+    multiplications faster than a kernel's (`of_cublas`), in which tma_ and ws_ strategies differ
+    from their namesakes. The launch of y does not pay here for a mask that it draws.
 
     Only in_loop takes an x that is rounded to fp8 as well: codes are written once, nothing decoded.
 
@@ -227,7 +250,7 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
     M, N, K, r = call.M, call.N, call.K, call.r
     itemsize = call.dtype.itemsize
     flops, bandwidth = ceilings(device)
-    rate = of_cublas(device)
+    odd = bool(N % MIN_DOT or K % MIN_DOT)
 
     def loading(tile: TileConfig, moved: float, K: int = K) -> float:
         """Seconds to move ``moved`` bytes, by programs that go through K of the reduction."""
@@ -237,6 +260,9 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
     def product(kind: Kind, N: int, dropout: bool = False) -> tuple[TileConfig, float]:
         """Tile of the launch for y [M, N], and its multiplications in seconds."""
         tile = choose_config(kind, M, N, r, itemsize, dropout, device)
+        rate = of_cublas(device, kind)
+        if odd and kind in ("one_pass", "second"):
+            tile, rate = for_odd_rows(tile, itemsize), _ODD_OF_CUBLAS
         return tile, 2 * computed(tile, M, N, device) * K / (flops * rate)
 
     touch_y = 2 * itemsize * M * N / bandwidth
@@ -249,12 +275,16 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
         moved = itemsize * (M * N + 2 * M * K) + N * K + 2 * M * K * (1 if native else itemsize)
         tile, gemm = product("fp8", N)
         return {"in_loop": max(gemm / (2 if native else 1), loading(tile, moved)) + 2 * _LAUNCH}
-    tile, gemm = product("second", N)
-    base = max(gemm, loading(tile, moved))
-    base_cublas = max(gemm * rate, loading(tile, moved))
+
+    def base(kind: Kind) -> float:
+        tile, gemm = product(kind, N)
+        return max(gemm, loading(tile, moved))
+
+    tile = choose_config("second", M, N, r, itemsize, False, device)
+    cublas = max(2 * computed(tile, M, N, device) * K / flops, loading(tile, moved))
     seconds: dict[Strategy, float] = {
-        "split": base + read_x + _LAUNCH,
-        "library": base_cublas + read_x + touch_y + 2 * _LAUNCH,
+        "split": base("second") + read_x + _LAUNCH,
+        "library": cublas + read_x + touch_y + 2 * _LAUNCH,
     }
     for strategy, kind in KINDS.items():
         # The launch of ws_split has no dropout: its forward drops where h is made.
@@ -268,9 +298,9 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
             gemm *= 1 + padded(r) / tile.BLOCK_N
             seconds[strategy] = max(gemm, loading(tile, moved))
         elif strategy in ("tma_split", "ws_split"):
-            seconds[strategy] = seconds["split"]
+            seconds[strategy] = base(kind) + read_x + _LAUNCH
         elif strategy in ("one_launch", "ws_one_launch"):
-            seconds[strategy] = base + read_x
+            seconds[strategy] = base(kind) + read_x
         elif strategy == "skinny" and M <= MAX_SKINNY_M:
             tile = choose_config(kind, M, N, r, itemsize, False, device)
             splits = split_k(tile, N, K, r, device)
@@ -287,11 +317,18 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
     return seconds
 
 
+def _model_chooses(strategy: Strategy, call: Call, direction: Direction) -> bool:
+    """Whether the model may choose a strategy that no table has measured."""
+    hopper = call.device.type == "cuda" and device_info(call.device).capability == 90
+    if not hopper or not call.dropout:
+        return hopper or strategy in _BY_MODEL
+    # What a mask costs in these launches it does not know; in dx ws_split becomes tma_split.
+    return strategy not in ("tma_split", "one_launch", *["ws_split"] * (direction == "dx"))
+
+
 def _by_model(call: Call, direction: Direction, form: Form = "layer") -> Strategy:
     seconds = predicted_seconds(call, device_info(call.device))
-    if direction == "dx" and call.dropout:  # it cannot drop h B
-        seconds.pop("library", None)
-    known = (s for s in _BY_MODEL if s in _TAKES[form] and s in seconds)
+    known = (s for s in seconds if s in _TAKES[form] and _model_chooses(s, call, direction))
     return min(known, key=seconds.__getitem__)
 
 
@@ -581,6 +618,9 @@ def explain_call(
     seconds = predicted_seconds(call, device)
     found = tables.table(device.name).get(table_key(call, "forward"))
     reasons["torch"] = "not taken: the kernels take this call"
+    taken = chosen.strategy
+    if taken in WITHOUT_TMA and _strategy_obstacle(call, taken, seconds, operands):
+        taken = WITHOUT_TMA[taken]
     for strategy in get_args(Strategy):
         obstacle = _strategy_obstacle(call, strategy, seconds, operands)
         if form == "dora" and strategy not in _TAKES[form]:
@@ -588,11 +628,11 @@ def explain_call(
         if obstacle:
             reasons[strategy] = f"not taken: {obstacle}"
             continue
-        verdict = "taken" if strategy == chosen.strategy else "not taken"
+        verdict = "taken" if strategy == taken else "not taken"
         why = f"predicted {seconds[strategy] * 1e6:.1f} us"
         if found is not None and strategy == found.strategy:
             why += f", measured {found.seconds * 1e6:.1f} us on this GPU"
-        elif strategy not in _BY_MODEL:
+        elif not _model_chooses(strategy, call, "forward"):
             why += "; taken only where a tuned table says so"
         reasons[strategy] = f"{verdict}: {why}"
     flops, bandwidth = ceilings(device)
@@ -600,7 +640,7 @@ def explain_call(
         in_loop = chosen.strategy == "in_loop"
         reasons["quantised W0"] = describe_quantized(call, "triton", in_loop)
     reasons["model"] = f"ceilings of {flops / 1e12:.0f} TFLOP/s and {bandwidth / 1e12:.1f} TB/s"
-    return Explanation(chosen.backend, chosen.strategy, chosen.strategy_dx, reasons)
+    return Explanation(chosen.backend, taken, chosen.strategy_dx, reasons)
 
 
 def describe_quantized(call: Call, backend: str, in_loop: bool) -> str:
@@ -632,6 +672,8 @@ def _strategy_obstacle(
     if by_hand and (obstacle := specialized_obstacle(call.device, device)):
         return obstacle
     tma = by_hand or (strategy in KINDS and is_tma(KINDS[strategy]))
+    if tma and not by_hand and is_odd_rank(call.r):
+        return f"lora_A: got r = {call.r}, wanted at most {MIN_DOT} or a multiple of it"
     if tma:
         x, weight, lora_A = operands
         if isinstance(weight, QuantizedWeight):  # what its scratch will be

@@ -54,9 +54,9 @@ def predicted_extra(call: Call, groups: int) -> dict[Strategy, float]:
     tiles = -(-call.M // _TILE_M)
     pieces_per_tile = (tiles + groups) / tiles
     touch_y = 2 * call.dtype.itemsize * call.M * call.N / bandwidth
+    adapters = _UNPIPELINED * pieces_per_tile * padded(call.r) / call.K
     return {
-        "split": (1 + _UNPIPELINED * pieces_per_tile * padded(call.r) / call.K) / of_cublas(device)
-        - 1,
+        "split": (1 + adapters) / of_cublas(device, "second") - 1,
         "expand": (touch_y + _LAUNCH) / gemm,
     }
 

@@ -27,6 +27,8 @@ class Processes:
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device: got {device}, but PyTorch sees no CUDA GPU here")
         if self.device.type == "cuda":
+            if self.device.index is None:  # "cuda": `set_device` wants a number
+                self.device = torch.device("cuda", torch.cuda.current_device())
             torch.cuda.set_device(self.device)
         if self.count > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")

@@ -1,9 +1,9 @@
 """Tuned tables: which strategy and tile measured best, by GPU and problem.
 
 A table is a JSON file named after its GPU. `fused_lora/tables/` holds those that ship; the user's
-own, in the user's cache folder, go before them. A table counts only for the GPU, the Triton
-version and the kernel sources that it was measured with; one that is stale or cannot be read is
-ignored, with one warning.
+own, in the user's cache folder, go before them. A user's table counts only for the GPU, the Triton version and
+the kernel sources that it was measured with; one that is stale or cannot be read is ignored, with
+one warning. What ships belongs to the release, whose tests look at it, and counts with any Triton.
 """
 
 from __future__ import annotations
@@ -93,11 +93,11 @@ def _choice(entry: Mapping[str, Any]) -> Choice:
     )
 
 
-def _read(path: Path, gpu: str) -> dict[str, Choice]:
+def _read(path: Path, gpu: str, *, ships: bool = False) -> dict[str, Choice]:
     """The table's entries; none, and a warning, if it does not count."""
     try:
         table = json.loads(path.read_text())
-        stamp = {"gpu": gpu, **_stamp()}
+        stamp = {"gpu": gpu} if ships else {"gpu": gpu, **_stamp()}
         found = {name: table.get(name) for name in stamp}
         entries = {name: _choice(entry) for name, entry in table["entries"].items()}
     except FileNotFoundError:
@@ -115,7 +115,8 @@ def _read(path: Path, gpu: str) -> dict[str, Choice]:
 @functools.cache
 def table(gpu: str) -> dict[str, Choice]:
     """All entries for a GPU, the user's own before the shipped; read once a process."""
-    return {**_read(SHIPPED / f"{_slug(gpu)}.json", gpu), **_read(user_path(gpu), gpu)}
+    shipped = _read(SHIPPED / f"{_slug(gpu)}.json", gpu, ships=True)
+    return {**shipped, **_read(user_path(gpu), gpu)}
 
 
 @contextlib.contextmanager

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Plan, library_dx, specialized_obstacle
-from .kernels.configs import Kind, TileConfig, choose_config, tma_obstacle
+from .dispatch import WITHOUT_TMA, Plan, library_dx, specialized_obstacle
+from .kernels.configs import Kind, TileConfig, choose_config, is_odd_rank, tma_obstacle
 from .kernels.device import device_info
 from .kernels.dropout import Dropout
+from .kernels.expand import add_lora
 from .kernels.gemm import ColumnScale, gemm_add_lora, gemm_one_pass, gemm_scaled
 from .kernels.grads import grad_lora_a, grad_lora_b, lora_grads
 from .kernels.group import gemm_group
@@ -28,14 +29,6 @@ from .tables import Strategy
 
 # What a hand-scheduled strategy becomes where its kernel does not run, or would draw dropout.
 BY_COMPILER: dict[Strategy, Strategy] = {"ws_split": "tma_split", "ws_one_launch": "one_launch"}
-# What a strategy that reads through tensor descriptors becomes where a tensor cannot have one.
-WITHOUT_TMA: dict[Strategy, Strategy] = {
-    "tma_one_pass": "one_pass",
-    "tma_split": "split",
-    "one_launch": "split",
-    "ws_split": "split",
-    "ws_one_launch": "split",
-}
 
 
 def _config(
@@ -63,6 +56,7 @@ def _possible(
     a: Tensor | None,
     dropout: Dropout | None,
     on_y: Dropout | None,
+    r: int,
 ) -> tuple[Strategy, TileConfig | None]:
     """A strategy and its tile, or what it becomes where it does not run or has no descriptors."""
     if strategy in BY_COMPILER and (
@@ -71,7 +65,9 @@ def _possible(
     ):
         strategy, config = BY_COMPILER[strategy], None
     a_read = None if strategy in ("tma_split", "ws_split") else a
-    if strategy in WITHOUT_TMA and tma_obstacle(x, w, a_read):
+    # What is scheduled by hand pads what it reads of odd ranks.
+    odd_rank = strategy not in BY_COMPILER and is_odd_rank(r)
+    if strategy in WITHOUT_TMA and (odd_rank or tma_obstacle(x, w, a_read)):
         strategy, config = WITHOUT_TMA[strategy], None
     return strategy, config
 
@@ -94,8 +90,9 @@ def lora_gemm(
     """y [M, N] = x w + h b + bias and, if needed, h [M, r] = scaling * x a, both in x's dtype.
 
     Dropout is on x in h (``drop_x``: the forward) or on h b (the input gradient). ``config``: of
-    the launch that makes y; None is `choose_config`'s. "library" is cuBLAS's product with our h; it
-    cannot drop h b, which falls to "split". DoRA is in the epilogue of one_pass, split and in_loop.
+    the launch that makes y; None is `choose_config`'s. "library" is cuBLAS's product, with our h
+    and, where h b is dropped, our launch that adds it. DoRA is in the epilogue of one_pass, split
+    and in_loop.
     """
     r, N = b.shape
     on_x, on_y = (dropout, None) if drop_x else (None, dropout)
@@ -104,7 +101,7 @@ def lora_gemm(
     if isinstance(w, Tensor):
         if dora is not None:
             strategy, config = "one_pass" if strategy == "one_pass" else "split", None
-        strategy, config = _possible(strategy, config, x, w, a, dropout, on_y)
+        strategy, config = _possible(strategy, config, x, w, a, dropout, on_y, r)
         if strategy == "one_pass":
             config = config or _config("one_pass", x, N, r, dropout, dora is not None)
             return gemm_one_pass(
@@ -148,8 +145,12 @@ def _add_lora(
     if isinstance(w, QuantizedMatrix):
         config = config or _config(w.kind, x, N, r, dropout, dora is not None)
         return gemm_add_lora(config, x, w, h, b, bias=bias, dropout=dropout, dora=dora)
-    if strategy == "library" and dropout is None:
-        return F.linear(x, w.t(), bias).addmm_(h, b.to(x.dtype))
+    if strategy == "library":
+        y = F.linear(x, w.t(), bias)
+        if dropout is None:
+            return y.addmm_(h, b.to(x.dtype))
+        add_lora(_config("expand", x, N, r, dropout), y, h, b, dropout=dropout)
+        return y
     if strategy == "tma_split":
         config = config or _config("tma_second", x, N, r, dropout)
         return persistent_add_lora(config, x, w, h, b, bias=bias, dropout=dropout)
@@ -263,7 +264,7 @@ def forward_group(
         w = (_operand(weight) if plan.strategy == "in_loop" else _values(weight, x.dtype)).t()
         way = plan.strategy, plan.config
         if isinstance(w, Tensor):
-            way = _possible(*way, x, w, None, None, None)
+            way = _possible(*way, x, w, None, None, None, len(B.t()))
         ys.append(_add_lora(x, w, h_i, B.t(), bias, None, *way))
         del w  # a scratch, before the next one is there
     return ys, h

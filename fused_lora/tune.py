@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, tables
+from .device_time import median_seconds
 from .kernels.configs import TileConfig, is_specialized, ship
 from .kernels.device import device_info
 from .kernels.dropout import Dropout, dropout_threshold
@@ -49,20 +50,12 @@ def shape(text: str) -> tuple[int, int, int]:
     return M, N, K
 
 
-def median_seconds(run: Callable[[], object]) -> float:
-    """Median device time of a call, by CUDA events, the L2 cache flushed before each."""
-    from triton.testing import do_bench
-
-    return float(do_bench(run, warmup=10, rep=50, return_mode="median")) / 1e3
-
-
 def candidates(call: dispatch.Call, direction: Direction) -> Iterator[Candidate]:
     """Every strategy and tile that can take the call; for dx, its N and K are swapped already."""
     device = device_info(call.device)
     for strategy in dispatch.predicted_seconds(call, device):
         if strategy == "library":
-            if direction == "forward" or not call.dropout:
-                yield strategy, None
+            yield strategy, None
             continue
         kind = dispatch.KINDS[strategy]
         # In the forward, dropout is on x where h is made, and the launch that makes y has none.

@@ -1,8 +1,8 @@
 """Tile configurations: which exist, which are valid where, and which one a call gets.
 
 `ship` lists every configuration that `choose_config` can return for a GPU; the tests compile all
-of them. No GPU has measured them yet: the order below is the usual one for Triton GEMMs, and the
-resource limits were read from compiled kernels (`python -m benchmarks.compile_report`).
+of them. The order of the hand-scheduled ones is an H200's; of the others it is the usual one for
+Triton GEMMs. Resource limits were read from compiled kernels (`benchmarks.compile_report`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import torch
 from .device import DeviceInfo
 
 # Which product a configuration is for: the forms of gemm.py, grads.py, group.py, skinny.py,
-# multi.py, persistent.py and specialized.py.
+# expand.py, multi.py, persistent.py and specialized.py.
 TmaKind = Literal["tma_one_pass", "tma_second", "tma_produced"]
 SpecializedKind = Literal["ws_second", "ws_produced"]
-# "quantized" is gemm.py's second form with a quantised W, "fp8" the same with an x in fp8 too.
+# "quantized" is gemm.py's second form with a quantised W, "fp8" the same with an x in fp8 too;
+# "expand" is expand.py's, and multi.py's of the same name.
 Kind = Literal[
     "one_pass",
     "second",
@@ -63,7 +64,6 @@ class TileConfig:
     # Of the persistent kernels only; None elsewhere.
     GROUP_M: int | None = None  # rows of tiles that run side by side and share W's tiles in L2
     SUBTILES: int | None = None  # parts that y's tile is stored in: 1, 2 or 4
-    FLATTEN: bool | None = None  # the next tile's first loads overlap this tile's end
     COOPERATIVE: bool | None = None  # both consumers work on one tile, else on one each
     LEAD: int | None = None  # steps that the first of them is ahead of the second on their tile
     programs_per_sm: int = 1
@@ -97,6 +97,11 @@ _GEMM_16BIT = (
     TileConfig(16, 64, 64, num_warps=4, num_stages=5, maxnreg=168),
     TileConfig(16, 64, 64, num_warps=4, num_stages=3, maxnreg=168),
 )
+# Where rows begin anywhere: see `for_odd_rows`.
+_ODD_16BIT = (
+    TileConfig(64, 64, 32, num_warps=8, num_stages=3),
+    TileConfig(16, 64, 32, num_warps=4, num_stages=3),
+)
 # W's tile is in registers, in fp32, between its codes and the product; and it is read in codes, so
 # that a large tile saves less than it does for a plain W.
 _QUANTIZED_16BIT = (
@@ -124,7 +129,8 @@ _GEMM_32BIT = (
 )
 # h = x A reads x once: N is the rank, and only many small row tiles keep every SM loading.
 _PLAIN_16BIT = (
-    TileConfig(64, 64, 64, num_warps=4, num_stages=4),
+    TileConfig(64, 64, 128, num_warps=4, num_stages=6),  # 27 us on an H200 at 8192 x 4096, r 16
+    TileConfig(64, 64, 64, num_warps=4, num_stages=4),  # 35 us
     TileConfig(16, 64, 128, num_warps=4, num_stages=4),
     TileConfig(16, 64, 64, num_warps=4, num_stages=4),  # where the one above does not fit
 )
@@ -138,7 +144,7 @@ _SKINNY_32BIT = (
     TileConfig(16, 32, 32, num_warps=4, num_stages=3),
     TileConfig(64, 32, 32, num_warps=8, num_stages=3),  # 32 rows spill 16 bytes on sm_100
 )
-_tma = functools.partial(TileConfig, BLOCK_K=64, GROUP_M=8, FLATTEN=False)
+_tma = functools.partial(TileConfig, BLOCK_K=64, GROUP_M=8)
 # One program a multiprocessor, unless it says two. A smaller part of y's tile in its way to the
 # copy engine leaves memory for another stage; larger groups share more of W in L2.
 _TMA_16BIT = (
@@ -147,7 +153,6 @@ _TMA_16BIT = (
     _tma(128, 256, num_warps=8, num_stages=3, SUBTILES=2),
     _tma(256, 128, num_warps=8, num_stages=3, SUBTILES=2),
     _tma(128, 128, num_warps=8, num_stages=4, SUBTILES=2),
-    _tma(128, 128, num_warps=8, num_stages=4, SUBTILES=2, FLATTEN=True),
     _tma(128, 128, num_warps=4, num_stages=3, SUBTILES=4, programs_per_sm=2),
 )
 # A consumer has four warps.
@@ -156,15 +161,15 @@ _specialized = functools.partial(
 )
 # A consumer's part of y is in its registers whole: 64 x 256 or 128 x 128.
 _SPECIALIZED_16BIT = (
+    _specialized(256, 128, num_stages=4, SUBTILES=4, LEAD=2),  # never far from the best
     _specialized(128, 256, num_stages=4, SUBTILES=4, LEAD=2),
     _specialized(128, 256, num_stages=4, SUBTILES=4, LEAD=2, GROUP_M=16),
     _specialized(128, 256, num_stages=4, SUBTILES=4),
-    _specialized(256, 128, num_stages=4, SUBTILES=4, LEAD=2),
     _specialized(128, 128, num_stages=5, SUBTILES=2, COOPERATIVE=False),
     _specialized(64, 256, num_stages=4, SUBTILES=2, COOPERATIVE=False),
     _specialized(128, 128, num_stages=6, SUBTILES=1, LEAD=2),
 )
-# y + h B: bound by memory, with few rows of one adapter side by side.
+# y + h B: bound by memory, and with many adapters there are few rows of one side by side.
 _EXPAND_16BIT = (
     TileConfig(32, 128, 64, num_warps=8, num_stages=2),
     TileConfig(16, 128, 64, num_warps=8, num_stages=2),
@@ -263,11 +268,6 @@ def _is_valid_tma(
     # On Blackwell the accumulator leaves tensor memory whole for the mask.
     if dropout and device.capability >= 100 and config.BLOCK_M * config.BLOCK_N > 128 * 128:
         return False
-    # FLATTEN: what a tile begins and ends with stays alive over the K loop, and spills where that
-    # is much. A work list drawn by tickets is no loop that could be flattened.
-    much = r > 32 or dropout or config.BLOCK_M * config.BLOCK_N > 128 * 128
-    if config.FLATTEN and (kind != "tma_second" or much or device.capability >= 100):
-        return False
     M, N, K = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
     block_r = padded(r)
     if kind == "tma_produced" and M * min(block_r, 128) > 64 * 32 * config.num_warps:
@@ -340,6 +340,31 @@ def choose_config(
         return computed(config, M, N, device) * (1 + _OPERANDS / side_m + _OPERANDS / side_n)
 
     return min(valid, key=cost)
+
+
+def for_odd_rows(config: TileConfig, itemsize: int) -> TileConfig:
+    """gemm.py's tile for operands whose rows do not begin at multiples of 16 elements.
+
+    Triton loads each of their elements by itself, from an address of its own, and larger tiles
+    spill: 8 to 2000 bytes a thread. Of some that do, the ptxas of Triton 3.6 makes wgmmas that read
+    registers which nothing has written (illegal accesses on an H200, or wrong results).
+    """
+    if itemsize != 2:
+        return config
+    found = _ODD_16BIT[0 if config.BLOCK_M >= 64 else 1]
+    return replace(found, BLOCK_N=min(config.BLOCK_N, found.BLOCK_N))
+
+
+def is_odd(*strides: int) -> bool:
+    """Whether a stride is neither 1 (or 0) nor a multiple of 16, which Triton looks at."""
+    return any(stride > 1 and stride % MIN_DOT for stride in strides)
+
+
+def is_odd_rank(r: int) -> bool:
+    """Whether ranks are loaded one by one, and more than one tile of them: in persistent.py they
+    spill then.
+    """
+    return r > MIN_DOT and r % MIN_DOT != 0
 
 
 def computed(config: TileConfig, M: int, N: int, device: DeviceInfo) -> int:

@@ -31,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import TileConfig, padded
+from .configs import MIN_DOT, TileConfig, for_odd_rows, is_odd, padded
 from .device import device_guard
 from .dropout import Dropout
 from .launch import Launcher
@@ -290,7 +290,14 @@ def _launch(
     y = x.new_empty(M, N) if out is None else out  # torch.empty would cost 0.5 us more
     if M == 0 or N == 0:
         return y
+    w_strides = (0, 0) if isinstance(w, QuantizedMatrix) else w.stride()
+    a_strides = a.stride() if a is not None else (0, 0)
+    narrow = a is None and h is None and dropout is None and config.BLOCK_N <= 32  # h: no spills
+    if not (narrow or quantized) and is_odd(*x.stride(), *w_strides, *a_strides, y.stride(0)):
+        config = for_odd_rows(config, x.dtype.itemsize)
     BLOCK_R = padded(R) if a is not None else min(padded(R), config.BLOCK_K)
+    if a is None and R % MIN_DOT:  # each element of h and b by itself: few of them at a time
+        BLOCK_R = MIN_DOT
     pieces = None
     if multi:
         pieces = multi.rows.pieces(config.BLOCK_M)
@@ -326,9 +333,9 @@ def _launch(
                 K,
                 R,
                 *x.stride(),
-                *((0, 0) if isinstance(w, QuantizedMatrix) else w.stride()),
+                *w_strides,
                 bias.stride(0) if bias is not None else 0,
-                *(a.stride() if a is not None else (0, 0)),
+                *a_strides,
                 h.stride(0) if h is not None else 0,
                 *(b.stride() if b is not None else (0, 0)),
                 y.stride(0),

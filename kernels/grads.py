@@ -10,13 +10,14 @@ share a launch: their tiles fill the GPU together, with half the parts and half 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .configs import FP_FUSION, TileConfig
+from .configs import FP_FUSION, TileConfig, is_odd
 from .device import device_guard, device_info
 from .dropout import Dropout
 from .gemm import dot_precision
@@ -222,6 +223,8 @@ def _launch(
         dropout = dropout if products[0] is first else None
         first, second = products[0], None
         C = first.q.shape[1]
+    if any(is_odd(*p.q.stride()) for p in products):
+        config = replace(config, num_warps=8)  # with 4 it spills; see `for_odd_rows`
     tiles_c = triton.cdiv(C, config.BLOCK_M)
     if second is not None:
         tiles_c += triton.cdiv(second.q.shape[1], config.BLOCK_M)

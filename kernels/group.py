@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import TileConfig, padded
+from .configs import MIN_DOT, TileConfig, for_odd_rows, is_odd, padded
 from .device import device_guard
 from .dropout import Dropout
 from .gemm import GROUP_M, dot_precision
@@ -121,6 +121,11 @@ def gemm_group(
     y = torch.empty((M, N), dtype=xs[0].dtype, device=xs[0].device)
     if M == 0 or N == 0:
         return y
+    BLOCK_R = min(padded(max(h.shape[1] for h in hs)), config.BLOCK_K)
+    if is_odd(*(stride for t in (*xs, *ws, y) for stride in t.stride())):
+        config = for_odd_rows(config, y.dtype.itemsize)
+    if any(h.shape[1] % MIN_DOT for h in hs):  # as in gemm.py
+        BLOCK_R = MIN_DOT
     grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
     with device_guard(y):
         lora_group_kernel[grid](
@@ -140,7 +145,7 @@ def gemm_group(
             tuple(b.stride() for b in bs),
             tuple(d.keep_scale if d else 1.0 for d in dropouts),
             tuple(d.threshold if d else 0 for d in dropouts),
-            BLOCK_R=min(padded(max(h.shape[1] for h in hs)), config.BLOCK_K),
+            BLOCK_R=BLOCK_R,
             GROUP_M=GROUP_M,
             EVEN_K=all(x.shape[1] % config.BLOCK_K == 0 for x in xs),
             PRECISION=dot_precision(y.dtype),

@@ -2,7 +2,9 @@
 
 `kernel[grid](...)` finds the compiled kernel by the type of every argument, and by whether it is 1
 or divisible by 16: 12 us for the fifty arguments of ours, more than a decoding step's launch takes
-itself. Sizes, dtypes and constants that are as in an earlier call need no look: 4 us.
+itself. Sizes, dtypes and constants that are as in an earlier call need no look: 4 us. Descriptors
+cost Triton more (on a machine with an H200, 190 us a launch of persistent.py and 280 of
+specialized.py, longer than a product of 2048 x 4096 x 4096 takes).
 """
 
 from __future__ import annotations
@@ -16,15 +18,57 @@ from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 _MAX_KNOWN = 4096  # launches of one kernel: every M of a dynamic batch is one
 
 
-class Launcher:
-    """``kernel``, whose parameters are tensors, then sizes, then numbers, then constants."""
+class Tiled:
+    """A tensor in tiles ``block_shape`` for the copy engine: what a launch reads of a descriptor.
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
+    ``layout`` is Gluon's, of a tile in shared memory. Triton's own descriptors have to pass its
+    checks whenever one is made; these do when Triton has a look at the launch.
+    """
+
+    __slots__ = ("base", "block_shape", "layout", "shape", "strides")
+    padding = "zero"
+    round_f32_to_tf32 = False
+
+    def __init__(self, base: Tensor, block_shape: list[int], layout: Any = None) -> None:
+        self.base, self.block_shape, self.layout = base, block_shape, layout
+        self.shape, self.strides = [*base.shape], [*base.stride()]
+
+    @property
+    def dtype(self) -> tuple[object, ...]:
+        """What a kernel is compiled for."""
+        return self.base.dtype, *self.block_shape
+
+    def data_ptr(self) -> int:
+        """Of the tensor."""
+        return self.base.data_ptr()
+
+    def get_device(self) -> int:
+        """Of the tensor."""
+        return self.base.get_device()
+
+    def checked(self) -> Any:
+        """Triton's or Gluon's descriptor."""
+        given = self.base, self.shape, self.strides, self.block_shape
+        if self.layout is None:
+            return TensorDescriptor(*given)
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+        return GluonDescriptor(*given, self.layout)
+
+
+class Launcher:
+    """``kernel``, whose parameters are tensors, then sizes, then numbers, then constants.
+
+    The first ``descriptors`` tensors are `Tiled`, or None.
+    """
+
+    def __init__(self, kernel: Any, descriptors: int = 0) -> None:
+        self.kernel, self.descriptors = kernel, descriptors
         self._known: dict[tuple[object, ...], tuple[CompiledKernel, tuple[object, ...]]] = {}
 
     def __call__(
@@ -57,7 +101,8 @@ class Launcher:
         if known is not None and not bits & 15:
             compiled, tail = known
             # Of numbers the driver is not asked, pointer by pointer, whether they are its own.
-            arguments = (*pointers, *sizes, *numbers, *tail)
+            tiled = self.descriptors
+            arguments = (*tensors[:tiled], *pointers[tiled:], *sizes, *numbers, *tail)
             if _is_hooked():
                 compiled[grid](*arguments)
                 return
@@ -68,7 +113,8 @@ class Launcher:
                 *arguments,
             )  # fmt: skip
             return
-        compiled = self.kernel[grid](*tensors, *sizes, *numbers, **constants)
+        given_tensors = [t.checked() if isinstance(t, Tiled) else t for t in tensors]
+        compiled = self.kernel[grid](*given_tensors, *sizes, *numbers, **constants)
         if isinstance(compiled, CompiledKernel) and not bits & 15:  # the interpreter has none
             if len(self._known) >= _MAX_KNOWN:
                 self._known.clear()

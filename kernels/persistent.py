@@ -41,12 +41,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.runtime import driver
 
 from .configs import MAX_CHUNK_R, TileConfig, padded
 from .device import device_guard, device_info
 from .dropout import Dropout
 from .gemm import dot_precision
+from .launch import Launcher, Tiled
 from .tiles import grouped_tile, keep_mask
 
 # Words of the sync buffer before the flags: the epoch of the launch before, the programs of this
@@ -361,7 +362,6 @@ def lora_persistent_kernel(
     ONE_CHUNK: tl.constexpr,  # R <= CHUNK_R
     GROUP_M: tl.constexpr,
     SUBTILES: tl.constexpr,
-    FLATTEN: tl.constexpr,
     W_TRANSPOSED: tl.constexpr,
     A_TRANSPOSED: tl.constexpr,
     DROP_X: tl.constexpr,  # dropout is on x in h = scale (D o x) A, else on h B
@@ -375,7 +375,7 @@ def lora_persistent_kernel(
     num_n = tl.cdiv(N, BLOCK_N)
     if sync_ptr is None:
         programs = tl.num_programs(0)
-        for tile in tl.range(tl.program_id(0), num_m * num_n, programs, flatten=FLATTEN):
+        for tile in range(tl.program_id(0), num_m * num_n, programs):
             pid_m, pid_n = grouped_tile(tile, num_m, num_n, GROUP_M)
             make_y_tile(
                 x_desc, w_desc, a_desc, y_desc, bias_ptr, h_ptr, b_ptr, None, 0, seed_y_ptr,
@@ -408,16 +408,17 @@ def lora_persistent_kernel(
         finish(sync_ptr, epoch)
 
 
+_launch_persistent = Launcher(lora_persistent_kernel, descriptors=4)
+
+
 def is_transposed(w: torch.Tensor) -> bool:
     """Whether memory holds w by columns."""
     return w.stride(1) != 1
 
 
-def _descriptor(w: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Of tiles [rows, columns] of w, read as memory holds it: load_tile turns them round."""
-    if is_transposed(w):
-        return TensorDescriptor(w, [*w.shape[::-1]], [*w.stride()[::-1]], [columns, rows])
-    return TensorDescriptor(w, [*w.shape], [*w.stride()], [rows, columns])
+def _tiled(w: torch.Tensor, rows: int, columns: int) -> Tiled:
+    """Tiles [rows, columns] of w, read as memory holds it: load_tile turns them round."""
+    return Tiled(w.t(), [columns, rows]) if is_transposed(w) else Tiled(w, [rows, columns])
 
 
 def rank_blocks(R: int, drop_y: bool) -> tuple[int, int]:
@@ -446,10 +447,11 @@ def sync_buffer(device: torch.device, flags: int) -> Iterator[torch.Tensor]:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         yield torch.zeros(words, dtype=torch.int32, device=device)
         return
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    key = device, 0 if stream is None else stream.cuda_stream
+    cuda = device.type == "cuda"
+    key = device, driver.active.get_current_stream(device.index) if cuda else 0
     buffer = _sync_buffers.pop(key, None)
     if buffer is None or buffer.numel() < words:
+        stream = torch.cuda.current_stream(device) if cuda else None
         # The CUDA graphs of torch.compile put what this thread allocates where nothing may stay.
         with ThreadPoolExecutor(1) as other:
             buffer = other.submit(_kept_zeros, words, device, stream).result()
@@ -488,25 +490,32 @@ def _launch(
         if x.device.type == "cpu":  # the interpreter runs one program after the other
             programs = 1
     with device_guard(x), synchronised as sync:
-        lora_persistent_kernel[(min(programs, tiles),)](
-            _descriptor(x, config.BLOCK_M, config.BLOCK_K),
-            _descriptor(w, config.BLOCK_K, config.BLOCK_N),
-            _descriptor(a, config.BLOCK_K, BLOCK_R) if a is not None else None,
-            _descriptor(y, config.BLOCK_M, config.BLOCK_N // (config.SUBTILES or 1)),
-            bias,
-            h,
-            b,
-            sync,
-            dropout.seed if dropout else None,
-            M,
-            N,
-            K,
-            R,
-            bias.stride(0) if bias is not None else 0,
-            *(b.stride() if b is not None else (0, 0)),
-            scale,
-            dropout.keep_scale if dropout else 1.0,
-            dropout.threshold if dropout else 0,
+        _launch_persistent(
+            (min(programs, tiles), 1, 1),
+            (
+                _tiled(x, config.BLOCK_M, config.BLOCK_K),
+                _tiled(w, config.BLOCK_K, config.BLOCK_N),
+                _tiled(a, config.BLOCK_K, BLOCK_R) if a is not None else None,
+                Tiled(y, [config.BLOCK_M, config.BLOCK_N // (config.SUBTILES or 1)]),
+                bias,
+                h,
+                b,
+                sync,
+                dropout.seed if dropout else None,
+            ),
+            (
+                M,
+                N,
+                K,
+                R,
+                bias.stride(0) if bias is not None else 0,
+                *(b.stride() if b is not None else (0, 0)),
+            ),
+            (
+                scale,
+                dropout.keep_scale if dropout else 1.0,
+                dropout.threshold if dropout else 0,
+            ),
             BLOCK_R=BLOCK_R,
             CHUNK_R=CHUNK_R,
             ONE_CHUNK=R <= CHUNK_R,

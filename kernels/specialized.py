@@ -47,11 +47,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import persistent, tiles
 from .configs import TileConfig, padded
 from .device import device_guard, device_info
+from .launch import Launcher, Tiled
 
 EPOCH, TICKET, FLAGS = persistent.EPOCH, persistent.TICKET, persistent.FLAGS
 # Triton's own functions, compiled as Gluon's: they touch no layout.
@@ -519,17 +519,19 @@ def lora_specialized_kernel(
     )  # fmt: skip
 
 
+_launch_specialized = Launcher(lora_specialized_kernel, descriptors=6)
+
+
 @functools.cache
 def _layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
     """Of a tile of 16-bit elements, as wgmma and the copy engine swizzle it."""
     return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.float16)
 
 
-def _descriptor(t: torch.Tensor, rows: int, columns: int, turned: bool = False) -> TensorDescriptor:
-    """Of tiles [rows, columns] of t; ``turned``: of t^T's, as memory holds them."""
+def _tiled(t: torch.Tensor, rows: int, columns: int, turned: bool = False) -> Tiled:
+    """Tiles [rows, columns] of t; ``turned``: of t^T's, as memory holds them."""
     block = [columns, rows] if turned else [rows, columns]
-    t = t.t() if turned else t
-    return TensorDescriptor(t, [*t.shape], [*t.stride()], block, _layout(*block))
+    return Tiled(t.t() if turned else t, block, _layout(*block))
 
 
 def _fit(t: torch.Tensor, dtype: torch.dtype, turned: bool = False) -> torch.Tensor:
@@ -575,26 +577,25 @@ def _launch(
         items += flags
         synchronised = persistent.sync_buffer(x.device, flags * parts)
     with device_guard(x), synchronised as sync:
-        lora_specialized_kernel[(min(device_info(x.device).num_sms, items),)](
-            _descriptor(x, rows, BLOCK_K),
-            _descriptor(w, BLOCK_K, BLOCK_N, turned),
-            _descriptor(_fit(a, x.dtype, turned), BLOCK_K, BLOCK_K, turned)
-            if a is not None
-            else None,
-            _descriptor(_fit(h, x.dtype), rows, BLOCK_K) if h is not None else None,
-            _descriptor(_fit(b, x.dtype, turned), BLOCK_K, BLOCK_N, turned)
-            if b is not None
-            else None,
-            _descriptor(y, rows, BLOCK_N // (config.SUBTILES or 1)),
-            bias,
-            h if a is not None else None,
-            sync,
-            M,
-            N,
-            K,
-            _padded_row(R),
-            bias.stride(0) if bias is not None else 0,
-            scale,
+        _launch_specialized(
+            (min(device_info(x.device).num_sms, items), 1, 1),
+            (
+                _tiled(x, rows, BLOCK_K),
+                _tiled(w, BLOCK_K, BLOCK_N, turned),
+                _tiled(_fit(a, x.dtype, turned), BLOCK_K, BLOCK_K, turned)
+                if a is not None
+                else None,
+                _tiled(_fit(h, x.dtype), rows, BLOCK_K) if h is not None else None,
+                _tiled(_fit(b, x.dtype, turned), BLOCK_K, BLOCK_N, turned)
+                if b is not None
+                else None,
+                _tiled(y, rows, BLOCK_N // (config.SUBTILES or 1)),
+                bias,
+                h if a is not None else None,
+                sync,
+            ),
+            (M, N, K, _padded_row(R), bias.stride(0) if bias is not None else 0),
+            (scale,),
             DEPTH_R=min(padded(R), BLOCK_K),
             STAGES=config.num_stages,
             W_TRANSPOSED=turned,
@@ -603,7 +604,7 @@ def _launch(
         )
     if a is None or h is None:
         return y, None
-    return y, h[:, :R].contiguous()  # a copy of odd ranks only
+    return y, h if h.shape[1] == R else h[:, :R].contiguous()
 
 
 def specialized_add_lora(

@@ -4,6 +4,8 @@ A launch that Triton did not look at has to hand the driver what it would have: 
 grid and arguments, with addresses for tensors.
 """
 
+from contextlib import contextmanager
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -13,8 +15,10 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks import launch_overhead
 from fused_lora import lora_linear_multi
-from fused_lora.kernels import gemm
-from fused_lora.kernels.launch import Launcher
+from fused_lora.dispatch import gluon_problem
+from fused_lora.kernels import expand, gemm, persistent
+from fused_lora.kernels.dropout import Dropout
+from fused_lora.kernels.launch import Launcher, Tiled
 
 LOOKED = []  # kernels that Triton looked at the arguments of
 LAUNCHES = {
@@ -37,6 +41,9 @@ JITFunction.run = _counted
 def _address(argument):
     if isinstance(argument, tuple):
         return tuple(map(_address, argument))
+    if hasattr(argument, "block_shape"):  # Triton's driver reads these of a descriptor
+        d = argument
+        return d.base.data_ptr(), [*d.shape], [*d.strides], d.padding
     return argument.data_ptr() if isinstance(argument, torch.Tensor) else argument
 
 
@@ -55,24 +62,66 @@ def check_known_launches(strategy, dropout_p, M, backward):
     """Every launch three times: by Triton, as it comes, and again."""
     x = torch.randn(M, launch_overhead.SIDE, dtype=torch.bfloat16, requires_grad=True)
     layer = launch_overhead.kernel_path(strategy, dropout_p)
+    with _launched_thrice() as names:
+        y = layer(x)
+        if backward:
+            y.backward(torch.ones_like(y))
+    assert len(names) == LAUNCHES[strategy] + backward * (1 + LAUNCHES[strategy])
+
+
+@contextmanager
+def _launched_thrice():
     names = []
 
     def thrice(self, grid, tensors, sizes, numbers=(), **constants):
         def launch():
             _launch(self, grid, tensors, sizes, numbers, **constants)
 
+        checked = [t.checked() if isinstance(t, Tiled) else t for t in tensors]
         triton, looked = _launches(
-            lambda: self.kernel[grid](*tensors, *sizes, *numbers, **constants)
+            lambda: self.kernel[grid](*checked, *sizes, *numbers, **constants)
         )
         names.extend(looked)
         assert _launches(launch)[0] == triton
         assert _launches(launch) == (triton, [])
 
     with mock.patch.object(Launcher, "__call__", thrice):
-        y = layer(x)
-        if backward:
-            y.backward(torch.ones_like(y))
-    assert len(names) == LAUNCHES[strategy] + backward * (1 + LAUNCHES[strategy])
+        yield names
+
+
+def check_known_launches_with_descriptors(turned):
+    """W and its adapters as the forward reads them (``turned``), or the input gradient."""
+    M, K, N, r = 48, 64, 128, 16
+    x, w, a, b, bias = (
+        torch.randn(shape).bfloat16() for shape in ((M, K), (K, N), (K, r), (r, N), (N,))
+    )
+    if turned:
+        w, a, b = (t.t().contiguous().t() for t in (w, a, b))
+    h = x @ a
+    tile = gemm.TileConfig(64, 64, 64, num_warps=4, num_stages=3, GROUP_M=8, SUBTILES=2)
+    by_hand = replace(tile, BLOCK_M=128, COOPERATIVE=True, LEAD=2)
+    with _launched_thrice() as names:
+        persistent.persistent_plain(tile, x, w)
+        persistent.persistent_add_lora(tile, x, w, h, b, bias=bias)
+        persistent.persistent_one_pass(tile, x, w, a, b, bias=None, scale=2.0, store_h=True)
+        persistent.persistent_produced(tile, x, w, a, b, bias=None, scale=2.0)
+        if gluon_problem() is None:
+            from fused_lora.kernels import specialized
+
+            specialized.specialized_plain(by_hand, x, w)
+            specialized.specialized_add_lora(by_hand, x, w, h, b, bias=bias)
+            specialized.specialized_produced(by_hand, x, w, a, b, bias=None, scale=2.0)
+    assert names.count("lora_persistent_kernel") == 4
+    assert gluon_problem() or names.count("lora_specialized_kernel") == 3
+
+
+def check_known_additions_to_a_product():
+    config = gemm.TileConfig(32, 128, 64, num_warps=8, num_stages=2)
+    y, h, b = (torch.randn(shape).bfloat16() for shape in ((48, 128), (48, 16), (16, 128)))
+    with _launched_thrice() as names:
+        for dropout in (None, Dropout(torch.tensor([5]), 9), Dropout(torch.tensor([5]), 99)):
+            expand.add_lora(config, y, h, b, dropout=dropout)
+    assert names == ["add_lora_kernel"] * 3
 
 
 def check_another_call_is_looked_at():
@@ -165,5 +214,8 @@ if __name__ == "__main__":
         check_known_launches(strategy, 0.0, 3, True)
     for strategy in ("split", "skinny"):
         check_known_launches(strategy, 0.1, 3, True)
+    for turned in (False, True):
+        check_known_launches_with_descriptors(turned)
+    check_known_additions_to_a_product()
     check_many_adapters_compile(segments=[(0, 2), (1, 4)])
     check_many_adapters_compile(adapter_indices=[1, 0, 1, 0, 0, -1])

@@ -15,6 +15,7 @@ from benchmarks.multi import MULTI
 from benchmarks.providers import CPU_PROVIDERS, EAGER, PROVIDERS
 from benchmarks.quantized import QUANTIZED
 from benchmarks.shapes import FORMATS, SELECTIONS, Case, select
+from fused_lora import device_time
 
 ROOT = Path(__file__).parents[1]
 TINY = Case("tiny", 5, 48, 32, 4, 0.1, "fp32", "fp32")
@@ -308,9 +309,9 @@ def test_gpu_samples_start_after_enough_flushes_to_enqueue_the_call(monkeypatch)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(measure, "_flush_buffer", Buffer)
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
-    sample = measure._cuda_sampler(call)
+    monkeypatch.setattr(device_time, "_flush_buffer", Buffer)
+    monkeypatch.setattr(device_time.time, "perf_counter", lambda: now[0])
+    sample = device_time.sampler(call)
     flushes.clear()
     assert sample() == pytest.approx(5000)
     assert len(flushes) >= 10

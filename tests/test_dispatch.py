@@ -36,13 +36,11 @@ def h100(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "backend", "strategy"),
     [
-        ({}, "triton", "library"),
-        ({"N": 1024}, "triton", "one_pass"),
-        ({"M": 512}, "triton", "one_pass"),
-        ({"M": 512, "N": 14336}, "triton", "library"),
-        ({"M": 512, "N": 5120, "r": 64}, "triton", "split"),
-        ({"M": 512, "r": 65, "N": 1024}, "triton", "split"),
+        ({}, "triton", "ws_one_launch"),
+        ({"M": 512, "N": 5120, "r": 64}, "triton", "library"),
+        ({"M": 512, "r": 65, "N": 1024}, "triton", "ws_one_launch"),
         ({"M": 512, "N": 1024, "dropout": True}, "triton", "split"),
+        ({"M": 128}, "triton", "one_pass"),
         ({"M": 1}, "triton", "one_pass"),
         ({"M": 1, "N": 1024}, "triton", "skinny"),
         ({"M": 0}, "triton", "split"),
@@ -59,10 +57,20 @@ def test_auto(h100, changes, backend, strategy):
 
 
 def test_the_input_gradient_is_decided_by_its_own_shape(h100):
-    chosen = plan(replace(CALL, N=1024, K=14336), "auto")
-    assert (chosen.strategy, chosen.strategy_dx) == ("one_pass", "split")
-    dropped = plan(replace(CALL, dropout=True), "auto")  # cuBLAS cannot drop h B
-    assert (dropped.strategy, dropped.strategy_dx) == ("library", "split")
+    chosen = plan(replace(CALL, M=1, N=1024), "auto")
+    assert (chosen.strategy, chosen.strategy_dx) == ("skinny", "one_pass")
+    dropped = plan(replace(CALL, dropout=True), "auto")
+    assert (dropped.strategy, dropped.strategy_dx) == ("ws_split", "library")
+
+
+def test_before_and_after_hopper_the_model_chooses_between_fewer(monkeypatch):
+    """Where no GPU has measured the others."""
+    for capability in (80, 100):
+        gpu = replace(H100, capability=capability, shared_memory=SHARED_MEMORY[capability])
+        monkeypatch.setattr(dispatch, "device_info", lambda device, gpu=gpu: gpu)
+        forget_plans()
+        assert plan(CALL, "auto").strategy in ("split", "library")
+    forget_plans()
 
 
 def test_dora_takes_the_faster_of_what_has_its_epilogue(h100):
@@ -83,12 +91,16 @@ def test_model_is_the_designs():
     call = replace(CALL, M=1 << 20)
     seconds = predicted_seconds(call, H100)
     cublas = 2 * call.M * call.N * call.K / 798e12
-    ours = cublas / dispatch.of_cublas(H100)
+
+    def ours(kind):
+        return cublas / dispatch.of_cublas(H100, kind)
+
     read = 266 / 4096 * cublas
-    assert seconds["one_pass"] / ours - 1 == pytest.approx(16 / 256, rel=0.01)
-    assert seconds["split"] == pytest.approx(ours + read, rel=0.001)
+    assert seconds["one_pass"] / ours("one_pass") - 1 == pytest.approx(16 / 256, rel=0.01)
+    assert seconds["split"] == pytest.approx(ours("second") + read, rel=0.001)
     assert seconds["library"] == pytest.approx(cublas + 3 * read, rel=0.001)
-    assert seconds["split"] > seconds["one_launch"]
+    assert seconds["tma_split"] > seconds["one_launch"]
+    assert seconds["ws_one_launch"] == pytest.approx(ours("ws_produced") + read, rel=0.001)
 
 
 def test_model_of_few_rows():
@@ -115,7 +127,7 @@ def test_more_rows_of_few_are_never_predicted_faster(h100, N):
 @pytest.mark.parametrize(("M", "N", "rounds"), [(2048, 4096, 2), (2112, 4096, 3), (8192, 5120, 10)])
 def test_model_counts_whole_rounds_of_tiles(M, N, rounds):
     seconds = predicted_seconds(replace(CALL, M=M, N=N), H100)
-    of_a_round = 2 * 132 * 128 * 256 * 4096 / (798e12 * dispatch.of_cublas(H100))
+    of_a_round = 2 * 132 * 128 * 256 * 4096 / (798e12 * dispatch.of_cublas(H100, "one_pass"))
     assert seconds["one_pass"] <= 1.001 * rounds * of_a_round * (1 + 16 / 128)
 
 

@@ -111,7 +111,7 @@ def test_values_and_gradients(device, launches, backend, dtype, members):
 def test_each_member_by_its_own_strategy(device, launches, adapter_dtype, dropout_ps):
     """dx by cuBLAS only if all of them would have it so, and there is no mask."""
     kwargs = {"dtype": torch.float16, "adapter_dtype": adapter_dtype, "device": device}
-    sizes = [(80, 16), (32, 5), (48, 24)]
+    sizes = [(80, 16), (32, 5), (48, 32)]
     plans = [Plan("triton", s, "library") for s in ("library", "split", "tma_split")]
     _check(_group(37, 72, sizes, dropout_ps, **kwargs), plans)
     ours = [name for name in launches if name not in ("gemm_scaled", "grad_lora_a", "grad_lora_b")]
@@ -127,8 +127,7 @@ def test_each_member_by_its_own_strategy(device, launches, adapter_dtype, dropou
 def test_a_member_without_a_descriptor(device, launches):
     plans = [Plan("triton", "tma_split", "split")] * 2
     _check(_group(37, 72, [(33, 4), (64, 4)], dtype=torch.float16, device=device), plans)
-    assert "gemm_add_lora" in launches
-    assert "persistent_add_lora" in launches
+    assert launches.count("persistent_add_lora") == 1
 
 
 @both_backends

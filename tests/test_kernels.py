@@ -12,6 +12,7 @@ from fused_lora.dispatch import gluon_problem
 from fused_lora.kernels import configs
 from fused_lora.kernels.device import INTERPRETED, SHARED_MEMORY, DeviceInfo
 from fused_lora.kernels.dropout import Dropout
+from fused_lora.kernels.expand import add_lora
 from fused_lora.kernels.gemm import gemm_add_lora, gemm_one_pass, gemm_scaled
 from fused_lora.kernels.grads import grad_lora_a, grad_lora_b, lora_grads
 
@@ -64,6 +65,32 @@ def test_split_in_every_configuration(device, dtype, tolerance, p):
     y64 = x.double() @ w.double() + keep_n * (h.double() @ b.double())
     for config in _configs("second", dtype.itemsize, p > 0):
         _assert_close(gemm_add_lora(config, x, w, h, b, dropout=dropout), y64, tolerance)
+
+
+@pytest.mark.parametrize("r", [1, 16, 20, 65, 512])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_adding_to_a_product_in_every_configuration(device, dtype, tolerance, p, r):
+    h, b = _normal(device, dtype, M, r + 3)[:, 3:], _normal(device, dtype, r, N)
+    wide = _normal(device, dtype, M, N + 5)
+    dropout, keep = None, 1.0
+    if p:
+        dropout = Dropout(torch.tensor([5], device=device), round(p * 65536))
+        keep = reference.keep_mask(*dropout, M, N).double() * dropout.keep_scale
+    y64 = wide[:, 2:-3].double() + keep * (h.double() @ b.double())
+    for config in _configs("expand", dtype.itemsize, p > 0):
+        for of_b in (b, b.t().contiguous().t(), b.float()):
+            result = wide.clone()
+            add_lora(config, result[:, 2:-3], h, of_b, dropout=dropout)
+            _assert_close(result[:, 2:-3], y64, tolerance)
+            assert torch.equal(result[:, :2], wide[:, :2])
+            assert torch.equal(result[:, -3:], wide[:, -3:])
+
+
+@pytest.mark.parametrize(("m", "n"), [(0, 5), (5, 0)])
+def test_adding_to_an_empty_product(device, m, n):
+    y, h, b = (torch.randn(shape, device=device) for shape in ((m, n), (m, R), (R, n)))
+    add_lora(_configs("expand", 4)[0], y, h, b, dropout=None)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -174,7 +201,9 @@ assert spills(sass(*wait)) == 0
     run_outside("-c", program)
 
 
-@pytest.mark.parametrize("kind", ["one_pass", "second", "grad", "group", "skinny", "tma_second"])
+@pytest.mark.parametrize(
+    "kind", ["one_pass", "second", "grad", "group", "skinny", "expand", "tma_second"]
+)
 def test_offsets_are_64_bit(kind):
     """No 32-bit product of an index and a stride: it would wrap beyond 2^31 elements."""
     program = f"""

@@ -11,6 +11,10 @@ def test_known_launches_hand_the_driver_what_triton_would():
     run_outside(str(PROGRAM), timeout=300)
 
 
+def test_nothing_spills_for_odd_operands():
+    run_outside(str(PROGRAM.with_name("odd_checks.py")), timeout=500)
+
+
 def test_launch_overhead():
     rows = run_outside("-m", "benchmarks.launch_overhead", timeout=300)
     assert all(strategy in rows for strategy in ("one_pass", "split", "skinny"))

@@ -369,13 +369,13 @@ def test_launches_of_a_strategy(device, launches, strategy, kernels):
     ("strategy", "forward", "dx"),
     [
         ("split", "gemm_add_lora", "gemm_add_lora"),
-        ("library", "gemm_scaled", "gemm_add_lora"),
+        ("library", "gemm_scaled", "add_lora"),
         ("tma_split", "persistent_add_lora", "persistent_add_lora"),
         ("one_launch", "persistent_produced", "persistent_produced"),
         ("skinny", "skinny", "skinny"),
     ],
 )
-@pytest.mark.parametrize("r", [24, 136])
+@pytest.mark.parametrize("r", [8, 32, 144])
 def test_dropout_in_a_strategy(device, launches, strategy, forward, dx, r):
     p = problem(37, 72, 136, r, dtype=torch.float16, device=device, dropout_p=0.3)
     check(run(fused(Plan("triton", strategy, strategy)), p), p)
@@ -383,12 +383,21 @@ def test_dropout_in_a_strategy(device, launches, strategy, forward, dx, r):
     assert (makers_of_y[0], *launches[-2:]) == (forward, dx, "lora_grads")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 5, 7), (37, 45, 131), (0, 8, 8), (5, 7, 0), (5, 0, 7)])
+def test_a_product_by_the_library_and_dropout_in_the_input_gradient(device, launches, dtype, shape):
+    """h b is dropped by a launch that adds it, of any shape and dtype."""
+    p = problem(*shape, 9, dtype=dtype, adapter_dtype=torch.float32, device=device, dropout_p=0.3)
+    check(run(fused(Plan("triton", "library", "library")), p), p)
+    assert launches == ["gemm_scaled", "gemm_scaled", "add_lora", "lora_grads"]
+
+
 @pytest.mark.parametrize(
     ("strategy", "kernels"),
     [
         ("tma_one_pass", ["gemm_one_pass"]),
-        ("tma_split", ["gemm_scaled", "gemm_add_lora"]),
-        ("one_launch", ["gemm_scaled", "gemm_add_lora"]),
+        ("tma_split", ["gemm_scaled"]),
+        ("one_launch", ["gemm_scaled"]),
     ],
 )
 def test_tensors_without_a_descriptor_go_to_the_kernels_that_need_none(
@@ -397,6 +406,12 @@ def test_tensors_without_a_descriptor_go_to_the_kernels_that_need_none(
     p = problem(9, 13, 11, 3, dtype=torch.float16, device=device)
     check(run(fused(Plan("triton", strategy, strategy)), p), p)
     assert launches == [*kernels, *kernels, "lora_grads"]
+
+
+def test_ranks_that_would_spill_have_no_descriptors(device, launches):
+    p = problem(37, 72, 136, 24, dtype=torch.float16, device=device, dropout_p=0.3)
+    check(run(fused(Plan("triton", "tma_split", "one_launch")), p), p)
+    assert launches == ["gemm_scaled", "gemm_scaled", "add_lora", "lora_grads"]
 
 
 @pytest.mark.gpu

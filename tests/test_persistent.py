@@ -18,10 +18,10 @@ from fused_lora.kernels.persistent import (
 
 M, N, K, R = 69, 136, 40, 24
 DTYPES = [(torch.float32, 1e-6), (torch.float16, 2e-3)]  # of the result's norm: a few roundings
-TILE = TileConfig(32, 32, 32, 4, 3, GROUP_M=2, SUBTILES=1, FLATTEN=False)
+TILE = TileConfig(32, 32, 32, 4, 3, GROUP_M=2, SUBTILES=1)
 TILES = [
     pytest.param(TILE, id="32x32"),
-    pytest.param(replace(TILE, BLOCK_N=64, SUBTILES=2, FLATTEN=True), id="32x64 in 2"),
+    pytest.param(replace(TILE, BLOCK_N=64, SUBTILES=2), id="32x64 in 2"),
     pytest.param(replace(TILE, BLOCK_M=16, BLOCK_N=64, SUBTILES=4, GROUP_M=8), id="16x64 in 4"),
 ]
 
@@ -130,18 +130,14 @@ def test_a_larger_problem_gets_a_larger_buffer(device):
 def test_a_launch_that_raises_takes_its_buffer_along(device, monkeypatch):
     """The interpreter, interrupted half-way: the next launch must not go on with its tickets."""
 
-    class Interrupted:
-        def __getitem__(self, grid):
-            return self
-
-        def __call__(self, *args, **kwargs):
-            sync = next(t for t in args if isinstance(t, torch.Tensor) and t.dtype == torch.int32)
-            sync[persistent.TICKET.value] = 2
-            raise KeyboardInterrupt
+    def interrupted(grid, tensors, *_, **__):
+        sync = next(t for t in tensors if t is not None and t.dtype == torch.int32)
+        sync[persistent.TICKET.value] = 2
+        raise KeyboardInterrupt
 
     o = Operands(device, torch.float16, transposed=True)
     with monkeypatch.context() as patch:
-        patch.setattr(persistent, "lora_persistent_kernel", Interrupted())
+        patch.setattr(persistent, "_launch_persistent", interrupted)
         with pytest.raises(KeyboardInterrupt):
             persistent_produced(TILE, o.x, o.w, o.a, o.b, bias=None, scale=1.0)
     y, h = persistent_produced(TILE, o.x, o.w, o.a, o.b, bias=o.bias, scale=0.5)

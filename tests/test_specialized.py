@@ -19,6 +19,7 @@ from fused_lora.dispatch import Call, Plan, explain_call, plan, predicted_second
 from fused_lora.kernels import persistent, specialized
 from fused_lora.kernels.configs import TileConfig, ship
 from fused_lora.kernels.device import INTERPRETED, SHARED_MEMORY, DeviceInfo
+from fused_lora.kernels.launch import Launcher
 from fused_lora.kernels.specialized import (
     specialized_add_lora,
     specialized_plain,
@@ -50,7 +51,8 @@ def emulated(monkeypatch):
     def emulate(seed=None, programs=2, resident=None):
         seed = int(torch.randint(2**31, ())) if seed is None else seed
         kernel = Emulated(KERNEL, seed, resident)
-        monkeypatch.setattr(specialized, "lora_specialized_kernel", kernel)
+        launcher = Launcher(kernel, specialized._launch_specialized.descriptors)
+        monkeypatch.setattr(specialized, "_launch_specialized", launcher)
         info = replace(INTERPRETED, num_sms=programs)
         monkeypatch.setattr(specialized, "device_info", lambda device: info)
 
@@ -245,7 +247,7 @@ def test_dropout_goes_to_the_kernels_that_draw_it(launches, strategy, forward, d
 def test_tensors_without_a_descriptor(launches, strategy):
     p = problem(9, 13, 11, 3, dtype=torch.float16)
     check(run(fused(Plan("triton", strategy, strategy)), p), p)
-    assert launches == [*["gemm_scaled", "gemm_add_lora"] * 2, "lora_grads"]
+    assert launches == ["gemm_scaled", "gemm_scaled", "lora_grads"]
 
 
 @pytest.mark.usefixtures("everywhere")
@@ -271,12 +273,13 @@ def _on(monkeypatch, info):
     plan.cache_clear()
 
 
-def test_the_model_never_takes_it(monkeypatch):
+def test_the_model_takes_it_on_hopper(monkeypatch):
     _on(monkeypatch, H100)
     seconds = predicted_seconds(CALL, H100)
-    assert seconds["ws_split"] == seconds["tma_split"]
-    assert seconds["ws_one_launch"] == seconds["one_launch"]
-    assert not dispatch._by_model(CALL, "forward").startswith("ws_")
+    assert seconds["ws_split"] < seconds["tma_split"]
+    assert dispatch._by_model(CALL, "forward") == "ws_one_launch"
+    monkeypatch.setattr(dispatch, "specialized_obstacle", lambda *_: "no Gluon")
+    assert dispatch._by_model(CALL, "forward") == "one_launch"
 
 
 def test_candidates_of_tuning(monkeypatch):

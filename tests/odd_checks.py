@@ -1,0 +1,83 @@
+"""What test_launch.py runs in a process of its own: what is compiled for odd operands.
+
+Rows that do not begin at multiples of 16 elements are loaded element by element, and what spills
+then can be miscompiled where it multiplies by wgmma: on an H200, ptxas of Triton 3.6. So nothing of
+the kind may spill. A stand-in for the GPU takes the launches.
+"""
+
+import itertools
+
+import torch
+import triton.compiler
+import triton.compiler.compiler as compiler
+from triton.runtime import driver
+
+from benchmarks import compile_report, launch_overhead
+from fused_lora.kernels import configs, expand, gemm, grads, group, skinny
+from fused_lora.kernels.device import SHARED_MEMORY, DeviceInfo
+from fused_lora.kernels.dropout import Dropout
+
+HOPPER = DeviceInfo(capability=90, num_sms=132, shared_memory=SHARED_MEMORY[90])
+M, N, K = 133, 261, 70
+DROPOUT = Dropout(torch.zeros(1, dtype=torch.int64), 6554)
+compiled = []
+_compile = compiler.compile
+
+
+def _kept(*args, **kwargs):
+    kernel = _compile(*args, **kwargs)
+    compiled.append(kernel)
+    return kernel
+
+
+def largest(kind, r, dropout=False):
+    """The two largest tiles: smaller ones have fewer elements a thread."""
+    return configs.ship(kind, r, 2, dropout, HOPPER)[:2]
+
+
+def launch_all(r):
+    """Forward and input gradient, gradients of the adapter: each with its largest tiles."""
+    x, w, b = (torch.randn(s).bfloat16() for s in ((M, K), (K, N), (r, N)))
+    a, h, g = (torch.randn(s).bfloat16() for s in ((K, r), (M, r), (M, N)))
+    aligned_x, aligned_w = torch.randn(M, 64).bfloat16(), torch.randn(64, 256).bfloat16()
+    h_only = torch.randn(r, 256)
+    for config in largest("one_pass", r):
+        gemm.gemm_one_pass(config, x, w, a, b, bias=None, scale=1.0, store_h=True)
+    for config in largest("second", r):
+        gemm.gemm_add_lora(config, x, w, h, b)
+        gemm.gemm_add_lora(config, aligned_x, aligned_w, h, h_only)  # the rank alone is odd
+    for config in largest("second", r, True):
+        gemm.gemm_add_lora(config, g, w.t(), h, a.t(), dropout=DROPOUT)
+    for config, dropout in itertools.chain(
+        ((c, None) for c in largest("plain", r)), ((c, DROPOUT) for c in largest("plain", r, True))
+    ):
+        gemm.gemm_scaled(config, x, a, scale=1.0, dropout=dropout)
+    for dropout in (None, DROPOUT):
+        (config,) = largest("grad", r, bool(dropout))
+        kept = {"dtype_a": torch.float32, "dtype_b": torch.float32, "dropout": dropout}
+        grads.lora_grads(config, x, h, g, h, **kept)
+        for config in largest("expand", r, bool(dropout)):
+            expand.add_lora(config, g.clone(), h, b, dropout=dropout)
+        config = largest("group", r, bool(dropout))[0]
+        ranks_alone = [aligned_x], [aligned_w], [h], [h_only], [dropout]
+        group.gemm_group(config, *(2 * given for given in ranks_alone))
+        group.gemm_group(config, [g, g], [w.t()] * 2, [h, h], [a.t()] * 2, [dropout] * 2)
+    config = configs.ship("skinny", r, 2, False, HOPPER)[-1]
+    skinny.skinny(config, x[:64], w, a, b, bias=None, scale=1.0, dropout=None, drop_x=True)
+
+
+if __name__ == "__main__":
+    driver.set_active(launch_overhead.StandIn())
+    compiler.compile = triton.compiler.compile = _kept
+    for rank in (8, 40):
+        launch_all(rank)
+    bad = []
+    for kernel in compiled:
+        usage, sass = compile_report.disassembled(kernel)
+        stack, spilled = compile_report.used(usage, "STACK"), compile_report.spills(sass)
+        if "HGMMA" in sass and (spilled or stack > compile_report.ASIDE):
+            bad.append(
+                f"{kernel.metadata.name}: {stack} bytes, {spilled} in loops {kernel.src.constants}"
+            )
+    assert len(compiled) > 20
+    assert not bad, "\n".join(bad)
