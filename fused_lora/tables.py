@@ -1,9 +1,10 @@
 """Tuned tables: which strategy and tile measured best, by GPU and problem.
 
 A table is a JSON file named after its GPU. `fused_lora/tables/` holds those that ship; the user's
-own, in the user's cache folder, go before them. A user's table counts only for the GPU, the Triton version and
-the kernel sources that it was measured with; one that is stale or cannot be read is ignored, with
-one warning. What ships belongs to the release, whose tests look at it, and counts with any Triton.
+own, in the user's cache folder, go before them. A user's table counts only for the GPU, the Triton
+version and the kernel sources that it was measured with; one that is stale or cannot be read is
+ignored, with one warning. What ships belongs to the release, whose tests look at it, and counts
+with any Triton.
 """
 
 from __future__ import annotations
