@@ -2,8 +2,8 @@
 
 What a LoRA layer can cost at best: every tile of each kernel's plain form, y = x W0^T without an
 adapter, as TFLOP/s and as cuBLAS's time over its own. Each result is compared with cuBLAS's before
-it is timed. The kernels that a compiler schedules come first, those in Gluon last: none of these
-has run yet, and one that hangs ends the program.
+it is timed. The kernels that a compiler schedules come first, those in Gluon last: one that hangs
+ends the program.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@
 # by hand comes last everywhere: a kernel that hangs takes the rest of its step with it.
 #
 #   PYTHON  the interpreter that has torch and triton (python3)
-#   COMMIT  what to call the checkout where it has no history
+#   COMMIT  what to call a copy of a checkout that came without its history, or with an older one
 #   RESUME  a file of rows of an earlier call, whose cases are not measured again
 #
 # Exit status: 0 if every step passed, 1 if one did not, 2 without a GPU.
@@ -88,7 +88,7 @@ step() {
     tail -n 16 "$log" | sed 's/^/    /' | tee -a "$SUMMARY"
 }
 
-say "on_gpu.sh, $(date -u +%Y-%m-%dT%H:%MZ), commit $(git rev-parse --short=8 HEAD 2>/dev/null || echo "${COMMIT:-unknown}")"
+say "on_gpu.sh, $(date -u +%Y-%m-%dT%H:%MZ), commit ${COMMIT:-$(git rev-parse --short=8 HEAD 2>/dev/null || echo unknown)}"
 nvidia-smi 2>&1 | tee -a "$SUMMARY"
 "$PYTHON" -c '
 import platform, torch, triton

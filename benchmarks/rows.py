@@ -93,11 +93,14 @@ def _version(package: str) -> str | None:
 def environment(device: torch.device, clock: str, note: str = "") -> Row:
     """The machine, the versions and the commit, as every row of a run has them.
 
-    The commit is that of the checkout, or $COMMIT where the checkout came without its history;
-    dirty is whether the library differs from it.
+    The commit is that of the checkout; or $COMMIT, for a copy of a checkout with no history, or with
+    an older one. Dirty is whether the library differs from it, None where that cannot be known.
     """
     cuda = device.type == "cuda"
-    changed = _output("git", "status", "--porcelain", "--", "fused_lora", "kernels")
+    given = os.environ.get("COMMIT")
+    changed = (
+        None if given else _output("git", "status", "--porcelain", "--", "fused_lora", "kernels")
+    )
     query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
@@ -109,8 +112,7 @@ def environment(device: torch.device, clock: str, note: str = "") -> Row:
         "triton": _version("triton"),
         "peft": _version("peft"),
         "bitsandbytes": _version("bitsandbytes"),
-        "commit": _output("git", "rev-parse", "--short=8", "HEAD")
-        or os.environ.get("COMMIT", "unknown"),
+        "commit": given or _output("git", "rev-parse", "--short=8", "HEAD") or "unknown",
         "dirty": None if changed is None else bool(changed),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "note": note,
