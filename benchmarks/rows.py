@@ -93,7 +93,7 @@ def _version(package: str) -> str | None:
 def environment(device: torch.device, clock: str, note: str = "") -> Row:
     """The machine, the versions and the commit, as every row of a run has them.
 
-    The commit is that of the checkout; or $COMMIT, for a copy of a checkout with no history, or with
+    The commit is that of the checkout; or $COMMIT, for a copy of one that came with no history, or
     an older one. Dirty is whether the library differs from it, None where that cannot be known.
     """
     cuda = device.type == "cuda"

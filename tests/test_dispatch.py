@@ -60,7 +60,7 @@ def test_the_input_gradient_is_decided_by_its_own_shape(h100):
     chosen = plan(replace(CALL, M=1, N=1024), "auto")
     assert (chosen.strategy, chosen.strategy_dx) == ("skinny", "one_pass")
     dropped = plan(replace(CALL, dropout=True), "auto")
-    assert (dropped.strategy, dropped.strategy_dx) == ("ws_split", "library")
+    assert (dropped.strategy, dropped.strategy_dx) == ("ws_split", "tma_split")
 
 
 def test_before_and_after_hopper_the_model_chooses_between_fewer(monkeypatch):
