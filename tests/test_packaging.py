@@ -82,7 +82,14 @@ def test_sdist_has_the_sources_and_no_results(wheel_of_sdist):
     (sdist,) = wheel_of_sdist.parent.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {"README.md", "LICENSE", "pyproject.toml", "Makefile", "benchmarks/__init__.py"}
+    wanted = {
+        "fused_lora/tables/NVIDIA_H200.json",
+        "README.md",
+        "LICENSE",
+        "pyproject.toml",
+        "Makefile",
+        "benchmarks/__init__.py",
+    }
     wanted |= {f"kernels/{name}" for name in KERNELS} | {f"tests/{Path(__file__).name}"}
     assert wanted <= names
     assert not [name for name in names if name.startswith("benchmarks/results")]

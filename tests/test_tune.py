@@ -15,7 +15,7 @@ from oracle import check, fused, problem, run
 from fused_lora import dispatch, tables
 from fused_lora.dispatch import Call, forget_plans, plan
 from fused_lora.kernels.configs import TileConfig, ship
-from fused_lora.kernels.device import INTERPRETED
+from fused_lora.kernels.device import INTERPRETED, SHARED_MEMORY, DeviceInfo
 from fused_lora.tables import Choice, key, save, table, user_path
 from fused_lora.tune import candidates, tune
 
@@ -295,3 +295,29 @@ def test_command_with_bad_input(arguments, message):
     result = _command(*arguments)
     assert result.exit_code == 2
     assert message in result.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize("path", sorted(tables.SHIPPED.glob("*.json")), ids=lambda p: p.stem)
+def test_what_ships_is_what_tuning_can_choose(monkeypatch, path):
+    """Whatever has become of the kernels since: every entry is a candidate, and is taken."""
+    from fused_lora import tune as module
+
+    content = json.loads(path.read_text())
+    gpu = DeviceInfo(90, 132, SHARED_MEMORY[90], name=content["gpu"])
+    for where in (dispatch, module):
+        monkeypatch.setattr(where, "device_info", lambda _: gpu)
+    monkeypatch.setattr(dispatch, "specialized_obstacle", lambda *_: None)
+    with warnings.catch_warnings(action="error"):
+        chosen = table(content["gpu"])
+    assert len(chosen) > 50
+    for name, choice in chosen.items():
+        direction, M, N, K, r, dtype, *dropout = name.split()
+        sizes = [int(size.lstrip("MNKr")) for size in (M, N, K, r)]
+        call = Call(*sizes, getattr(torch, dtype), torch.device("cuda", 0), bool(dropout), True)
+        assert (choice.strategy, choice.config) in candidates(call, direction), name
+        asked = call if direction == "forward" else dispatch.transposed(call)
+        taken = plan(asked, "auto")
+        if direction == "forward":
+            assert (taken.strategy, taken.config) == (choice.strategy, choice.config)
+        else:
+            assert (taken.strategy_dx, taken.config_dx) == (choice.strategy, choice.config)
