@@ -16,16 +16,16 @@ _MIN_SAMPLES, _MAX_SAMPLES, _SECONDS = 9, 100, 0.04
 
 
 @functools.cache
-def _flush_buffer() -> Tensor:
-    return torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+def _flush_buffer(device: int) -> Tensor:
+    return torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
 
 
 def sampler(call: Callable[[], object]) -> Callable[[], float]:
-    """A function that gives the device time of one ``call``, in us.
+    """A function that gives the time of one ``call`` on the current device, in us.
 
     Before each sample the L2 cache is flushed, for as long as Python needs to enqueue the call.
     """
-    cache = _flush_buffer()
+    cache = _flush_buffer(torch.cuda.current_device())
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
 
     def elapsed(timed: Callable[[], object], flushes: int = 0) -> float:

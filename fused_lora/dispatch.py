@@ -20,6 +20,7 @@ from .kernels.configs import (
     MAX_RANK,
     MAX_SKINNY_M,
     MIN_DOT,
+    TMA_ALIGNMENT,
     Kind,
     TileConfig,
     choose_config,
@@ -292,6 +293,12 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
         if strategy in ("split", "in_loop") or not ship(kind, r, itemsize, masks, device):
             continue
         if is_specialized(kind) and specialized_obstacle(call.device, device):
+            continue
+        if strategy in WITHOUT_TMA and (
+            (N * itemsize) % TMA_ALIGNMENT
+            or (K * itemsize) % TMA_ALIGNMENT
+            or (is_tma(kind) and is_odd_rank(r))
+        ):
             continue
         if strategy in ("one_pass", "tma_one_pass"):
             tile, gemm = product(kind, N)

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import dispatch, tables
 from .device_time import median_seconds
 from .kernels.configs import TileConfig, is_specialized, ship
-from .kernels.device import device_info
+from .kernels.device import device_guard, device_info
 from .kernels.dropout import Dropout, dropout_threshold
 from .tables import Choice, Direction, Strategy
 
@@ -145,12 +145,13 @@ def _measure(
     problem = _Problem(call, direction)
     expected = problem.run("split", None).float()
     for strategy, config in chosen:
-        seconds, why = checked_seconds(
-            lambda s=strategy, c=config: problem.run(s, c),  # type: ignore[misc]
-            expected,
-            timer,
-            "is wrong: its result is {:.1e} of the norm away from split's",
-        )
+        with device_guard(problem.x):
+            seconds, why = checked_seconds(
+                lambda s=strategy, c=config: problem.run(s, c),  # type: ignore[misc]
+                expected,
+                timer,
+                "is wrong: its result is {:.1e} of the norm away from split's",
+            )
         yield Measurement(name, strategy, config, seconds, why)
 
 

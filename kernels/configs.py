@@ -45,7 +45,7 @@ MAX_GROUP = 3  # members of one launch: its code is as long as they are many
 MIN_DOT = 16  # tl.dot takes no smaller side
 MAX_SKINNY_M = 64
 MAX_SPLIT_K = 8  # in skinny.py: the sum is unrolled, and compiled once for each
-_TMA_ALIGNMENT = 16  # bytes
+TMA_ALIGNMENT = 16  # bytes
 # A tile's time for an element of y is 1 + this / BLOCK_M + this / BLOCK_N: 128 x 128 at 0.95 of the
 # speed of 128 x 256, and 64 x 64 at 0.79. An estimate, of what CUTLASS's profiler usually says.
 _OPERANDS = 16
@@ -98,10 +98,7 @@ _GEMM_16BIT = (
     TileConfig(16, 64, 64, num_warps=4, num_stages=3, maxnreg=168),
 )
 # Where rows begin anywhere: see `for_odd_rows`.
-_ODD_16BIT = (
-    TileConfig(64, 64, 32, num_warps=8, num_stages=3),
-    TileConfig(16, 64, 32, num_warps=4, num_stages=3),
-)
+_ODD_16BIT = TileConfig(64, 64, 32, num_warps=8, num_stages=3)
 # W's tile is in registers, in fp32, between its codes and the product; and it is read in codes, so
 # that a large tile saves less than it does for a plain W.
 _QUANTIZED_16BIT = (
@@ -347,21 +344,34 @@ def choose_config(
 
 
 def for_odd_rows(config: TileConfig, itemsize: int) -> TileConfig:
-    """gemm.py's tile for operands whose rows do not begin at multiples of 16 elements.
+    """The tile for a product one of whose operands `is_odd`.
 
-    Triton loads each of their elements by itself, from an address of its own, and larger tiles
-    spill: 8 to 2000 bytes a thread. Of some that do, the ptxas of Triton 3.6 makes wgmmas that read
-    registers which nothing has written (illegal accesses on an H200, or wrong results).
+    Each of its elements has an address of its own, and larger tiles spill: 8 to 2000 bytes a
+    thread. Of some that do, the ptxas of Triton 3.6 makes wgmmas that read registers which nothing
+    has written (illegal accesses on an H200, or wrong results). Tiles of fewer rows have none.
     """
-    if itemsize != 2:
+    if not may_be_odd(config, itemsize):
         return config
-    found = _ODD_16BIT[0 if config.BLOCK_M >= 64 else 1]
-    return replace(found, BLOCK_N=min(config.BLOCK_N, found.BLOCK_N))
+    return replace(_ODD_16BIT, BLOCK_N=min(config.BLOCK_N, _ODD_16BIT.BLOCK_N))
 
 
-def is_odd(*strides: int) -> bool:
-    """Whether a stride is neither 1 (or 0) nor a multiple of 16, which Triton looks at."""
-    return any(stride > 1 and stride % MIN_DOT for stride in strides)
+def may_be_odd(config: TileConfig, itemsize: int) -> bool:
+    """Whether the tile multiplies by wgmma, so that odd operands matter: to look takes 2 us."""
+    return itemsize == 2 and config.BLOCK_M >= 64
+
+
+def is_odd(*matrices: torch.Tensor) -> bool:
+    """Whether Triton loads the elements of one of them one by one.
+
+    It looks at strides, which are 1 or multiples of 16, and at addresses, which are of 16 bytes.
+    """
+    for matrix in matrices:
+        outer, inner = matrix.stride()
+        if any(stride > 1 and stride % MIN_DOT for stride in (outer, inner)):
+            return True
+        if matrix.data_ptr() % 16 or (1 not in (outer, inner) and max(outer, inner) > 0):
+            return True
+    return False
 
 
 def is_odd_rank(r: int) -> bool:
@@ -393,8 +403,8 @@ def tma_obstacle(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor | None = None
     """
     if 0 in x.shape or 0 in w.shape:
         return "a size is 0"
-    if w.shape[1] * x.element_size() % _TMA_ALIGNMENT:
-        return f"y: a row of {w.shape[1]} is not a multiple of {_TMA_ALIGNMENT} bytes"
+    if w.shape[1] * x.element_size() % TMA_ALIGNMENT:
+        return f"y: a row of {w.shape[1]} is not a multiple of {TMA_ALIGNMENT} bytes"
     for name, tensor in (("x", x), ("W", w), ("A", a)):
         if tensor is None:
             continue
@@ -402,11 +412,11 @@ def tma_obstacle(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor | None = None
         if name != "x" and inner != 1:
             outer, inner = inner, outer
         step = outer * tensor.element_size()
-        if inner != 1 or step == 0 or step % _TMA_ALIGNMENT:
+        if inner != 1 or step == 0 or step % TMA_ALIGNMENT:
             return (
                 f"{name}: got strides {tensor.stride()} of {tensor.element_size()} bytes, "
-                f"TMA wants rows of neighbours, {_TMA_ALIGNMENT} bytes or a multiple apart"
+                f"TMA wants rows of neighbours, {TMA_ALIGNMENT} bytes or a multiple apart"
             )
-        if tensor.data_ptr() % _TMA_ALIGNMENT:
-            return f"{name}: its first element is not at a multiple of {_TMA_ALIGNMENT} bytes"
+        if tensor.data_ptr() % TMA_ALIGNMENT:
+            return f"{name}: its first element is not at a multiple of {TMA_ALIGNMENT} bytes"
     return None

@@ -31,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import MIN_DOT, TileConfig, for_odd_rows, is_odd, padded
+from .configs import MIN_DOT, TileConfig, for_odd_rows, is_odd, may_be_odd, padded
 from .device import device_guard
 from .dropout import Dropout
 from .launch import Launcher
@@ -292,11 +292,14 @@ def _launch(
         return y
     w_strides = (0, 0) if isinstance(w, QuantizedMatrix) else w.stride()
     a_strides = a.stride() if a is not None else (0, 0)
-    narrow = a is None and h is None and dropout is None and config.BLOCK_N <= 32  # h: no spills
-    if not (narrow or quantized) and is_odd(*x.stride(), *w_strides, *a_strides, y.stride(0)):
-        config = for_odd_rows(config, x.dtype.itemsize)
+    few_ranks = R % MIN_DOT != 0
+    if may_be_odd(config, x.dtype.itemsize) and quantized is None:
+        narrow = a is None and h is None and dropout is None and config.BLOCK_N <= 32  # no spills
+        if not narrow and is_odd(*(t for t in (x, w, a, y) if isinstance(t, torch.Tensor))):
+            config = for_odd_rows(config, x.dtype.itemsize)
+        few_ranks = few_ranks or is_odd(*(t for t in (h, b) if t is not None))
     BLOCK_R = padded(R) if a is not None else min(padded(R), config.BLOCK_K)
-    if a is None and R % MIN_DOT:  # each element of h and b by itself: few of them at a time
+    if few_ranks and a is None:  # each element of h and b by itself: few of them at a time
         BLOCK_R = MIN_DOT
     pieces = None
     if multi:

@@ -223,7 +223,7 @@ def _launch(
         dropout = dropout if products[0] is first else None
         first, second = products[0], None
         C = first.q.shape[1]
-    if any(is_odd(*p.q.stride()) for p in products):
+    if is_odd(*(p.q for p in products)):
         config = replace(config, num_warps=8)  # with 4 it spills; see `for_odd_rows`
     tiles_c = triton.cdiv(C, config.BLOCK_M)
     if second is not None:

@@ -122,9 +122,9 @@ def gemm_group(
     if M == 0 or N == 0:
         return y
     BLOCK_R = min(padded(max(h.shape[1] for h in hs)), config.BLOCK_K)
-    if is_odd(*(stride for t in (*xs, *ws, y) for stride in t.stride())):
+    if is_odd(*xs, *ws, y):
         config = for_odd_rows(config, y.dtype.itemsize)
-    if any(h.shape[1] % MIN_DOT for h in hs):  # as in gemm.py
+    if any(h.shape[1] % MIN_DOT for h in hs) or is_odd(*hs, *bs):  # as in gemm.py
         BLOCK_R = MIN_DOT
     grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
     with device_guard(y):

@@ -21,12 +21,13 @@ parts are added in a fixed order by `expand`. No atomics anywhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 
-from .configs import FP_FUSION, TileConfig, padded
+from .configs import FP_FUSION, MIN_DOT, TileConfig, for_odd_rows, is_odd, padded
 from .device import device_guard, device_info
 from .dropout import Dropout
 from .gemm import dot_precision
@@ -294,6 +295,8 @@ def shrink(
     """
     M, K = x.shape
     w = (adapters.lora_As if use_A else adapters.lora_Bs)[0]
+    if is_odd(x) or K % MIN_DOT:  # K: of the adapters, which are contiguous
+        config = for_odd_rows(config, x.dtype.itemsize)
     table = rows.pieces(config.BLOCK_M).table
     tiles_r = triton.cdiv(adapters.max_rank, config.BLOCK_N)
     k_per_split = max(K, 1)
@@ -388,6 +391,8 @@ def multi_grads(
     dtype and are parts of one tensor; that of an adapter without rows is zero.
     """
     M, C = q.shape
+    if is_odd(q):
+        config = replace(config, BLOCK_M=64)  # with 128 columns it spills; see `for_odd_rows`
     originals = adapters.lora_As if use_A else adapters.lora_Bs
     ranks, total_rank = adapters.layout.ranks, adapters.layout.total_rank
     flat = torch.zeros(total_rank * C, dtype=originals[0].dtype, device=q.device)

@@ -13,9 +13,11 @@ import triton.compiler.compiler as compiler
 from triton.runtime import driver
 
 from benchmarks import compile_report, launch_overhead
-from fused_lora.kernels import configs, expand, gemm, grads, group, skinny
+from fused_lora.kernels import configs, expand, gemm, grads, group, multi, skinny
+from fused_lora.kernels.configs import padded
 from fused_lora.kernels.device import SHARED_MEMORY, DeviceInfo
 from fused_lora.kernels.dropout import Dropout
+from fused_lora.kernels.rows import adapter_table, groups_of_runs
 
 HOPPER = DeviceInfo(capability=90, num_sms=132, shared_memory=SHARED_MEMORY[90])
 M, N, K = 133, 261, 70
@@ -39,13 +41,22 @@ def launch_all(r):
     """Forward and input gradient, gradients of the adapter: each with its largest tiles."""
     x, w, b = (torch.randn(s).bfloat16() for s in ((M, K), (K, N), (r, N)))
     a, h, g = (torch.randn(s).bfloat16() for s in ((K, r), (M, r), (M, N)))
+    shifted = torch.randn(M * 64 + 4).bfloat16()[4:].view(M, 64)  # 8 bytes
+    beside = torch.randn(M, r + 72).bfloat16()[:, :r]  # of a group's h
+    apart = torch.randn(M, 2048).bfloat16()[:, ::16]
     aligned_x, aligned_w = torch.randn(M, 64).bfloat16(), torch.randn(64, 256).bfloat16()
     h_only = torch.randn(r, 256)
     for config in largest("one_pass", r):
         gemm.gemm_one_pass(config, x, w, a, b, bias=None, scale=1.0, store_h=True)
+        aligned_a = torch.randn(64, padded(r))
+        even_b = torch.randn(padded(r), 256)
+        gemm.gemm_one_pass(
+            config, shifted, aligned_w, aligned_a, even_b, bias=None, scale=1.0, store_h=True
+        )
     for config in largest("second", r):
         gemm.gemm_add_lora(config, x, w, h, b)
         gemm.gemm_add_lora(config, aligned_x, aligned_w, h, h_only)  # the rank alone is odd
+        gemm.gemm_add_lora(config, aligned_x, aligned_w, beside, h_only)
     for config in largest("second", r, True):
         gemm.gemm_add_lora(config, g, w.t(), h, a.t(), dropout=DROPOUT)
     for config, dropout in itertools.chain(
@@ -56,12 +67,21 @@ def launch_all(r):
         (config,) = largest("grad", r, bool(dropout))
         kept = {"dtype_a": torch.float32, "dtype_b": torch.float32, "dropout": dropout}
         grads.lora_grads(config, x, h, g, h, **kept)
+        grads.lora_grads(config, apart, h, apart, h, **kept)
         for config in largest("expand", r, bool(dropout)):
             expand.add_lora(config, g.clone(), h, b, dropout=dropout)
         config = largest("group", r, bool(dropout))[0]
         ranks_alone = [aligned_x], [aligned_w], [h], [h_only], [dropout]
         group.gemm_group(config, *(2 * given for given in ranks_alone))
         group.gemm_group(config, [g, g], [w.t()] * 2, [h, h], [a.t()] * 2, [dropout] * 2)
+    table, runs = adapter_table([a.t()] * 2, [b.t()] * 2, [1.0, 2.0]), ((0, 60), (1, M - 60))
+    rows = groups_of_runs(runs, x.device)
+    for config in largest("plain", r):
+        multi.shrink(config, x, rows, table, use_A=True)
+        multi.shrink(config, g, rows, table, use_A=False)
+    (config,) = largest("multi_grad", r)
+    multi.multi_grads(config, x, h, rows, table, use_A=True)
+    multi.multi_grads(config, g, h, rows, table, use_A=False)
     config = configs.ship("skinny", r, 2, False, HOPPER)[-1]
     skinny.skinny(config, x[:64], w, a, b, bias=None, scale=1.0, dropout=None, drop_x=True)
 
@@ -69,7 +89,7 @@ def launch_all(r):
 if __name__ == "__main__":
     driver.set_active(launch_overhead.StandIn())
     compiler.compile = triton.compiler.compile = _kept
-    for rank in (8, 40):
+    for rank in (8, 40, 64):
         launch_all(rank)
     bad = []
     for kernel in compiled:
