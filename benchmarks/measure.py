@@ -145,13 +145,9 @@ def side_by_side(
     todo: dict[str, Call], device: torch.device, seconds: float, *, overhead: bool = False
 ) -> dict[str, list[float]]:
     """Samples in us of every call by name, all in turns, for about ``seconds`` in all."""
-    make = (
-        _overhead_sampler
-        if overhead
-        else device_time.sampler
-        if device.type == "cuda"
-        else _cpu_sampler
-    )
+    make = device_time.sampler if device.type == "cuda" else _cpu_sampler
+    if overhead:
+        make = _overhead_sampler
     for call in todo.values():  # what happens once: compilation, handles, caches
         call()
     samplers = {name: make(call) for name, call in todo.items()}

@@ -20,7 +20,7 @@ from .device import device_guard
 from .dropout import Dropout
 from .gemm import dot_precision
 from .launch import Launcher
-from .tiles import add_product, keep_mask
+from .tiles import add_product, keep_mask, tile_places
 
 
 @triton.jit(do_not_specialize=["scale", "threshold"])
@@ -47,13 +47,7 @@ def add_lora_kernel(
     tiles_n = tl.cdiv(N, BLOCK_N)
     pid_m = tl.program_id(0) // tiles_n
     pid_n = tl.program_id(0) % tiles_n
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # int64 before any stride: tensors of more than 2^31 elements
-    rows = offs_m.to(tl.int64)[:, None]
-    cols = offs_n.to(tl.int64)[None, :]
-    in_m = (offs_m < M)[:, None]
-    in_n = (offs_n < N)[None, :]
+    offs_m, rows, cols, in_m, in_n = tile_places(pid_m, pid_n, M, N, BLOCK_M, BLOCK_N)
 
     y_ptrs = y_ptr + rows * stride_ym + cols
     y = tl.load(y_ptrs, mask=in_m & in_n, other=0.0)  # first: it is what takes the time

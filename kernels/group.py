@@ -19,7 +19,7 @@ from .configs import MIN_DOT, TileConfig, for_odd_rows, is_odd, padded
 from .device import device_guard
 from .dropout import Dropout
 from .gemm import GROUP_M, dot_precision
-from .tiles import add_product, grouped_tile, keep_mask
+from .tiles import add_product, grouped_tile, keep_mask, tile_places
 
 
 @triton.jit
@@ -49,12 +49,7 @@ def lora_group_kernel(
     PRECISION: tl.constexpr,
 ):
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = offs_m.to(tl.int64)[:, None]
-    cols = offs_n.to(tl.int64)[None, :]
-    in_m = (offs_m < M)[:, None]
-    in_n = (offs_n < N)[None, :]
+    offs_m, rows, cols, in_m, in_n = tile_places(pid_m, pid_n, M, N, BLOCK_M, BLOCK_N)
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i in tl.static_range(len(x_ptrs)):

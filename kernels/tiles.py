@@ -22,6 +22,17 @@ def grouped_tile(pid, num_pid_m, num_pid_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def tile_places(pid_m, pid_n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tile's rows; these as [BLOCK_M, 1] and its columns as [1, BLOCK_N]; and which are there."""
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # int64 before any stride: tensors of more than 2^31 elements
+    rows = offs_m.to(tl.int64)[:, None]
+    cols = offs_n.to(tl.int64)[None, :]
+    return offs_m, rows, cols, (offs_m < M)[:, None], (offs_n < N)[None, :]
+
+
+@triton.jit
 def add_product(
     acc,
     x_ptr,
