@@ -31,7 +31,7 @@ from fused_lora.kernels.device import SHARED_MEMORY
 from . import measure
 
 SIDE, RANK, ARCH = 64, 16, 90
-STRATEGIES: tuple[Strategy, ...] = ("one_pass", "split", "skinny", "in_loop")
+STRATEGIES: tuple[Strategy, ...] = ("one_pass", "split", "skinny", "in_loop", "one_launch")
 
 Launch = tuple[str, tuple[Any, ...], tuple[Any, ...]]  # kernel, grid, arguments
 launches: list[Launch] | None = None  # the stand-in puts them here, where there is a list
@@ -103,12 +103,21 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    x = torch.randn(1, SIDE, dtype=torch.bfloat16)
+    x, gradient = torch.randn(2, 1, SIDE, dtype=torch.bfloat16)
+    trained = x.clone().requires_grad_()
     found = {}
+
+    def both(layer: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        layer(trained).backward(gradient)
+
     for strategy in STRATEGIES:
         layer = kernel_path(strategy)
         call = partial(layer, x)
-        calls: dict[str, measure.Call] = {"no_grad": torch.no_grad()(call), "grad": call}
+        calls: dict[str, measure.Call] = {
+            "no_grad": torch.no_grad()(call),
+            "grad": call,
+            "both": partial(both, layer),
+        }
         samples = measure.side_by_side(calls, x.device, seconds=1.0, overhead=True)
         found[strategy] = {mode: statistics.median(times) for mode, times in samples.items()}
     if args.json:
@@ -116,7 +125,7 @@ def main() -> None:
         return
     print(f"M 1, {SIDE} x {SIDE}, r {RANK}, bf16, Triton {triton.__version__}: us a call")
     for strategy, times in found.items():
-        print(f"{strategy:8s} no_grad {times['no_grad']:5.1f}   grad {times['grad']:5.1f}")
+        print(f"{strategy:10s}", *(f"{mode} {time:6.1f}  " for mode, time in times.items()))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from . import backends
 from .dispatch import Plan
 from .kernels.dropout import Dropout
 from .quantize import QuantizedWeight
+
+if TYPE_CHECKING:
+    from .kernels.replay import Replays
 
 
 def raise_second_derivative(name: str) -> NoReturn:
@@ -78,18 +81,18 @@ class LoRALinearFunction(torch.autograd.Function):
         seed: Tensor | None,
         threshold: int,
         plan: Plan,
+        replays: Replays | None = None,
     ) -> Tensor:
         """x [..., K], weight [N, K], lora_A [r, K], lora_B [N, r], bias [N] or None -> y [..., N].
 
         ``seed`` (int64, one element, on x's device) and ``threshold`` (p * 2^16) make the dropout
         mask, or on PyTorch's path ``seed`` is the mask [M, K], bool; None is no dropout. ``plan``:
-        from `dispatch.plan`.
+        from `dispatch.plan`. ``replays``: of calls that differ in the tensors alone.
         """
         dropout = Dropout(seed, threshold) if seed is not None else None
         needs_x, _, needs_A, needs_B = ctx.needs_input_grad[:4]
-        y, h = backends.forward(
-            x, weight, lora_A, lora_B, bias, scaling, dropout, plan, need_h=needs_B
-        )
+        operands = (x, weight, lora_A, lora_B, bias)
+        y, h = backends.forward(*operands, scaling, dropout, plan, need_h=needs_B, replays=replays)
         ctx.save_for_backward(
             x if needs_A else None,
             alias(weight) if needs_x and isinstance(weight, Tensor) else None,
@@ -99,7 +102,7 @@ class LoRALinearFunction(torch.autograd.Function):
             seed if needs_x or needs_A else None,
         )
         ctx.quantized = Codes.of(weight) if needs_x else None
-        ctx.scaling, ctx.threshold, ctx.plan = scaling, threshold, plan
+        ctx.scaling, ctx.threshold, ctx.plan, ctx.replays = scaling, threshold, plan, replays
         return y
 
     @staticmethod
@@ -122,6 +125,7 @@ class LoRALinearFunction(torch.autograd.Function):
             dropout,
             ctx.plan,
             need_dx=ctx.needs_input_grad[0],
+            replays=ctx.replays,
         )
         dbias = g.sum_to_size(g.shape[-1:]) if ctx.needs_input_grad[4] else None
-        return dx, None, dA, dB, dbias, None, None, None, None
+        return dx, None, dA, dB, dbias, None, None, None, None, None

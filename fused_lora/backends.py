@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -17,6 +18,9 @@ from .autocast import no_autocast
 from .dispatch import Plan
 from .kernels.dropout import Dropout
 from .quantize import QuantizedWeight
+
+if TYPE_CHECKING:
+    from .kernels.replay import Replays
 
 
 @functools.cache
@@ -33,10 +37,14 @@ def _as_matrix(t: Tensor) -> Tensor:
 
 
 def _gradient(g: Tensor, backend: str) -> Tensor:
-    """g as a matrix of values: kernels would read past a wrapper and miss a lazy negation."""
+    """g in values: kernels would read past a wrapper and miss a lazy negation."""
     if backend == "triton" and (type(g) is not Tensor or g.is_neg()):
-        g = g.clone()  # of an unfinished collective, only an operator waits for it
-    return _as_matrix(g)
+        return g.clone()  # of an unfinished collective, only an operator waits for it
+    return g
+
+
+def _parts(weight: Tensor | QuantizedWeight) -> Iterable[Tensor | None]:
+    return (weight,) if isinstance(weight, Tensor) else weight._parameters.values()
 
 
 def _shaped_as(x: Tensor, y: Tensor) -> Tensor:
@@ -55,16 +63,29 @@ def forward(
     plan: Plan,
     *,
     need_h: bool,
+    replays: Replays | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """y [..., N] and, if needed, h = scaling * (D o x) A^T [M, r], both in x's dtype."""
-    arguments = (_as_matrix(x), weight, lora_A, lora_B, bias, scaling, dropout)
-    h: Tensor | None
-    with no_autocast(x):
-        if plan.backend == "triton":
-            y, h = _kernels().forward(*arguments, plan, need_h=need_h)
-        else:
-            y, h = torch_backend.forward(*arguments)
-    return _shaped_as(x, y), h if need_h else None
+    """y [..., N] and, if needed, h = scaling * (D o x) A^T [M, r], both in x's dtype.
+
+    replays: of calls that differ from this one in their tensors' values, addresses and strides.
+    """
+
+    def run() -> tuple[Tensor, Tensor | None]:
+        arguments = (_as_matrix(x), weight, lora_A, lora_B, bias, scaling, dropout)
+        h: Tensor | None
+        with no_autocast(x):
+            if plan.backend == "triton":
+                y, h = _kernels().forward(*arguments, plan, need_h=need_h)
+            else:
+                y, h = torch_backend.forward(*arguments)
+        return _shaped_as(x, y), h if need_h else None
+
+    if replays is None:
+        return run()
+    seed = None if dropout is None else dropout.seed
+    operands = (x, *_parts(weight), lora_A, lora_B, bias, seed)
+    y, h = replays(("forward", need_h), operands, run)
+    return y, h
 
 
 def backward(
@@ -79,17 +100,27 @@ def backward(
     plan: Plan,
     *,
     need_dx: bool,
+    replays: Replays | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx [..., K], dA and dB for g = dL/dy [..., N]: dA iff x is given, dB iff h is given."""
-    x2 = None if x is None else _as_matrix(x)
-    g2 = _gradient(g, plan.backend)
-    arguments = (g2, x2, weight, lora_A, lora_B, h, scaling, dropout)
-    with no_autocast(g):
-        if plan.backend == "triton":
-            dx, dA, dB = _kernels().backward(*arguments, plan, need_dx=need_dx)
-        else:
-            dx, dA, dB = torch_backend.backward(*arguments, need_dx=need_dx)
-    return None if dx is None else dx.view(*g.shape[:-1], dx.shape[-1]), dA, dB
+    g = _gradient(g, plan.backend)
+
+    def run() -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x2 = None if x is None else _as_matrix(x)
+        arguments = (_as_matrix(g), x2, weight, lora_A, lora_B, h, scaling, dropout)
+        with no_autocast(g):
+            if plan.backend == "triton":
+                dx, dA, dB = _kernels().backward(*arguments, plan, need_dx=need_dx)
+            else:
+                dx, dA, dB = torch_backend.backward(*arguments, need_dx=need_dx)
+        return None if dx is None else dx.view(*g.shape[:-1], dx.shape[-1]), dA, dB
+
+    if replays is None:
+        return run()
+    seed = None if dropout is None else dropout.seed
+    operands = (g, x, *_parts(weight), lora_A, lora_B, h, seed)
+    dx, dA, dB = replays(("backward", need_dx), operands, run)
+    return dx, dA, dB
 
 
 def dora_forward(
@@ -134,7 +165,7 @@ def dora_backward(
         from .kernels.dora import scale_columns_backward
     else:
         from .torch_backend import scale_columns_backward
-    gs, dot = scale_columns_backward(_gradient(g, plan.backend), column_scale, z)
+    gs, dot = scale_columns_backward(_as_matrix(_gradient(g, plan.backend)), column_scale, z)
     return gs.view(g.shape), dot
 
 
@@ -173,7 +204,7 @@ def backward_group(
 ) -> tuple[Tensor | None, Sequence[Tensor | None], list[Tensor | None]]:
     """dx [..., K], the sum over the members, and dA_i iff x is given, dB_i iff h_i is."""
     x2 = None if x is None else _as_matrix(x)
-    gs2 = [_gradient(g, plans[0].backend) for g in gs]
+    gs2 = [_as_matrix(_gradient(g, plans[0].backend)) for g in gs]
     arguments = (gs2, x2, weights, lora_As, lora_Bs, hs, scalings, dropouts)
     with no_autocast(gs[0]):
         if plans[0].backend == "triton":

@@ -8,7 +8,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -40,6 +40,9 @@ from .quantize import Layout, QuantizedWeight
 from .reference import FP8_BLOCK
 from .tables import Direction
 from .tables import Strategy as Strategy  # for those who make a Plan
+
+if TYPE_CHECKING:
+    from .kernels.replay import Replays
 
 Backend = Literal["auto", "triton", "torch"]
 
@@ -451,6 +454,7 @@ class Decision(NamedTuple):
     plan: Plan
     scaling: float
     threshold: int  # of its dropout
+    replays: Replays | None = None
 
 
 _calls: dict[tuple[object, ...], Call] = {}  # a checked call by the facts about its arguments
@@ -553,7 +557,7 @@ def remember(
     for cache, limit in ((_known, _MAX_CALLS), (decisions, _MAX_SHAPES)):
         if len(cache) >= limit:
             cache.clear()
-    decisions[x.shape] = decision
+    decisions[x.shape] = decision._replace(replays=_new_replays(decision.call, decision.plan))
     _known[key] = _Known(guards, facts, dtype, decisions)
 
 
@@ -563,6 +567,20 @@ def _weight_facts(weight: Tensor | QuantizedWeight) -> tuple[Tensor, object]:
         return weight, None
     (codes,) = parameters(weight, "codes")
     return codes, (weight.layout, weight.dtype, weight.shape, type(weight))
+
+
+def _new_replays(call: Call, chosen: Plan) -> Replays | None:
+    if chosen.backend == "torch" or call.dtype == torch.float32:  # whose tf32 is a setting
+        return None
+    from .kernels.replay import Replays
+
+    return Replays()
+
+
+@functools.lru_cache(maxsize=_MAX_CALLS)
+def replays_of(call: Call, chosen: Plan, facts: tuple[object, ...]) -> Replays | None:
+    """Those of calls that have in common what is launched; ``facts``: what ``call`` leaves open."""
+    return _new_replays(call, chosen)
 
 
 def forget_plans() -> None:

@@ -175,7 +175,7 @@ def _run(
     bias: Tensor | None,
     shard: int | None = None,
 ) -> Tensor:
-    call, chosen, scaling, threshold = decision
+    call, chosen, scaling, threshold, replays = decision
     if chosen.composed and shard is None:
         assert isinstance(weight, Tensor)
         return torch_backend.composed(x, weight, lora_A, lora_B, bias, scaling, threshold)
@@ -188,11 +188,12 @@ def _run(
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
         # Nothing to record: a Function would cost 4 us of a call's 18.
         dropout = None if seed is None else Dropout(seed, threshold)
-        y, _ = backends.forward(
-            x, weight, lora_A, lora_B, bias, scaling, dropout, chosen, need_h=False
-        )
+        operands = (x, weight, lora_A, lora_B, bias)
+        y, _ = backends.forward(*operands, scaling, dropout, chosen, need_h=False, replays=replays)
         return y
-    y = LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, scaling, seed, threshold, chosen)
+    y = LoRALinearFunction.apply(
+        x, weight, lora_A, lora_B, bias, scaling, seed, threshold, chosen, replays
+    )
     return y
 
 

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from . import backends
 from .differentiable import differentiable
-from .dispatch import Backend, Form, Plan, checked_call, plan
+from .dispatch import Backend, Plan, checked_call, plan, replays_of
 from .kernels.dropout import Dropout
 from .packing import unpack
 from .quantize import QuantizedWeight
+
+if TYPE_CHECKING:
+    from .kernels.replay import Replays
 
 
 def _plan(
@@ -30,12 +33,15 @@ def _plan(
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
-    dropout: bool,
+    scaling: float,
+    dropout: Dropout | None,
     backend: str,
-    form: Form = "layer",
-) -> Plan:
-    call = checked_call(x, weight, lora_A, lora_B, bias, dropout)
-    return plan(call, cast(Backend, backend), form)
+) -> tuple[Plan, Replays | None]:
+    call = checked_call(x, weight, lora_A, lora_B, bias, dropout is not None)
+    chosen = plan(call, cast(Backend, backend))
+    threshold = 0 if dropout is None else dropout.threshold
+    facts = x.shape, lora_A.dtype, lora_B.dtype, bias is None, scaling, threshold
+    return chosen, replays_of(call, chosen, facts)
 
 
 @torch.library.custom_op("fused_lora::lora_linear", mutates_args=())
@@ -55,8 +61,11 @@ def lora_linear_op(
     """`lora_linear` with the dropout seed given. h [M, r] comes out empty unless it is needed."""
     (W,) = unpack(weight, spec)
     dropout = None if seed is None else Dropout(seed, threshold)
-    chosen = _plan(x, W, lora_A, lora_B, bias, dropout is not None, backend)
-    y, h = backends.forward(x, W, lora_A, lora_B, bias, scaling, dropout, chosen, need_h=need_h)
+    options = (scaling, dropout)
+    chosen, replays = _plan(x, W, lora_A, lora_B, bias, *options, backend)
+    y, h = backends.forward(
+        x, W, lora_A, lora_B, bias, *options, chosen, need_h=need_h, replays=replays
+    )
     return y, x.new_empty(0) if h is None else h
 
 
@@ -99,9 +108,10 @@ def lora_linear_backward_op(
     dropout = None if seed is None else Dropout(seed, threshold)
     # g has y's M and dtype, which with the weights is all that the forward's plan depended on.
     like_x = g.new_empty(1).expand(*g.shape[:-1], W.shape[1])
-    chosen = _plan(like_x, W, lora_A, lora_B, None, dropout is not None, backend)
+    options = (scaling, dropout)
+    chosen, replays = _plan(like_x, W, lora_A, lora_B, None, *options, backend)
     gradients = backends.backward(
-        g, x, W, lora_A, lora_B, h, scaling, dropout, chosen, need_dx=need_dx
+        g, x, W, lora_A, lora_B, h, *options, chosen, need_dx=need_dx, replays=replays
     )
     dx, dA, dB = (g.new_empty(0) if t is None else t for t in gradients)
     return dx, dA, dB

@@ -123,7 +123,16 @@ def lora_gemm(
         if strategy == "skinny":
             config = config or _config("skinny", x, N, r, None)
             return skinny(
-                config, x, w, a, b, bias=bias, scale=scaling, dropout=dropout, drop_x=drop_x
+                config,
+                x,
+                w,
+                a,
+                b,
+                bias=bias,
+                scale=scaling,
+                dropout=dropout,
+                drop_x=drop_x,
+                store_h=need_h,
             )
     h = gemm_scaled(_config("plain", x, r, r, on_x), x, a, scale=scaling, dropout=on_x)
     return _add_lora(x, w, h, b, bias, on_y, strategy, config, dora), h

@@ -9,10 +9,11 @@ specialized.py, longer than a product of 2048 x 4096 x 4096 takes).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import reduce
 from operator import attrgetter, or_
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from triton import knobs
@@ -21,6 +22,11 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 _MAX_KNOWN = 4096  # launches of one kernel: every M of a dynamic batch is one
+
+
+class _Address(int):
+    def data_ptr(self) -> int:
+        return self
 
 
 class Tiled:
@@ -35,8 +41,16 @@ class Tiled:
     round_f32_to_tf32 = False
 
     def __init__(self, base: Tensor, block_shape: list[int], layout: Any = None) -> None:
-        self.base, self.block_shape, self.layout = base, block_shape, layout
+        self.base: Any = base
+        self.block_shape, self.layout = block_shape, layout
         self.shape, self.strides = [*base.shape], [*base.stride()]
+
+    def at(self, address: int) -> Tiled:
+        """The same tiles of what is at another address."""
+        other = Tiled.__new__(Tiled)
+        other.base, other.layout = _Address(address), self.layout
+        other.block_shape, other.shape, other.strides = self.block_shape, self.shape, self.strides
+        return other
 
     @property
     def dtype(self) -> tuple[object, ...]:
@@ -45,11 +59,13 @@ class Tiled:
 
     def data_ptr(self) -> int:
         """Of the tensor."""
-        return self.base.data_ptr()
+        address: int = self.base.data_ptr()
+        return address
 
     def get_device(self) -> int:
         """Of the tensor."""
-        return self.base.get_device()
+        index: int = self.base.get_device()
+        return index
 
     def checked(self) -> Any:
         """Triton's or Gluon's descriptor."""
@@ -59,6 +75,30 @@ class Tiled:
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
         return GluonDescriptor(*given, self.layout)
+
+
+class Launch(NamedTuple):
+    """A launch as the driver gets it."""
+
+    compiled: CompiledKernel
+    grid: tuple[int, int, int]
+    pointers: tuple[Any, ...]  # to what it reads and writes; a `Tiled` stands for its own
+    rest: tuple[Any, ...]  # of the arguments
+
+    def run(self, stream: int, pointers: tuple[Any, ...]) -> None:
+        """As `compiled[grid]` does, without hooks and what they would be told: 1.5 us."""
+        compiled = self.compiled
+        compiled.run(
+            *self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
+            *pointers, *self.rest,
+        )  # fmt: skip
+
+
+class _Hearing(threading.local):
+    recorder: Any = None  # replay.Recorder, who is told of this thread's launches
+
+
+hearing = _Hearing()
 
 
 class Launcher:
@@ -93,37 +133,51 @@ class Launcher:
             pointers = _nested(Tensor.data_ptr, tensors)
             dtypes = _nested(attrgetter("dtype"), tensors)
             addresses = [p for part in pointers for p in (part if type(part) is tuple else (part,))]
-        bits = reduce(or_, filter(None, addresses), 0)
-        modes = knobs.runtime.debug, knobs.compilation.instrumentation_mode  # each its own kernel
+        aligned = not reduce(or_, filter(None, addresses), 0) & 15
         device = tensors[0].get_device()
-        key = (device, sizes, modes, *dtypes, *constants.values())
-        known = self._known.get(key)
-        if known is not None and not bits & 15:
-            compiled, tail = known
-            # Of numbers the driver is not asked, pointer by pointer, whether they are its own.
-            tiled = self.descriptors
-            arguments = (*tensors[:tiled], *pointers[tiled:], *sizes, *numbers, *tail)
-            if _is_hooked():
-                compiled[grid](*arguments)
-                return
-            # As `compiled[grid]` does, without the hooks and what they would be told: 1.5 us.
-            stream = driver.active.get_current_stream(device)
-            compiled.run(
-                *grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
-                *arguments,
-            )  # fmt: skip
-            return
-        given_tensors = [t.checked() if isinstance(t, Tiled) else t for t in tensors]
-        compiled = self.kernel[grid](*given_tensors, *sizes, *numbers, **constants)
-        if isinstance(compiled, CompiledKernel) and not bits & 15:  # the interpreter has none
-            if len(self._known) >= _MAX_KNOWN:
-                self._known.clear()
-            given = len(tensors) + len(sizes) + len(numbers)
-            tail = tuple(constants.get(p.name, p.default) for p in self.kernel.params[given:])
-            self._known[key] = compiled, tail
+        key = (device, sizes, modes(), *dtypes, *constants.values())
+        known = self._known.get(key) if aligned else None
+        launch = None
+        if known is not None:
+            launch = self._launch(known, grid, tensors, pointers, sizes, numbers)
+            if is_hooked():
+                launch.compiled[grid](*launch.pointers, *launch.rest)
+            else:
+                launch.run(driver.active.get_current_stream(device), launch.pointers)
+        else:
+            checked = [t.checked() if isinstance(t, Tiled) else t for t in tensors]
+            compiled = self.kernel[grid](*checked, *sizes, *numbers, **constants)
+            if aligned and isinstance(compiled, CompiledKernel):  # the interpreter has none
+                if len(self._known) >= _MAX_KNOWN:
+                    self._known.clear()
+                given = len(tensors) + len(sizes) + len(numbers)
+                tail = tuple(constants.get(p.name, p.default) for p in self.kernel.params[given:])
+                self._known[key] = compiled, tail
+                launch = self._launch((compiled, tail), grid, tensors, pointers, sizes, numbers)
+        if hearing.recorder is not None:
+            hearing.recorder.hear(launch)
+
+    def _launch(
+        self,
+        known: tuple[CompiledKernel, tuple[object, ...]],
+        grid: tuple[int, int, int],
+        tensors: tuple[Any, ...],
+        pointers: list[Any],
+        sizes: tuple[int, ...],
+        numbers: tuple[float, ...],
+    ) -> Launch:
+        compiled, tail = known
+        # Of numbers the driver is not asked, pointer by pointer, whether they are its own.
+        passed = (*tensors[: self.descriptors], *pointers[self.descriptors :])
+        return Launch(compiled, grid, passed, (*sizes, *numbers, *tail))
 
 
-def _is_hooked() -> bool:
+def modes() -> tuple[object, ...]:
+    """What Triton compiles kernels of their own for, besides their arguments."""
+    return knobs.runtime.debug, knobs.compilation.instrumentation_mode
+
+
+def is_hooked() -> bool:
     """Whether somebody (a profiler) hears of launches; Triton has chains of hooks, often empty."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook

@@ -37,6 +37,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 import triton
@@ -47,7 +48,7 @@ from .configs import MAX_CHUNK_R, TileConfig, padded
 from .device import device_guard, device_info
 from .dropout import Dropout
 from .gemm import dot_precision
-from .launch import Launcher, Tiled
+from .launch import Launcher, Tiled, hearing
 from .tiles import grouped_tile, keep_mask
 
 # Words of the sync buffer before the flags: the epoch of the launch before, the programs of this
@@ -455,6 +456,8 @@ def sync_buffer(device: torch.device, flags: int) -> Iterator[torch.Tensor]:
         # The CUDA graphs of torch.compile put what this thread allocates where nothing may stay.
         with ThreadPoolExecutor(1) as other:
             buffer = other.submit(_kept_zeros, words, device, stream).result()
+    if hearing.recorder is not None:
+        hearing.recorder.hear_of_loan(partial(sync_buffer, device, flags), buffer)
     yield buffer
     _sync_buffers[key] = buffer
 

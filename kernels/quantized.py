@@ -25,6 +25,7 @@ import triton.language as tl
 
 from .configs import FP_FUSION, Kind
 from .device import device_guard, has_fp8
+from .launch import Launcher
 
 NESTED_BLOCK = tl.constexpr(256)  # scales that share one scale of theirs, as in bitsandbytes
 FP8_BLOCK = tl.constexpr(128)  # columns of an fp8 x that share a scale
@@ -156,6 +157,7 @@ def fp8_input_kernel(
     tl.store(scales_ptr + block * M + rows, amax * (1 / FP8_MAX), mask=in_m)
 
 
+_launch_fp8_input = Launcher(fp8_input_kernel)
 # Contracted, x * s + magic would be rounded once, and a tie of the reference's be none here.
 FP8_INPUT_TILE = {"BLOCK_M": 32, "num_warps": 4, "enable_fp_fusion": False}
 
@@ -173,9 +175,9 @@ def fp8_input(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scales = torch.empty((-(-K // block), M), dtype=torch.float32, device=x.device)
     if codes.numel():
         tile = FP8_INPUT_TILE
-        grid = (-(-M // tile["BLOCK_M"]), len(scales))
+        grid = (-(-M // tile["BLOCK_M"]), len(scales), 1)
         with device_guard(x):
-            fp8_input_kernel[grid](x, codes, scales, M, K, *x.stride(), **tile)
+            _launch_fp8_input(grid, (x, codes, scales), (M, K, *x.stride()), (), **tile)
     return codes, scales
 
 
@@ -299,6 +301,7 @@ def dequantize_kernel(
     tl.store(out_ptrs, w.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+_launch_dequantize = Launcher(dequantize_kernel)
 DEQUANTIZE_TILE = {"BLOCK_ROWS": 16, "BLOCK_COLS": 256, "num_warps": 4} | FP_FUSION
 
 
@@ -307,9 +310,9 @@ def dequantize(w: QuantizedMatrix, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty((w.rows, w.cols), dtype=dtype, device=w.codes.device)
     if out.numel():
         tile = DEQUANTIZE_TILE
-        grid = (triton.cdiv(w.rows, tile["BLOCK_ROWS"]), triton.cdiv(w.cols, tile["BLOCK_COLS"]))
+        grid = (-(-w.rows // tile["BLOCK_ROWS"]), -(-w.cols // tile["BLOCK_COLS"]), 1)
         with device_guard(out):
-            dequantize_kernel[grid](
-                w.code_bytes(), w.tables, out, w.rows, w.cols, LAYOUT=w.layout, **tile
+            _launch_dequantize(
+                grid, (w.code_bytes(), w.tables, out), (w.rows, w.cols), LAYOUT=w.layout, **tile
             )
     return out.t() if w.transposed else out

@@ -202,15 +202,18 @@ def skinny(
     scale: float,
     dropout: Dropout | None = None,
     drop_x: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """y [M, N] = x w + h b + bias and h [M, R] = scale * x a, for x [M <= config.BLOCK_M, K].
+    store_h: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """y [M, N] = x w + h b + bias and, if ``store_h``, h [M, R] = scale * x a.
+
+    x [M, K] has at most config.BLOCK_M rows.
 
     w [K, N], a [K, R], b [R, N], bias [N] or None: any strides; a and b in any floating dtype, the
     rest in x's. Dropout is on x in h (``drop_x``: the forward), or on h b (the input gradient).
     """
     (M, K), (R, N) = x.shape, b.shape
     assert M <= config.BLOCK_M
-    y, h = x.new_empty(M, N), x.new_empty(M, R)
+    y, h = x.new_empty(M, N), x.new_empty(M, R) if store_h else None
     if M == 0 or N == 0:
         return y, h
     if dropout and drop_x:

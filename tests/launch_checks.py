@@ -38,22 +38,22 @@ def _counted(self, *args, **kwargs):
 JITFunction.run = _counted
 
 
-def _address(argument):
+def address(argument):
     if isinstance(argument, tuple):
-        return tuple(map(_address, argument))
+        return tuple(map(address, argument))
     if hasattr(argument, "block_shape"):  # Triton's driver reads these of a descriptor
         d = argument
         return d.base.data_ptr(), [*d.shape], [*d.strides], d.padding
     return argument.data_ptr() if isinstance(argument, torch.Tensor) else argument
 
 
-def _launches(call):
+def launches_of(call):
     """What the driver got, each tensor as its address, and which kernels Triton looked at."""
     launch_overhead.launches = []
     LOOKED.clear()
     call()
     plain = [
-        (name, grid, [_address(a) for a in args]) for name, grid, args in launch_overhead.launches
+        (name, grid, [address(a) for a in args]) for name, grid, args in launch_overhead.launches
     ]
     return plain, list(LOOKED)
 
@@ -78,12 +78,12 @@ def _launched_thrice():
             _launch(self, grid, tensors, sizes, numbers, **constants)
 
         checked = [t.checked() if isinstance(t, Tiled) else t for t in tensors]
-        triton, looked = _launches(
+        triton, looked = launches_of(
             lambda: self.kernel[grid](*checked, *sizes, *numbers, **constants)
         )
         names.extend(looked)
-        assert _launches(launch)[0] == triton
-        assert _launches(launch) == (triton, [])
+        assert launches_of(launch)[0] == triton
+        assert launches_of(launch) == (triton, [])
 
     with mock.patch.object(Launcher, "__call__", thrice):
         yield names
@@ -134,7 +134,7 @@ def check_another_call_is_looked_at():
         return [torch.randn(shape).to(dtype) for shape in shapes]
 
     def looked(operands, **changed):
-        found = _launches(lambda: gemm.gemm_one_pass(config, *operands, **(options | changed)))
+        found = launches_of(lambda: gemm.gemm_one_pass(config, *operands, **(options | changed)))
         return found[1] != []
 
     known = operands()
@@ -173,7 +173,7 @@ def check_profilers_hear_of_known_launches():
             heard.append(metadata.get()["name"])
 
         hooks.add(hear)
-        assert _launches(launch)[1] == []
+        assert launches_of(launch)[1] == []
         hooks.remove(hear)
     assert heard == ["lora_gemm_kernel"] * 2
     launch()
@@ -192,7 +192,7 @@ def check_many_adapters_compile(**rows):
         lora_linear_multi(x.requires_grad_(), W, As, Bs, scalings=2.0, **rows).sum().backward()
 
     kernels = {"shrink_kernel", "expand_kernel", "multi_grad_kernel"}
-    assert kernels <= {name for name, *_ in _launches(both)[0]}
+    assert kernels <= {name for name, *_ in launches_of(both)[0]}
 
 
 def check_the_memory_of_launches_is_bounded():

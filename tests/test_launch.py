@@ -11,6 +11,10 @@ def test_known_launches_hand_the_driver_what_triton_would():
     run_outside(str(PROGRAM), timeout=300)
 
 
+def test_replayed_calls_hand_the_driver_what_others_do():
+    run_outside(str(PROGRAM.with_name("replay_checks.py")), timeout=300)
+
+
 def test_nothing_spills_for_odd_operands():
     run_outside(str(PROGRAM.with_name("odd_checks.py")), timeout=500)
 

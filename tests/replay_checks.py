@@ -1,0 +1,270 @@
+"""What test_launch.py runs in a process of its own, where Triton compiles: a stand-in for the GPU.
+
+A layer's call that is replayed has to hand the driver what it would have without: the same kernels,
+grids and arguments, addresses of the same tensors included.
+"""
+
+from contextlib import contextmanager
+from itertools import product
+from unittest import mock
+
+import torch
+from launch_checks import address, launches_of
+from triton import knobs
+from triton.runtime import driver
+
+from benchmarks import launch_overhead
+from fused_lora import dispatch, lora_linear, quantize_nf4
+from fused_lora.kernels import replay
+from fused_lora.kernels.gemm import gemm_scaled
+from fused_lora.kernels.launch import Launcher
+from fused_lora.kernels.replay import Recorder, Replay, Replays
+
+K, N, R = 64, 128, 16
+STRATEGIES = "one_pass", "split", "skinny", "tma_one_pass", "tma_split", "one_launch"
+
+
+@contextmanager
+def replayed():
+    """Counts what is replayed and what is launched by other ways."""
+    counts = {"replayed": 0, "launched": 0}
+    run, launch = Replay.__call__, Launcher.__call__
+
+    def counted_run(self, operands):
+        results = run(self, operands)
+        counts["replayed"] += results is not None
+        return results
+
+    def counted_launch(self, *args, **kwargs):
+        counts["launched"] += 1
+        return launch(self, *args, **kwargs)
+
+    with (
+        mock.patch.object(Replay, "__call__", counted_run),
+        mock.patch.object(Launcher, "__call__", counted_launch),
+    ):
+        yield counts
+
+
+def named(launches, tensors):
+    """Launches with names of tensors in the place of addresses; what is new gets a number."""
+    names = {t.data_ptr(): name for name, t in tensors.items() if t is not None}
+
+    def name(argument):
+        if isinstance(argument, (tuple, list)):
+            return [name(a) for a in argument]
+        if isinstance(argument, int) and argument > 1 << 32:
+            return names.setdefault(int(argument), f"new {len(names)}")
+        return argument
+
+    return [(kernel, grid, name(arguments)) for kernel, grid, arguments in launches]
+
+
+class Layer:
+    def __init__(self, strategy, *, dropout_p=0.0, bias=False, adapters=torch.bfloat16):
+        launch_overhead.kernel_path(strategy)
+        plain = torch.randn(N, K).bfloat16()
+        self.weight = quantize_nf4(plain) if strategy in ("in_loop", "codes") else plain
+        self.A = torch.randn(R, K, dtype=adapters, requires_grad=True)
+        self.B = torch.randn(N, R, dtype=adapters, requires_grad=True)
+        self.bias = torch.randn(N).bfloat16().requires_grad_() if bias else None
+        self.dropout_p = dropout_p
+
+    def __call__(self, x):
+        return lora_linear(
+            x, self.weight, self.A, self.B, scaling=2.0, bias=self.bias, dropout_p=self.dropout_p
+        )
+
+    def tensors(self):
+        parts = self.weight
+        parts = {"W": parts} if isinstance(parts, torch.Tensor) else dict(parts._parameters)
+        return {**parts, "A": self.A, "B": self.B, "bias": self.bias}
+
+
+def inputs(shape, *, trained=True):
+    x = torch.randn(*shape, K).bfloat16()
+    return x.requires_grad_(trained), torch.randn(*shape, N).bfloat16()
+
+
+def what_happens(layer, shape, backward):
+    """The launches of a call and its gradients, and what they returned."""
+    x, g = inputs(shape)
+    seeds = []
+    draw = torch.randint
+
+    def drawn(*args, **kwargs):
+        seeds.append(draw(*args, **kwargs))
+        return seeds[-1]
+
+    def call():
+        with mock.patch.object(torch, "randint", drawn), torch.set_grad_enabled(backward):
+            y = layer(x)
+        results.append(y)
+        if backward:
+            results.extend(torch.autograd.grad(y, (x, layer.A, layer.B), g))
+
+    results = []
+    with all_memory_kept():
+        launches, _ = launches_of(call)
+    known = {**layer.tensors(), "x": x, "g": g}
+    known |= {f"result {i}": t for i, t in enumerate(results)}
+    known |= {f"seed {i}": t for i, t in enumerate(seeds)}
+    facts = [(t.shape, t.stride(), t.dtype, t.requires_grad) for t in results]
+    return named(launches, known), facts
+
+
+@contextmanager
+def all_memory_kept():
+    """So that new memory is told by its address."""
+    kept = []
+
+    def keeping(allocate):
+        def allocated(*args, **kwargs):
+            kept.append(allocate(*args, **kwargs))
+            return kept[-1]
+
+        return allocated
+
+    with (
+        mock.patch.object(torch, "empty", keeping(torch.empty)),
+        mock.patch.object(torch.Tensor, "new_empty", keeping(torch.Tensor.new_empty)),
+    ):
+        yield
+
+
+def check_replays(strategy, shape, backward, **options):
+    layer = Layer(strategy, **options)
+    with mock.patch.object(Replays, "__call__", lambda self, name, operands, function: function()):
+        for _ in range(2):
+            expected = what_happens(layer, shape, backward)
+    dispatch.forget_plans()
+    with replayed() as counts:
+        for _ in range(2):
+            assert what_happens(layer, shape, backward) == expected
+        assert counts["replayed"] == 0
+        counts["launched"] = 0
+        for _ in range(3):
+            assert what_happens(layer, shape, backward) == expected
+        assert counts == {"replayed": 3 * (1 + backward), "launched": 0}, (strategy, counts)
+
+
+def check_compiled_layers():
+    """Operators in a graph: each run is a call of its own."""
+    layer = Layer("skinny", dropout_p=0.1)
+    compiled = torch.compile(layer.__call__, backend="aot_eager", fullgraph=True)
+    for shape in ((48,), (2, 3)):
+        with replayed() as counts:
+            for _ in range(4):
+                x, g = inputs(shape)
+                compiled(x).backward(g)
+        assert counts["replayed"] == 3 * 2, counts
+
+
+def check_what_is_not_replayed():
+    layer = Layer("skinny")
+    x, _ = inputs((3,), trained=False)
+    with torch.no_grad(), replayed() as counts:
+
+        def is_replayed(call):
+            counts["replayed"] = counts["launched"] = 0
+            call()
+            assert counts in ({"replayed": 1, "launched": 0}, {"replayed": 0, "launched": 2})
+            return counts["replayed"] == 1
+
+        for _ in range(2):
+            layer(x)
+        assert is_replayed(lambda: layer(x))
+        assert is_replayed(lambda: layer(torch.randn(3, K).bfloat16()))
+        assert not is_replayed(lambda: layer(torch.randn(K, 3).bfloat16().t()))
+        off = torch.randn(3 * K + 1).bfloat16()[1:].view(3, K)
+        assert off.data_ptr() % 16
+        assert not is_replayed(lambda: layer(off))
+        with knobs.runtime.scope():
+            knobs.runtime.debug = True  # device-side assertions
+            assert not is_replayed(lambda: layer(x))
+        heard = []
+
+        def hear(metadata):
+            heard.append(metadata.get()["name"])
+
+        knobs.runtime.launch_enter_hook.add(hear)
+        assert not is_replayed(lambda: layer(x))
+        assert len(heard) == 2
+        knobs.runtime.launch_enter_hook.remove(hear)
+        assert is_replayed(lambda: layer(x))
+        contiguous, layer.A = layer.A, layer.A.detach().t().contiguous().t()
+        layer(x), layer(x)
+        assert is_replayed(lambda: layer(x))
+        layer.A.data = contiguous.detach()  # other strides, and the same tensor to Python
+        assert not is_replayed(lambda: layer(x))
+        dispatch.forget_plans()
+        assert not is_replayed(lambda: layer(x))
+
+
+def check_what_is_not_recorded():
+    x, a = torch.randn(32, K).bfloat16(), torch.randn(K, R).bfloat16()
+    config = replay_config()
+    kept = torch.empty(32, K).bfloat16()
+
+    def recorded(function, operands=(x, a)):
+        with Recorder() as recorder:
+            results = function()
+        return recorder.replay(operands, results) is not None
+
+    def scaled(*operands, **options):
+        return gemm_scaled(config, *operands, scale=1.0, **options)
+
+    assert recorded(lambda: (scaled(x, a),))
+    assert recorded(lambda: (scaled(x, a).view(4, 8, R), None))
+    assert not recorded(lambda: (scaled(x, a) + 1,))  # something else is computed
+    assert not recorded(lambda: (scaled(x.clone(), a),))
+    assert not recorded(lambda: (scaled(kept, a),))  # memory that is nobody's
+    assert not recorded(lambda: (scaled(x, a), kept))
+    assert not recorded(lambda: (scaled(x, a), x))  # an operand
+    assert not recorded(lambda: (scaled(x, a)[:, :8],))  # a part
+    assert not recorded(lambda: (scaled(x, a).t(),))
+    assert not recorded(lambda: (scaled(x, a),), (x, x[:, :R], a))  # which of the two is read?
+    assert not recorded(lambda: (scaled(x, a[:0]),), (x, a[:0]))  # no address
+    with Recorder() as outer, torch.no_grad():
+        pass
+    assert outer.nothing_else
+    assert replay.hearing.recorder is None
+
+
+def replay_config():
+    from fused_lora.kernels.configs import choose_config
+    from fused_lora.kernels.device import INTERPRETED
+
+    return choose_config("plain", 32, R, R, 2, False, INTERPRETED)
+
+
+def check_nothing_is_kept_alive():
+    import gc
+    import weakref
+
+    launch_overhead.launches = None
+    layer = Layer("one_launch")
+    for _ in range(4):
+        x, g = inputs((48,))
+        layer(x).backward(g)
+    of = [weakref.ref(t) for t in (layer.weight, layer.A, layer.B, x, g)]
+    del layer, x, g
+    gc.collect()
+    assert all(ref() is None for ref in of)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    driver.set_active(launch_overhead.StandIn())
+    assert address is not None
+    for strategy, backward in product(STRATEGIES, (False, True)):
+        check_replays(strategy, (48,), backward)
+    for strategy in ("one_pass", "skinny", "in_loop", "codes"):
+        check_replays(strategy, (1,), True)
+        check_replays(strategy, (2, 3), True, bias=True, adapters=torch.float32)
+    for strategy in ("split", "skinny", "one_launch", "tma_split"):
+        check_replays(strategy, (4, 8), True, dropout_p=0.1)
+    check_compiled_layers()
+    check_what_is_not_replayed()
+    check_what_is_not_recorded()
+    check_nothing_is_kept_alive()
