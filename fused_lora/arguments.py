@@ -31,12 +31,22 @@ class Arguments(NamedTuple):
         }
 
     def tensors(self) -> list[Tensor]:
-        codes = [] if isinstance(self.weight, Tensor) else list(self.weight.parameters())
-        return [*codes, *(t for t in self if isinstance(t, Tensor))]
+        weight, scaling = self.weight, self.scaling
+        tensors: list[Tensor] = [weight] if isinstance(weight, Tensor) else [*weight.parameters()]
+        tensors += self.lora_A, self.lora_B
+        tensors += (t for t in (self.bias, scaling) if isinstance(t, Tensor))
+        return tensors
 
     def same(self, other: Arguments) -> bool:
         """The same tensors (not equal ones) and the same numbers."""
-        return all(
-            a is b if isinstance(a, Tensor) or isinstance(b, Tensor) else a == b
-            for a, b in zip(self, other, strict=True)
+        same_tensors = (
+            self.weight is other.weight
+            and self.lora_A is other.lora_A
+            and self.lora_B is other.lora_B
+            and self.bias is other.bias
         )
+        a, b = self.scaling, other.scaling
+        same_scaling = a is b or (
+            not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
+        )
+        return same_tensors and same_scaling and self[5:] == other[5:]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -23,6 +24,14 @@ if TYPE_CHECKING:
     from .kernels.replay import Replays
 
 
+def _parts_of_all(weights: Sequence[Tensor | QuantizedWeight]) -> Iterable[Tensor | None]:
+    return itertools.chain.from_iterable(map(_parts, weights))
+
+
+def _seeds(dropouts: Sequence[Dropout | None]) -> Iterable[Tensor | None]:
+    return (None if dropout is None else dropout.seed for dropout in dropouts)
+
+
 @functools.cache
 def _kernels() -> ModuleType:
     """The kernel path, imported where it is first used: there is a PyTorch without Triton."""
@@ -37,10 +46,10 @@ def _as_matrix(t: Tensor) -> Tensor:
 
 
 def _gradient(g: Tensor, backend: str) -> Tensor:
-    """g in values: kernels would read past a wrapper and miss a lazy negation."""
+    """g as a matrix of values: kernels would read past a wrapper and miss a lazy negation."""
     if backend == "triton" and (type(g) is not Tensor or g.is_neg()):
-        return g.clone()  # of an unfinished collective, only an operator waits for it
-    return g
+        g = g.clone()  # of an unfinished collective, only an operator waits for it
+    return _as_matrix(g)
 
 
 def _parts(weight: Tensor | QuantizedWeight) -> Iterable[Tensor | None]:
@@ -103,11 +112,11 @@ def backward(
     replays: Replays | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx [..., K], dA and dB for g = dL/dy [..., N]: dA iff x is given, dB iff h is given."""
-    g = _gradient(g, plan.backend)
+    g2 = _gradient(g, plan.backend)
 
     def run() -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x2 = None if x is None else _as_matrix(x)
-        arguments = (_as_matrix(g), x2, weight, lora_A, lora_B, h, scaling, dropout)
+        arguments = (g2, x2, weight, lora_A, lora_B, h, scaling, dropout)
         with no_autocast(g):
             if plan.backend == "triton":
                 dx, dA, dB = _kernels().backward(*arguments, plan, need_dx=need_dx)
@@ -118,7 +127,7 @@ def backward(
     if replays is None:
         return run()
     seed = None if dropout is None else dropout.seed
-    operands = (g, x, *_parts(weight), lora_A, lora_B, h, seed)
+    operands = (g2, x, *_parts(weight), lora_A, lora_B, h, seed)
     dx, dA, dB = replays(("backward", need_dx), operands, run)
     return dx, dA, dB
 
@@ -165,7 +174,7 @@ def dora_backward(
         from .kernels.dora import scale_columns_backward
     else:
         from .torch_backend import scale_columns_backward
-    gs, dot = scale_columns_backward(_as_matrix(_gradient(g, plan.backend)), column_scale, z)
+    gs, dot = scale_columns_backward(_gradient(g, plan.backend), column_scale, z)
     return gs.view(g.shape), dot
 
 
@@ -178,15 +187,25 @@ def forward_group(
     scalings: Sequence[float],
     dropouts: Sequence[Dropout | None],
     plans: Sequence[Plan],
+    replays: Replays | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Every y_i [..., N_i], and the scaled h_i side by side [M, sum r_i], in x's dtype."""
-    arguments = (_as_matrix(x), weights, lora_As, lora_Bs, biases, scalings, dropouts)
-    with no_autocast(x):
-        if plans[0].backend == "triton":
-            ys, h = _kernels().forward_group(*arguments, plans)
-        else:
-            ys, h = torch_backend.forward_group(*arguments)
-    return [_shaped_as(x, y) for y in ys], h
+
+    def run() -> tuple[Tensor, ...]:
+        arguments = (_as_matrix(x), weights, lora_As, lora_Bs, biases, scalings, dropouts)
+        with no_autocast(x):
+            if plans[0].backend == "triton":
+                ys, h = _kernels().forward_group(*arguments, plans)
+            else:
+                ys, h = torch_backend.forward_group(*arguments)
+        return *(_shaped_as(x, y) for y in ys), h
+
+    if replays is None:
+        *ys, h = run()
+    else:
+        operands = (x, *_parts_of_all(weights), *lora_As, *lora_Bs, *biases, *_seeds(dropouts))
+        *ys, h = replays("forward", operands, run)
+    return ys, h
 
 
 def backward_group(
@@ -201,14 +220,24 @@ def backward_group(
     plans: Sequence[Plan],
     *,
     need_dx: bool,
-) -> tuple[Tensor | None, Sequence[Tensor | None], list[Tensor | None]]:
+    replays: Replays | None = None,
+) -> tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]:
     """dx [..., K], the sum over the members, and dA_i iff x is given, dB_i iff h_i is."""
-    x2 = None if x is None else _as_matrix(x)
-    gs2 = [_as_matrix(_gradient(g, plans[0].backend)) for g in gs]
-    arguments = (gs2, x2, weights, lora_As, lora_Bs, hs, scalings, dropouts)
-    with no_autocast(gs[0]):
-        if plans[0].backend == "triton":
-            dx, dAs, dBs = _kernels().backward_group(*arguments, plans, need_dx=need_dx)
-        else:
-            dx, dAs, dBs = torch_backend.backward_group(*arguments, need_dx=need_dx)
-    return None if dx is None else dx.view(*gs[0].shape[:-1], dx.shape[-1]), dAs, dBs
+    gs2 = [_gradient(g, plans[0].backend) for g in gs]
+
+    def run() -> tuple[Tensor | None, ...]:
+        x2 = None if x is None else _as_matrix(x)
+        arguments = (gs2, x2, weights, lora_As, lora_Bs, hs, scalings, dropouts)
+        with no_autocast(gs[0]):
+            if plans[0].backend == "triton":
+                dx, dAs, dBs = _kernels().backward_group(*arguments, plans, need_dx=need_dx)
+            else:
+                dx, dAs, dBs = torch_backend.backward_group(*arguments, need_dx=need_dx)
+        return None if dx is None else dx.view(*gs[0].shape[:-1], dx.shape[-1]), *dAs, *dBs
+
+    if replays is None:
+        dx, *gradients = run()
+    else:
+        operands = (*gs2, x, *_parts_of_all(weights), *lora_As, *lora_Bs, *hs, *_seeds(dropouts))
+        dx, *gradients = replays(("backward", need_dx), operands, run)
+    return dx, gradients[: len(gs)], gradients[len(gs) :]

@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from . import checks, tables
-from .autocast import autocast_enabled
-from .guards import Sizes, guards_of
+from . import checks, recall, tables
 from .kernels.configs import (
     MAX_RANK,
     MAX_SKINNY_M,
@@ -35,7 +33,6 @@ from .kernels.configs import (
     tma_obstacle,
 )
 from .kernels.device import DeviceInfo, device_info, has_fp8
-from .lookup import parameters
 from .quantize import Layout, QuantizedWeight
 from .reference import FP8_BLOCK
 from .tables import Direction
@@ -459,117 +456,10 @@ class Decision(NamedTuple):
 
 _calls: dict[tuple[object, ...], Call] = {}  # a checked call by the facts about its arguments
 _MAX_CALLS = 4096
-_MAX_SHAPES = 32  # of x for each of the calls that `recall` knows
 
 
-class _Known(NamedTuple):
-    """What is known of the calls with one W0, one A and the same options."""
-
-    guards: Any  # on x but for its rows, W0 or its codes, A, B and bias
-    facts: object  # about a quantised W0
-    autocast_dtype: torch.dtype | None  # where autocast is on, and left the tensors as they are
-    decisions: dict[torch.Size, Decision]  # for each x.shape
-
-
-_known: dict[tuple[object, ...], _Known] = {}
-_NUMBERS = (float, int)  # and nothing that compares or hashes in a way of its own
-
-
-def _key(
-    x: Tensor,
-    weight: Tensor | QuantizedWeight,
-    lora_A: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    backend: Backend,
-) -> tuple[object, ...] | None:
-    if not (type(scaling) in _NUMBERS and type(dropout_p) in _NUMBERS):  # True is 1.0
-        return None
-    # What may take turns: else each would make the other's guards anew.
-    of_tensors = id(weight), id(lora_A), x.ndim, x.requires_grad, bias is None
-    return *of_tensors, scaling, dropout_p, backend
-
-
-def recall(
-    x: Tensor,
-    weight: Tensor | QuantizedWeight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    backend: Backend,
-) -> Decision | None:
-    """What `remember` keeps of a call like this one, which then needs no other look.
-
-    Guards, not a key of all that counts: after a large product what Python touches comes from
-    memory, and a look at every attribute of every tensor takes 10 us then, warm 3.
-    """
-    try:
-        key = _key(x, weight, lora_A, bias, scaling, dropout_p, backend)
-        known = None if key is None else _known.get(key)
-        if known is None:
-            return None
-        guards, facts, autocast_dtype, decisions = known
-        W, now = _weight_facts(weight)
-        if x.is_nested or W.is_nested or lora_A.is_nested or lora_B.is_nested:
-            return None  # of their strides guards ask, and the process ends
-        if bias is None:
-            same = guards.check(x, W, lora_A, lora_B)
-        else:
-            same = not bias.is_nested and guards.check(x, W, lora_A, lora_B, bias)
-        if not same or facts != now:
-            return None
-        if autocast_dtype and autocast_dtype != torch.get_autocast_dtype(x.device.type):
-            return None
-        return decisions.get(x.shape)
-    except (AttributeError, TypeError):  # no tensor, or not hashable: the checks say which
-        return None
-
-
-def remember(
-    decision: Decision,
-    x: Tensor,
-    weight: Tensor | QuantizedWeight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    backend: Backend,
-) -> None:
-    """Keeps the decision for `recall`, until `forget_plans`. No tensor is kept alive."""
-    key = _key(x, weight, lora_A, bias, scaling, dropout_p, backend)
-    W, facts = _weight_facts(weight)
-    # A W0 that requires a gradient is refused where one is asked for.
-    if key is None or not decision.call.plain_tensors or W.requires_grad:
-        return
-    tensors = (x, W, lora_A, lora_B) if bias is None else (x, W, lora_A, lora_B, bias)
-    sizes: Sizes = [[*[None] * (x.ndim - 1), x.shape[-1]], *(list(t.shape) for t in tensors[1:])]
-    guards = guards_of(tensors, sizes, [[None] * t.ndim for t in tensors])
-    if guards is None:
-        return
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast_enabled(x) else None
-    known = _known.get(key)
-    same = known is not None and known[1:3] == (facts, dtype) and known.guards.check(*tensors)
-    decisions = known.decisions if known is not None and same else {}
-    for cache, limit in ((_known, _MAX_CALLS), (decisions, _MAX_SHAPES)):
-        if len(cache) >= limit:
-            cache.clear()
-    decisions[x.shape] = decision._replace(replays=_new_replays(decision.call, decision.plan))
-    _known[key] = _Known(guards, facts, dtype, decisions)
-
-
-def _weight_facts(weight: Tensor | QuantizedWeight) -> tuple[Tensor, object]:
-    """A tensor that guards can look at, and what there is to know of a quantised W0 besides."""
-    if isinstance(weight, Tensor):
-        return weight, None
-    (codes,) = parameters(weight, "codes")
-    return codes, (weight.layout, weight.dtype, weight.shape, type(weight))
-
-
-def _new_replays(call: Call, chosen: Plan) -> Replays | None:
+def new_replays(call: Call, chosen: Plan) -> Replays | None:
+    """For calls that have in common what is launched; None where there is nothing to replay."""
     if chosen.backend == "torch" or call.dtype == torch.float32:  # whose tf32 is a setting
         return None
     from .kernels.replay import Replays
@@ -579,14 +469,14 @@ def _new_replays(call: Call, chosen: Plan) -> Replays | None:
 
 @functools.lru_cache(maxsize=_MAX_CALLS)
 def replays_of(call: Call, chosen: Plan, facts: tuple[object, ...]) -> Replays | None:
-    """Those of calls that have in common what is launched; ``facts``: what ``call`` leaves open."""
-    return _new_replays(call, chosen)
+    """`new_replays` of all calls with the same ``facts``: what ``call`` leaves open."""
+    return new_replays(call, chosen)
 
 
 def forget_plans() -> None:
     """Lets every call be decided anew: a table has changed."""
     plan.cache_clear()
-    _known.clear()
+    recall.forget()
 
 
 def checked_call(

@@ -20,14 +20,14 @@ from .dispatch import (
     Form,
     checked_call,
     explain_call,
+    new_replays,
     plan,
-    recall,
-    remember,
 )
 from .dora import DoRALinearFunction, weight_norm
 from .kernels.dropout import Dropout, dropout_threshold
 from .packing import pack
 from .quantize import QuantizedWeight
+from .recall import recall, remember
 from .reference import drawn_mask, fp8_activations
 
 Weight = Tensor | QuantizedWeight
@@ -90,9 +90,9 @@ def lora_linear(
     """
     observed = _observed()
     if not observed:
-        decision = recall(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
-        if decision is not None:
-            return _run(decision, x, weight, lora_A, lora_B, bias)
+        known = recall(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
+        if known is not None:
+            return _run(known, x, weight, lora_A, lora_B, bias)
     given = (x, weight, bias)
     x, weight, bias = autocast(x, weight, bias)
     options = (scaling, dropout_p, backend)
@@ -152,8 +152,9 @@ def _on_device(
     if not observed:
         call = checked_call(x, weight, lora_A, lora_B, bias, threshold > 0)
         decision = Decision(call, plan(call, backend), float(scaling), threshold)
-        if own:
-            remember(decision, x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
+        if own and call.plain_tensors:
+            known = decision._replace(replays=new_replays(call, decision.plan))
+            remember(known, x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
         return _run(decision, x, weight, lora_A, lora_B, bias, shard)
     checks.check_tensors(x, weight, lora_A, lora_B, bias)
     check_frozen(weight)
@@ -185,8 +186,7 @@ def _run(
     elif threshold:
         seed = _draw_seed(x.device, chosen.backend, shard or 0)
     y: Tensor
-    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
-        # Nothing to record: a Function would cost 4 us of a call's 18.
+    if not is_recorded():
         dropout = None if seed is None else Dropout(seed, threshold)
         operands = (x, weight, lora_A, lora_B, bias)
         y, _ = backends.forward(*operands, scaling, dropout, chosen, need_h=False, replays=replays)
@@ -195,6 +195,11 @@ def _run(
         x, weight, lora_A, lora_B, bias, scaling, seed, threshold, chosen, replays
     )
     return y
+
+
+def is_recorded() -> bool:
+    """Whether autograd may want to know of a call: a Function costs 12 us of its 29."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def _observed() -> bool:
@@ -251,10 +256,13 @@ def draw_seeds(n: int, device: torch.device, backend: Backend) -> Tensor:
     """Seeds of n dropout masks, from torch's generator for the device, and left there.
 
     Negative where PyTorch's path on a CPU will take the call: see `reference.keep_mask`. For what
-    cannot save the mask itself: registered operators, groups, many adapters.
+    cannot save the mask itself: registered operators, groups, many adapters. Each begins at 16
+    bytes: launches of kernels that read anything else are not known to be alike.
     """
-    seeds = torch.randint(2**63 - 1, (n,), device=device)
-    return ~seeds if device.type == "cpu" and backend != "triton" else seeds
+    seeds = torch.randint(2**63 - 1, (1,) if n == 1 else (n, 2), device=device)
+    if device.type == "cpu" and backend != "triton":
+        seeds = ~seeds
+    return seeds if n == 1 else seeds[:, 0]
 
 
 def _draw_seed(device: torch.device, backend: Backend, shard: int = 0) -> Tensor:

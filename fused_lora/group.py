@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +22,28 @@ from .dispatch import (
     describe_quantized,
     explain_call,
     library_dx,
+    new_replays,
     plan,
 )
-from .functional import Weight, _check_options, _fold_scaling, draw_seeds, lora_linear
+from .functional import (
+    Weight,
+    _check_options,
+    _fold_scaling,
+    _observed,
+    draw_seeds,
+    is_recorded,
+    lora_linear,
+)
 from .group_ops import dropouts_of, lora_linear_group_op, plans_of_all
 from .kernels.configs import MAX_GROUP
 from .kernels.dropout import dropout_threshold
 from .linear import FusedLoRALinear
 from .packing import pack
 from .quantize import QuantizedWeight
+from .recall import recall_all, remember_all
+
+if TYPE_CHECKING:
+    from .kernels.replay import Replays
 
 
 class LoRALinearGroupFunction(torch.autograd.Function):
@@ -47,6 +60,7 @@ class LoRALinearGroupFunction(torch.autograd.Function):
         seeds: Tensor | None,
         thresholds: Sequence[int],
         plans: Sequence[Plan],
+        replays: Replays | None,
         *tensors: Tensor | QuantizedWeight | None,
     ) -> tuple[Tensor, ...]:
         """``tensors``: every weight, then every lora_A, every lora_B, every bias (or None).
@@ -56,7 +70,9 @@ class LoRALinearGroupFunction(torch.autograd.Function):
         n = len(scalings)
         weights, As, Bs, biases = _in_four(tensors, n)
         dropouts = dropouts_of(seeds, thresholds)
-        ys, h = backends.forward_group(x, weights, As, Bs, biases, scalings, dropouts, plans)
+        ys, h = backends.forward_group(
+            x, weights, As, Bs, biases, scalings, dropouts, plans, replays
+        )
         needs_x, needs_A, needs_B = _needs(ctx, n)[:3]
         ctx.save_for_backward(
             x if any(needs_A) else None,
@@ -67,7 +83,7 @@ class LoRALinearGroupFunction(torch.autograd.Function):
         )
         ctx.quantized = [Codes.of(W) if needs_x else None for W in weights]
         ctx.set_materialize_grads(False)
-        ctx.scalings, ctx.thresholds, ctx.plans = scalings, thresholds, plans
+        ctx.scalings, ctx.thresholds, ctx.plans, ctx.replays = scalings, thresholds, plans, replays
         return tuple(ys)
 
     @staticmethod
@@ -104,6 +120,7 @@ class LoRALinearGroupFunction(torch.autograd.Function):
                 [dropouts[i] for i in live],
                 [ctx.plans[i] for i in live],
                 need_dx=needs_x,
+                replays=ctx.replays if len(live) == n else None,
             )
             for i, dA, dB in zip(live, live_dAs, live_dBs, strict=True):
                 dAs[i], dBs[i] = dA if needs_A[i] else None, dB
@@ -111,7 +128,7 @@ class LoRALinearGroupFunction(torch.autograd.Function):
             g.sum_to_size(g.shape[-1:]) if needs and g is not None else None
             for g, needs in zip(grads, needs_bias, strict=True)
         ]
-        return dx, None, None, None, None, *[None] * n, *dAs, *dBs, *dbiases
+        return dx, *[None] * (5 + n), *dAs, *dBs, *dbiases
 
 
 def _in_four(tensors: Sequence[Any], n: int) -> Iterator[list[Any]]:
@@ -119,7 +136,7 @@ def _in_four(tensors: Sequence[Any], n: int) -> Iterator[list[Any]]:
 
 
 def _needs(ctx: Any, n: int) -> tuple[bool, list[bool], list[bool], list[bool]]:
-    _, As, Bs, biases = _in_four(ctx.needs_input_grad[5:], n)
+    _, As, Bs, biases = _in_four(ctx.needs_input_grad[6:], n)
     return ctx.needs_input_grad[0], As, Bs, biases
 
 
@@ -172,28 +189,56 @@ def lora_linear_group(
     others need too, unless it is told to retain the graph.
     """
     members = _members(weights, lora_As, lora_Bs, scalings, biases, dropout_ps)
+    if not _observed():
+        known: _Decision | None = recall_all(x, members, backend)
+        if known is not None:
+            return _run(known, x, members, backend)
     if _special((x, *weights, *lora_As, *lora_Bs)):
         return _apart(x, members, backend)
     if torch.compiler.is_compiling():
         return _traced(x, members, backend)
     x_cast, cast, calls, plans = _checked(x, members, backend)
-    if better_apart(x, any(call.dropout for call in calls), backend):
+    decision = _Decision(better_apart(x, any(call.dropout for call in calls), backend), plans)
+    own = x_cast is x and all(
+        ours.weight is given.weight and ours.bias is given.bias
+        for ours, given in zip(cast, members, strict=True)
+    )
+    if own and all(call.plain_tensors for call in calls):
+        starts = range(0, len(members), MAX_GROUP)
+        replays = {i: new_replays(calls[i], plans[i]) for i in starts}
+        remember_all(decision._replace(replays=replays), x, members, backend)
+    return _run(decision, x_cast, cast, backend)
+
+
+class _Decision(NamedTuple):
+    """All that there is to know of a group's call before it runs."""
+
+    apart: bool
+    plans: tuple[Plan, ...]
+    replays: Mapping[int, Replays | None] = {}  # by the first member of each group
+
+
+def _run(
+    decision: _Decision, x: Tensor, members: Sequence[_Member], backend: Backend
+) -> tuple[Tensor, ...]:
+    """x and members as autocast would have them."""
+    if decision.apart:
         return _apart(x, members, backend)
     ys: tuple[Tensor, ...] = ()
     for first in range(0, len(members), MAX_GROUP):
-        part = cast[first : first + MAX_GROUP]
-        thresholds = [dropout_threshold(member.dropout_p) for member in part]
-        ys += LoRALinearGroupFunction.apply(
-            x_cast,
-            [float(member.scaling) for member in part],
-            draw_seeds(len(thresholds), x.device, backend) if any(thresholds) else None,
-            thresholds,
-            plans[first : first + MAX_GROUP],
-            *(member.weight for member in part),
-            *(member.lora_A for member in part),
-            *(member.lora_B for member in part),
-            *(member.bias for member in part),
-        )
+        part = members[first : first + MAX_GROUP]
+        weights, As, Bs, scalings, biases, ps = map(list, zip(*part, strict=True))
+        scalings, thresholds = [*map(float, scalings)], [*map(dropout_threshold, ps)]
+        seeds = draw_seeds(len(part), x.device, backend) if any(thresholds) else None
+        plans, replays = decision.plans[first : first + MAX_GROUP], decision.replays.get(first)
+        if is_recorded():
+            ys += LoRALinearGroupFunction.apply(
+                x, scalings, seeds, thresholds, plans, replays, *weights, *As, *Bs, *biases
+            )
+        else:
+            dropouts = dropouts_of(seeds, thresholds)
+            arguments = (x, weights, As, Bs, biases, scalings, dropouts, plans, replays)
+            ys += tuple(backends.forward_group(*arguments)[0])
     return ys
 
 

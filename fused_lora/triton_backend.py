@@ -20,7 +20,7 @@ from .kernels.dropout import Dropout
 from .kernels.expand import add_lora
 from .kernels.gemm import ColumnScale, gemm_add_lora, gemm_one_pass, gemm_scaled
 from .kernels.grads import grad_lora_a, grad_lora_b, lora_grads
-from .kernels.group import gemm_group
+from .kernels.group import gemm_group, stack_rows
 from .kernels.persistent import persistent_add_lora, persistent_one_pass, persistent_produced
 from .kernels.quantized import QuantizedMatrix, dequantize
 from .kernels.skinny import skinny
@@ -267,7 +267,7 @@ def forward_group(
             gemm_scaled(config, x, A.t(), scale=scale, dropout=dropout, out=h_i)
     else:
         config = _config("plain", x, h.shape[1], h.shape[1], None)
-        gemm_scaled(config, x, torch.cat(tuple(lora_As)).t(), scale=scalings[0], out=h)
+        gemm_scaled(config, x, stack_rows(lora_As, x.dtype).t(), scale=scalings[0], out=h)
     ys = []
     for weight, B, bias, h_i, plan in zip(weights, lora_Bs, biases, hs, plans, strict=True):
         w = (_operand(weight) if plan.strategy == "in_loop" else _values(weight, x.dtype)).t()
@@ -321,7 +321,8 @@ def backward_group(
         dx = gemm_group(config, gs, values, dhs, lora_As, dropouts)
         del values  # the scratches of quantised ones
     if x is not None and dropout is None:
-        dtype = functools.reduce(torch.promote_types, (A.dtype for A in lora_As))
+        # Of one dtype nothing is asked: torch.promote_types is an operator.
+        dtype = functools.reduce(torch.promote_types, {A.dtype for A in lora_As})
         dA = grad_lora_a(_config("grad", x, K, sum(ranks), None), x, dh, dtype=dtype, dropout=None)
         dAs = [
             part.to(A.dtype) for part, A in zip(dA.split_with_sizes(ranks), lora_As, strict=True)

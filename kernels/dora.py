@@ -170,6 +170,9 @@ def scale_columns_kernel(
         tl.store(dot_ptr + pid_s.to(tl.int64) * N + cols, dot, mask=in_n)
 
 
+_launch_scale_columns = Launcher(scale_columns_kernel)
+
+
 def scale_columns_backward(
     g: torch.Tensor, column_scale: torch.Tensor, z: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -189,8 +192,12 @@ def scale_columns_backward(
     SPLIT_M = triton.cdiv(M, rows_per_split)
     partial = None if z is None else column_scale.new_empty((SPLIT_M, N))
     with device_guard(g):
-        scale_columns_kernel[(tiles, SPLIT_M)](
-            g, z, column_scale, gs, partial, M, N, rows_per_split, *g.stride(), **_COLUMNS
+        _launch_scale_columns(
+            (tiles, SPLIT_M, 1),
+            (g, z, column_scale, gs, partial),
+            (M, N, rows_per_split, *g.stride()),
+            (),
+            **_COLUMNS,
         )
         if partial is None:
             return gs, None

@@ -1,4 +1,4 @@
-"""The input gradient of layers that share their input: one product over all of them.
+"""Layers that share their input: their A's as one matrix, and the input gradient of all.
 
     y = sum_i x_i w_i + D_i o (h_i b_i)    x_i [M, K_i], w_i [K_i, N], h_i [M, R_i], b_i [R_i, N]
 
@@ -19,17 +19,53 @@ from .configs import MIN_DOT, TileConfig, for_odd_rows, is_odd, padded
 from .device import device_guard
 from .dropout import Dropout
 from .gemm import GROUP_M, dot_precision
+from .launch import Launcher
 from .tiles import add_product, grouped_tile, keep_mask, tile_places
 
 
 @triton.jit
+def stack_rows_kernel(out_ptr, a_ptrs, Rs, strides_a, K, BLOCK_K: tl.constexpr):
+    row = tl.program_id(0)
+    offs_k = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+    out_ptrs = out_ptr + row.to(tl.int64) * K + offs_k
+    rows = row + tl.zeros([BLOCK_K], tl.int64)  # of matrix i, one and the same
+    for i in tl.static_range(len(a_ptrs)):
+        mask = (offs_k < K) & (rows >= 0) & (rows < Rs[i])
+        ptrs = a_ptrs[i] + rows * strides_a[i][0] + offs_k * strides_a[i][1]
+        a = tl.load(ptrs, mask=mask, other=0.0)
+        tl.store(out_ptrs, a.to(out_ptr.dtype.element_ty), mask=mask)
+        rows -= Rs[i]
+
+
+_launch_stack = Launcher(stack_rows_kernel)
+STACK_TILE = {"BLOCK_K": 1024, "num_warps": 4}
+
+
+def stack_rows(matrices: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Matrices [R_i, K] one below the other, [sum R_i, K] in ``dtype``: a launch to be replayed."""
+    K, ranks = matrices[0].shape[1], tuple(a.shape[0] for a in matrices)
+    out = matrices[0].new_empty((sum(ranks), K), dtype=dtype)
+    if out.numel():
+        strides = tuple(a.stride() for a in matrices)
+        with device_guard(out):
+            _launch_stack(
+                (sum(ranks), -(-K // STACK_TILE["BLOCK_K"]), 1),
+                (out, tuple(matrices)),
+                (ranks, strides, K),
+                (),
+                **STACK_TILE,
+            )
+    return out
+
+
+@triton.jit
 def lora_group_kernel(
+    y_ptr,
     x_ptrs,
     w_ptrs,
     h_ptrs,
     b_ptrs,
     seed_ptrs,  # one a member: None where it has no dropout
-    y_ptr,
     M,
     N,
     Ks,
@@ -99,6 +135,9 @@ def lora_group_kernel(
     tl.store(y_ptr + rows * N + cols, acc.to(y_ptr.dtype.element_ty), mask=in_m & in_n)
 
 
+_launch_group = Launcher(lora_group_kernel)
+
+
 def gemm_group(
     config: TileConfig,
     xs: Sequence[torch.Tensor],
@@ -121,25 +160,26 @@ def gemm_group(
         config = for_odd_rows(config, y.dtype.itemsize)
     if any(h.shape[1] % MIN_DOT for h in hs) or is_odd(*hs, *bs):  # as in gemm.py
         BLOCK_R = MIN_DOT
-    grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
+    tiles = -(-M // config.BLOCK_M) * -(-N // config.BLOCK_N)
+    seeds = tuple(d.seed if d else None for d in dropouts)
     with device_guard(y):
-        lora_group_kernel[grid](
-            tuple(xs),
-            tuple(ws),
-            tuple(hs),
-            tuple(bs),
-            tuple(d.seed if d else None for d in dropouts),
-            y,
-            M,
-            N,
-            tuple(x.shape[1] for x in xs),
-            tuple(h.shape[1] for h in hs),
-            tuple(x.stride() for x in xs),
-            tuple(w.stride() for w in ws),
-            hs[0].stride(0),
-            tuple(b.stride() for b in bs),
-            tuple(d.keep_scale if d else 1.0 for d in dropouts),
-            tuple(d.threshold if d else 0 for d in dropouts),
+        _launch_group(
+            (tiles, 1, 1),
+            (y, tuple(xs), tuple(ws), tuple(hs), tuple(bs), seeds),
+            (
+                M,
+                N,
+                tuple(x.shape[1] for x in xs),
+                tuple(h.shape[1] for h in hs),
+                tuple(x.stride() for x in xs),
+                tuple(w.stride() for w in ws),
+                hs[0].stride(0),
+                tuple(b.stride() for b in bs),
+                # Not among the numbers: what is in a tuple, Triton specialises by.
+                tuple(d.keep_scale if d else 1.0 for d in dropouts),
+                tuple(d.threshold if d else 0 for d in dropouts),
+            ),
+            (),
             BLOCK_R=BLOCK_R,
             GROUP_M=GROUP_M,
             EVEN_K=all(x.shape[1] % config.BLOCK_K == 0 for x in xs),

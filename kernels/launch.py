@@ -115,15 +115,16 @@ class Launcher:
         self,
         grid: tuple[int, int, int],
         tensors: tuple[Any, ...],
-        sizes: tuple[int, ...],
+        sizes: tuple[Any, ...],
         numbers: tuple[float, ...] = (),
         **constants: Any,
     ) -> None:
         """``kernel[grid](*tensors, *sizes, *numbers, **constants)`` on the current device's stream.
 
         tensors: the first is one, others may be None or a tuple of such (a quantised weight's
-        tables). numbers: what the kernel is not specialised by, always of the same types.
-        constants: the constant parameters and the compiler's options, always in the same order.
+        tables). sizes: integers, or tuples of numbers. numbers: what the kernel is not specialised
+        by, always of the same types. constants: the constant parameters and the compiler's options,
+        always in the same order.
         """
         try:
             pointers = [None if t is None else t.data_ptr() for t in tensors]
@@ -163,7 +164,7 @@ class Launcher:
         grid: tuple[int, int, int],
         tensors: tuple[Any, ...],
         pointers: list[Any],
-        sizes: tuple[int, ...],
+        sizes: tuple[Any, ...],
         numbers: tuple[float, ...],
     ) -> Launch:
         compiled, tail = known

@@ -31,6 +31,7 @@ from .configs import FP_FUSION, MIN_DOT, TileConfig, for_odd_rows, is_odd, padde
 from .device import device_guard, device_info
 from .dropout import Dropout
 from .gemm import dot_precision
+from .launch import Launcher
 from .pieces import load_adapter, load_piece
 from .rows import AdapterTable, RowGroups
 from .tiles import keep_mask
@@ -272,6 +273,15 @@ def sum_pieces_kernel(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+_launch_shrink, _launch_expand = Launcher(shrink_kernel), Launcher(expand_kernel)
+_launch_grads, _launch_sum = Launcher(multi_grad_kernel), Launcher(sum_pieces_kernel)
+
+
+def _dropped(dropout: Dropout | None) -> tuple[float, int]:
+    """A kernel's scale and threshold."""
+    return (dropout.keep_scale, dropout.threshold) if dropout else (1.0, 0)
+
+
 def _split_k(K: int, programs: int, block: int, num_sms: int) -> int:
     """Enough ranges of K for two programs on every multiprocessor, none empty; their length."""
     splits = min(triton.cdiv(2 * num_sms, programs), triton.cdiv(K, block), MAX_SPLIT_K)
@@ -308,21 +318,20 @@ def shrink(
     h = torch.empty((SPLIT_K, M, adapters.max_rank), dtype=dtype, device=x.device)
     if len(table):
         with device_guard(x):
-            shrink_kernel[(len(table), tiles_r, SPLIT_K)](
-                x,
-                w,
-                h,
-                rows.order,
-                table,
-                adapters.entries,
-                adapters.scalings,
-                dropout.seed if dropout else None,
-                K,
-                k_per_split,
-                *x.stride(),
-                *h.stride()[:2],
-                dropout.keep_scale if dropout else 1.0,
-                dropout.threshold if dropout else 0,
+            _launch_shrink(
+                (len(table), tiles_r, SPLIT_K),
+                (
+                    x,
+                    w,
+                    h,
+                    rows.order,
+                    table,
+                    adapters.entries,
+                    adapters.scalings,
+                    dropout.seed if dropout else None,
+                ),
+                (K, k_per_split, *x.stride(), *h.stride()[:2]),
+                _dropped(dropout),
                 EVEN_K=K % config.BLOCK_K == 0,
                 PRECISION=dot_precision(x.dtype),
                 **adapters.meta(use_A),
@@ -354,20 +363,20 @@ def expand(
     if len(table) and N:
         meta = config.meta() | {"BLOCK_K": min(padded(adapters.max_rank), config.BLOCK_K)}
         with device_guard(y):
-            expand_kernel[(len(table), triton.cdiv(N, config.BLOCK_N))](
-                h,
-                w,
-                y,
-                h_sum,
-                rows.order,
-                table,
-                adapters.entries,
-                dropout.seed if dropout else None,
-                N,
-                h.shape[0],
-                *h.stride()[:2],
-                dropout.keep_scale if dropout else 1.0,
-                dropout.threshold if dropout else 0,
+            _launch_expand(
+                (len(table), triton.cdiv(N, config.BLOCK_N), 1),
+                (
+                    h,
+                    w,
+                    y,
+                    h_sum,
+                    rows.order,
+                    table,
+                    adapters.entries,
+                    dropout.seed if dropout else None,
+                ),
+                (N, h.shape[0], *h.stride()[:2]),
+                _dropped(dropout),
                 PRECISION=dot_precision(y.dtype),
                 **adapters.meta(use_A),
                 **meta,
@@ -411,35 +420,36 @@ def multi_grads(
             partial = torch.empty(shape, dtype=torch.float32, device=q.device)
         with device_guard(q):
             if len(pieces.table):
-                multi_grad_kernel[(tiles_c, tiles_r, len(pieces.table))](
-                    q,
-                    l,
-                    partial,
-                    rows.order,
-                    pieces.table,
-                    adapters.entries,
-                    dropout.seed if dropout else None,
-                    C,
-                    *q.stride(),
-                    l.stride(0),
-                    stride,
-                    dropout.keep_scale if dropout else 1.0,
-                    dropout.threshold if dropout else 0,
+                _launch_grads(
+                    (tiles_c, tiles_r, len(pieces.table)),
+                    (
+                        q,
+                        l,
+                        partial,
+                        rows.order,
+                        pieces.table,
+                        adapters.entries,
+                        dropout.seed if dropout else None,
+                    ),
+                    (C, *q.stride(), l.stride(0), stride),
+                    _dropped(dropout),
                     PRECISION=dot_precision(q.dtype),
                     USE_A=use_A,
                     **config.meta(),
                 )
             if not direct:
-                grid = (triton.cdiv(stride, _REDUCE_BLOCK), rows.num_groups)
-                sum_pieces_kernel[grid](
-                    partial,
-                    flat,
-                    rows.adapters,
-                    pieces.group_first,
-                    pieces.table,
-                    adapters.entries,
-                    C,
-                    stride,
+                _launch_sum(
+                    (triton.cdiv(stride, _REDUCE_BLOCK), rows.num_groups, 1),
+                    (
+                        partial,
+                        flat,
+                        rows.adapters,
+                        pieces.group_first,
+                        pieces.table,
+                        adapters.entries,
+                    ),
+                    (C, stride),
+                    (),
                     BLOCK=_REDUCE_BLOCK,
                     **FP_FUSION,
                 )

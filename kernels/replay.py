@@ -24,6 +24,8 @@ from .launch import Launch, Tiled, hearing, is_hooked, modes
 
 Operands = Sequence[Tensor | None]  # the first is a tensor
 Results = tuple[Any, ...]  # of tensors and None
+Made = tuple[tuple[int, ...], torch.dtype]
+View = tuple[int, Any]  # of what is made, the how manyth, and as_strided's arguments for a part
 Selection = Callable[[Sequence[Any]], Any]
 Lender = Callable[[], AbstractContextManager[Tensor]]
 _NOTHING = nullcontext()
@@ -74,67 +76,102 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def replay(self, operands: Operands, results: Results) -> Replay | None:
         """What does the same for operands of the same kinds; None where that is not possible."""
-        tensors = [*operands, *self.made, *self.lent.values()]
-        addresses = [t.data_ptr() for t in tensors if t is not None]
-        told_apart = 0 not in addresses and len({*addresses}) == len(addresses)
-        if not self.nothing_else or not told_apart or len(self.lent) > 1:
+        places = _Places([*operands, *self.made, *self.lent.values()])
+        if not self.nothing_else or len(self.lent) > 1:
             return None
-        place: dict[int | None, int] = {
-            t.data_ptr(): i for i, t in enumerate(tensors) if t is not None
-        }
-        place[None] = -1
-        made = {i + len(operands): t for i, t in enumerate(self.made)}
         try:
             launches = [
-                (launch._replace(pointers=()), _selection(launch.pointers, place))
+                (launch._replace(pointers=()), places.selection(launch.pointers))
                 for launch in self.launches
             ]
-            places = [-1 if t is None else place[t.data_ptr()] for t in results]
-            for t, i in zip(results, places, strict=True):
-                if t is not None and t.is_contiguous() and t.numel() == made[i].numel():
-                    made[i] = t  # in its last shape
-                elif t is not None:
-                    return None
+            made = [(tuple(t.shape), t.dtype) for t in self.made]
+            views = [self._view(t, made, places, len(operands)) for t in results]
         except KeyError:  # memory of unknown origin
             return None
         lender = next(iter(self.lent), None)
-        return Replay(operands, [*made.values()], lender, launches, places)
+        return Replay(operands, places.same, made, lender, launches, views)
+
+    def _view(
+        self, t: Tensor | None, made: list[Made], places: _Places, operands: int
+    ) -> View | None:
+        """Where a result is among what is made; one that is all of it is made in its shape."""
+        if t is None:
+            return None
+        i = places.find(t.data_ptr())[0] - operands
+        if not 0 <= i < len(made):
+            raise KeyError
+        if t.is_contiguous() and t.numel() == self.made[i].numel():
+            made[i] = tuple(t.shape), t.dtype
+            return i, None
+        return i, (t.shape, t.stride(), t.storage_offset())
 
 
-def _selection(pointers: tuple[Any, ...], place: dict[int | None, int]) -> Selection:
-    """What picks a launch's pointers out of all: tuples of them and descriptors among them."""
-    parts = [_part(pointer, place) for pointer in pointers]
-    if len(parts) > 1 and all(isinstance(part, int) for part in parts):
-        return itemgetter(*parts)
-    return lambda given: tuple(given[p] if isinstance(p, int) else p(given) for p in parts)
+class _Places:
+    """Where addresses lie: which tensor, and how many bytes from its start."""
+
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        there = [(i, t) for i, t in enumerate(tensors) if t is not None]
+        self._exact: dict[int | None, int] = {None: -1}
+        self.same: list[tuple[int, int]] = []  # two that begin at one address
+        for i, t in there:
+            first = self._exact.setdefault(t.data_ptr(), i)
+            if first != i:
+                self.same.append((first, i))
+        self._ranges = [
+            (range(t.data_ptr(), t.data_ptr() + _extent(t) * t.itemsize), i)
+            for i, t in there
+            if t.numel()
+        ]
+
+    def find(self, pointer: Any) -> tuple[int, int]:
+        """KeyError for one that is in no tensor, or may be in two."""
+        exact = self._exact.get(pointer)
+        if exact is not None and pointer != 0:  # of what is empty
+            return exact, 0
+        around = [(i, pointer - r.start) for r, i in self._ranges if pointer in r]
+        if len(around) != 1:
+            raise KeyError(pointer)
+        return around[0]
+
+    def selection(self, pointers: tuple[Any, ...]) -> Selection:
+        """What picks a launch's pointers out of all: tuples of them and descriptors among them."""
+        parts = [self._part(pointer) for pointer in pointers]
+        if len(parts) > 1 and all(isinstance(part, int) for part in parts):
+            return itemgetter(*parts)
+        return lambda given: tuple(given[p] if isinstance(p, int) else p(given) for p in parts)
+
+    def _part(self, pointer: Any) -> int | Selection:
+        if isinstance(pointer, tuple):
+            return self.selection(pointer)
+        if isinstance(pointer, Tiled):
+            (i, offset), tiles = self.find(pointer.data_ptr()), pointer.at(0)  # keeps no tensor
+            return lambda given: tiles.at(given[i] + offset)
+        i, offset = self.find(pointer)
+        return (lambda given: given[i] + offset) if offset else i
 
 
-def _part(pointer: Any, place: dict[int | None, int]) -> int | Selection:
-    if isinstance(pointer, tuple):
-        return _selection(pointer, place)
-    if isinstance(pointer, Tiled):
-        at, tiles = place[pointer.data_ptr()], pointer.at(0)  # which keeps no tensor alive
-        return lambda given: tiles.at(given[at])
-    return place[pointer]
+def _extent(t: Tensor) -> int:
+    """Elements from its first to its last."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
 
 
 class Replay:
     """One function's launches: call it with operands of the same shapes and dtypes."""
 
-    __slots__ = ("_launches", "_lender", "_made", "_modes", "_results", "_strides")
+    __slots__ = ("_launches", "_lender", "_made", "_modes", "_same", "_strides", "_views")
 
     def __init__(
         self,
         operands: Operands,
-        made: list[Tensor],
+        same: list[tuple[int, int]],  # of which a launch may read either
+        made: list[Made],
         lender: Lender | None,
         launches: list[tuple[Launch, Selection]],
-        results: list[int],  # places among operands and what is made
+        views: list[View | None],  # the results
     ) -> None:
         self._strides = [None if t is None else t.stride() for t in operands]
-        self._made = [(tuple(t.shape), t.dtype) for t in made]
-        self._lender, self._launches = lender, launches
-        self._results = [i - len(operands) if i >= 0 else None for i in results]
+        self._same = same
+        self._made, self._lender, self._launches, self._views = made, lender, launches, views
         self._modes = modes()
 
     def __call__(self, operands: Operands) -> Results | None:
@@ -143,6 +180,8 @@ class Replay:
             return None
         pointers = [None if t is None else t.data_ptr() for t in operands]
         if reduce(or_, filter(None, pointers)) & 15 or is_hooked() or self._modes != modes():
+            return None
+        if self._same and any(pointers[i] != pointers[j] for i, j in self._same):
             return None
         first = operands[0]
         assert first is not None
@@ -155,7 +194,14 @@ class Replay:
             stream = driver.active.get_current_stream(first.get_device())
             for launch, selection in self._launches:
                 launch.run(stream, selection(pointers))
-        return tuple(None if i is None else made[i] for i in self._results)
+        return tuple(
+            None
+            if view is None
+            else made[view[0]]
+            if view[1] is None
+            else made[view[0]].as_strided(*view[1])
+            for view in self._views
+        )
 
 
 class Replays:

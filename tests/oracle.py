@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from fused_lora import reference
 from fused_lora.autograd import LoRALinearFunction
 from fused_lora.dispatch import Backend, Plan, checked_call, plan
 from fused_lora.kernels.dropout import dropout_threshold
+
+if TYPE_CHECKING:
+    from fused_lora.kernels.replay import Replays
 
 FORWARD_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
 
@@ -89,7 +92,7 @@ def run(call: Callable[..., Tensor], p: Problem, needs: tuple[str, ...] = TRAINE
     return result
 
 
-def fused(backend: Backend | Plan) -> Callable[[Problem], Tensor]:
+def fused(backend: Backend | Plan, replays: Replays | None = None) -> Callable[[Problem], Tensor]:
     """`LoRALinearFunction` with the problem's own dropout seed."""
 
     def call(p: Problem) -> Tensor:
@@ -100,7 +103,7 @@ def fused(backend: Backend | Plan) -> Callable[[Problem], Tensor]:
             chosen = plan(described, chosen)
         seed = p.seed if threshold else None
         y: Tensor = LoRALinearFunction.apply(
-            p.x, p.weight, p.lora_A, p.lora_B, p.bias, p.scaling, seed, threshold, chosen
+            p.x, p.weight, p.lora_A, p.lora_B, p.bias, p.scaling, seed, threshold, chosen, replays
         )
         return y
 

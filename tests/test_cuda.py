@@ -18,7 +18,9 @@ from torch.utils.checkpoint import (
 )
 
 from fused_lora import FusedLoRALinear
-from fused_lora.dispatch import Plan
+from fused_lora.dispatch import KINDS, Plan, checked_call, predicted_seconds
+from fused_lora.kernels.device import device_info
+from fused_lora.kernels.replay import Replay, Replays
 
 pytestmark = pytest.mark.gpu
 SIZE = 256
@@ -228,3 +230,27 @@ def test_known_launches_read_the_tensors_of_their_own_call(device, strategy, lau
         check(got, p)
     of_y = {"one_pass": "gemm_one_pass", "split": "gemm_add_lora", "skinny": "skinny"}[strategy]
     assert launches.count(of_y) == 2 * 3  # y and dx, of three calls
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("strategy", sorted({"split", *KINDS} - {"in_loop"}))
+def test_replayed_calls(device, strategy, dropout_p, monkeypatch):
+    """The same launches for tensors elsewhere (kernels/replay.py), on other streams too."""
+    replayed = []
+    replay = Replay.__call__
+    monkeypatch.setattr(
+        Replay, "__call__", lambda *given: replayed.append(replay(*given)) or replayed[-1]
+    )
+    replays, plan = Replays(), Plan("triton", strategy, strategy)
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()):
+        p = problem((3, 16), 128, 64, 16, dtype=torch.bfloat16, device=device, dropout_p=dropout_p)
+        call = checked_call(p.x, p.weight, p.lora_A, p.lora_B, p.bias, dropout_p > 0)
+        if strategy not in predicted_seconds(call, device_info(device)):
+            pytest.skip(f"{strategy} does not run here with dropout_p {dropout_p}")
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            got = run(fused(plan, replays), p)
+        torch.cuda.current_stream().wait_stream(stream)
+        check(got, p)
+    assert len(replayed) == 2 * 2
+    assert None not in replayed

@@ -59,7 +59,7 @@ def _fused(problems, backend):
     tensors = [getattr(p, kind) for kind in kinds for p in problems]
     plans = [PLANS[backend]] * len(problems) if isinstance(backend, str) else backend
     return LoRALinearGroupFunction.apply(
-        problems[0].x, [p.scaling for p in problems], seeds, thresholds, plans, *tensors
+        problems[0].x, [p.scaling for p in problems], seeds, thresholds, plans, None, *tensors
     )
 
 

@@ -344,6 +344,7 @@ def _check_group(problems, weights, plan):
             seeds,
             thresholds,
             [plan] * len(group),
+            None,
             *weights,
             *adapters,
         )

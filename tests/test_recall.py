@@ -5,7 +5,15 @@ import torch
 from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_lora import FusedLoRALinear, dispatch, functional, lora_linear, quantize_nf4, reference
+from fused_lora import (
+    FusedLoRALinear,
+    dispatch,
+    functional,
+    lora_linear,
+    quantize_nf4,
+    recall,
+    reference,
+)
 
 
 @pytest.fixture
@@ -162,7 +170,7 @@ def test_what_autocast_changes_is_not_kept():
     dispatch.forget_plans()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         lora_linear(x, W, A, B, scaling=2.0)
-    assert not dispatch._known
+    assert not recall._known
 
 
 def test_calls_that_take_turns(looks):
@@ -270,21 +278,21 @@ def test_no_tensor_is_kept_alive():
 
 
 def test_no_more_is_kept_than_the_limit(monkeypatch):
-    monkeypatch.setattr(dispatch, "_MAX_CALLS", 3)
-    monkeypatch.setattr(dispatch, "_MAX_SHAPES", 3)
+    monkeypatch.setattr(recall, "_MAX_CALLS", 3)
+    monkeypatch.setattr(recall, "_MAX_SHAPES", 3)
     dispatch.forget_plans()
     x, W, A, B = _tensors()
     weights = [W.clone() for _ in range(10)]
     for weight in weights:
         lora_linear(x, weight, A, B, scaling=2.0)
-    assert len(dispatch._known) <= 3
+    assert len(recall._known) <= 3
     for M in range(1, 10):
         lora_linear(torch.randn(M, 32), W, A, B, scaling=2.0)
-    assert max(len(known.decisions) for known in dispatch._known.values()) <= 3
+    assert max(len(known.decisions) for known in recall._known.values()) <= 3
 
 
 def test_without_pytorchs_guards_every_call_is_looked_at(looks, monkeypatch):
-    monkeypatch.setattr(dispatch, "guards_of", lambda *_: None)
+    monkeypatch.setattr(recall, "guards_of", lambda *_: None)
     x, W, A, B = _tensors()
     for _ in range(2):
         _assert_right(lora_linear(x, W, A, B, scaling=2.0), x, W, A, B)
