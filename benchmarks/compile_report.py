@@ -39,7 +39,7 @@ from fused_lora.kernels.configs import (
     is_specialized,
     is_tma,
     padded,
-    ship,
+    tunable,
 )
 from fused_lora.kernels.device import SHARED_MEMORY, DeviceInfo
 
@@ -159,7 +159,7 @@ def cases(archs: list[int], dtypes: list[str]) -> Iterator[Case]:
                     if kind in ("tma_second", "tma_produced") and r > 16 and dropout != transposed:
                         continue
                     masks = dropout and (transposed or not is_tma(kind))
-                    tiles = ship(kind, r, itemsize, masks, device, dora)
+                    tiles = tunable(kind, r, itemsize, masks, device, dora)
                     # GROUP_M changes the order of the tiles, not the code.
                     if is_tma(kind) or is_specialized(kind):
                         tiles = tuple(dict.fromkeys(replace(c, GROUP_M=8) for c in tiles))

@@ -204,7 +204,7 @@ def tune(
             def progress(done: int, total: int, m: Measurement) -> None:
                 bar.update(task, completed=done, total=total, description=m.key)
                 if m.problem:
-                    _say(f"{m.key} {m.strategy} {m.config}: left out: {m.problem}")
+                    _say(f"{m.key} {m.strategy or ''} {m.config}: left out: {m.problem}")
 
             best = tune(
                 problems,
@@ -218,7 +218,7 @@ def tune(
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise _failed(error) from None
     for key, choice in best.items():
-        _say(f"{key:56} {choice.strategy:12} {choice.seconds * 1e6:9.1f} us")
+        _say(f"{key:56} {choice.strategy or 'tile':12} {choice.seconds * 1e6:9.1f} us")
     _say(f"saved: {tables.user_path(device_info(torch.device(device)).name)}")
 
 

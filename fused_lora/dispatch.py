@@ -31,11 +31,12 @@ from .kernels.configs import (
     ship,
     split_k,
     tma_obstacle,
+    tunable,
 )
 from .kernels.device import DeviceInfo, device_info, has_fp8
 from .quantize import Layout, QuantizedWeight
 from .reference import FP8_BLOCK
-from .tables import Direction
+from .tables import Direction, Product
 from .tables import Strategy as Strategy  # for those who make a Plan
 
 if TYPE_CHECKING:
@@ -340,10 +341,33 @@ def _by_model(call: Call, direction: Direction, form: Form = "layer") -> Strateg
     return min(known, key=seconds.__getitem__)
 
 
-def table_key(call: Call, direction: Direction) -> str:
+def table_key(call: Call, product: Product) -> str:
     """The call's name in tuned tables; for dx, ``call`` has N and K swapped already."""
     dtype = str(call.dtype).removeprefix("torch.")
-    return tables.key(direction, call.M, call.N, call.K, call.r, dtype, call.dropout)
+    N = call.r if product == "h" else call.N
+    return tables.key(product, call.M, N, call.K, call.r, dtype, call.dropout)
+
+
+@functools.lru_cache(maxsize=4096)
+def part_config(
+    product: Literal["h", "grads"],
+    M: int,
+    N: int,
+    K: int,
+    r: int,
+    dtype: torch.dtype,
+    dropout: bool,
+    device: DeviceInfo,
+) -> TileConfig:
+    """The table's tile for h [M, r] = x [M, K] A, or for dA and dB; else a default one."""
+    kind: Kind = "plain" if product == "h" else "grad"
+    name = str(dtype).removeprefix("torch.")
+    found = tables.table(device.name).get(tables.key(product, M, N, K, r, name, dropout))
+    if found is not None and found.config in tunable(kind, r, dtype.itemsize, dropout, device):
+        return found.config
+    return choose_config(
+        kind, M, max(N, K) if kind == "grad" else r, r, dtype.itemsize, dropout, device
+    )
 
 
 def _choose(
@@ -476,6 +500,8 @@ def replays_of(call: Call, chosen: Plan, facts: tuple[object, ...]) -> Replays |
 def forget_plans() -> None:
     """Lets every call be decided anew: a table has changed."""
     plan.cache_clear()
+    part_config.cache_clear()
+    replays_of.cache_clear()
     recall.forget()
 
 

@@ -40,6 +40,8 @@ Strategy = Literal[
     "in_loop",
 ]
 Direction = Literal["forward", "dx"]
+# What is tuned: y, dx, h where it is made by a launch of its own (dh as well), dA and dB together.
+Product = Literal["forward", "dx", "h", "grads"]
 
 SHIPPED = Path(__file__).parent / "tables"
 
@@ -48,7 +50,7 @@ SHIPPED = Path(__file__).parent / "tables"
 class Choice:
     """What measured best for one problem."""
 
-    strategy: Strategy
+    strategy: Strategy | None  # None for "h" and "grads", which are made in one way
     config: TileConfig | None  # of the main product; None where a library has it
     seconds: float
 
@@ -58,9 +60,11 @@ def bucket(M: int) -> int:
     return 1 << max(M - 1, 0).bit_length()
 
 
-def key(direction: Direction, M: int, N: int, K: int, r: int, dtype: str, dropout: bool) -> str:
-    """The name of a problem in a table; N and K are the product's own: dx has them swapped."""
-    return f"{direction} M{bucket(M)} N{N} K{K} r{r} {dtype}{' dropout' * dropout}"
+def key(product: Product, M: int, N: int, K: int, r: int, dtype: str, dropout: bool) -> str:
+    """The name of a problem in a table; N and K are the product's own: dx has them swapped, and of
+    h [M, r] N is r.
+    """
+    return f"{product} M{bucket(M)} N{N} K{K} r{r} {dtype}{' dropout' * dropout}"
 
 
 @functools.cache
@@ -86,9 +90,9 @@ def user_path(gpu: str) -> Path:
 
 
 def _choice(entry: Mapping[str, Any]) -> Choice:
-    config = entry["config"]
+    config, strategy = entry["config"], entry["strategy"]
     return Choice(
-        cast(Strategy, str(entry["strategy"])),
+        None if strategy is None else cast(Strategy, str(strategy)),
         None if config is None else TileConfig(**config),
         float(entry["seconds"]),
     )

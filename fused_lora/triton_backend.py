@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import WITHOUT_TMA, Plan, library_dx, specialized_obstacle
+from .dispatch import WITHOUT_TMA, Plan, library_dx, part_config, specialized_obstacle
 from .kernels.configs import Kind, TileConfig, choose_config, is_odd_rank, tma_obstacle
 from .kernels.device import device_info
 from .kernels.dropout import Dropout
@@ -37,6 +37,11 @@ def _config(
     device = device_info(x.device)
     M, itemsize = x.shape[0], x.dtype.itemsize
     return choose_config(kind, M, N, r, itemsize, dropout is not None, device, dora)
+
+
+def _tile_of_h(x: Tensor, r: int, dropout: Dropout | None) -> TileConfig:
+    (M, K), device = x.shape, device_info(x.device)
+    return part_config("h", M, r, K, r, x.dtype, dropout is not None, device)
 
 
 def _operand(weight: Tensor | QuantizedWeight) -> Tensor | QuantizedMatrix:
@@ -134,7 +139,7 @@ def lora_gemm(
                 drop_x=drop_x,
                 store_h=need_h,
             )
-    h = gemm_scaled(_config("plain", x, r, r, on_x), x, a, scale=scaling, dropout=on_x)
+    h = gemm_scaled(_tile_of_h(x, r, on_x), x, a, scale=scaling, dropout=on_x)
     return _add_lora(x, w, h, b, bias, on_y, strategy, config, dora), h
 
 
@@ -234,8 +239,9 @@ def backward(
             need_h=x is not None,
         )
     elif x is not None:
-        dh = gemm_scaled(_config("plain", g, r, r, None), g, lora_B, scale=scaling)
-    config = _config("grad", g, max(K, N), r, dropout)
+        dh = gemm_scaled(_tile_of_h(g, r, None), g, lora_B, scale=scaling)
+    of = len(g), N, K, r, g.dtype, dropout is not None, device_info(g.device)
+    config = part_config("grads", *of)
     if x is not None and dh is not None and h is not None:
         dA, dB = lora_grads(
             config, x, dh, g, h, dtype_a=lora_A.dtype, dtype_b=lora_B.dtype, dropout=dropout
@@ -263,10 +269,10 @@ def forward_group(
     hs = h.split_with_sizes(ranks, dim=1)
     if any(dropouts) or len(set(scalings)) > 1:
         for A, scale, dropout, h_i in zip(lora_As, scalings, dropouts, hs, strict=True):
-            config = _config("plain", x, len(A), len(A), dropout)
+            config = _tile_of_h(x, len(A), dropout)
             gemm_scaled(config, x, A.t(), scale=scale, dropout=dropout, out=h_i)
     else:
-        config = _config("plain", x, h.shape[1], h.shape[1], None)
+        config = _tile_of_h(x, h.shape[1], None)
         gemm_scaled(config, x, stack_rows(lora_As, x.dtype).t(), scale=scalings[0], out=h)
     ys = []
     for weight, B, bias, h_i, plan in zip(weights, lora_Bs, biases, hs, plans, strict=True):
@@ -309,7 +315,7 @@ def backward_group(
     dh = gs[0].new_empty((gs[0].shape[0], sum(ranks)))
     dhs = dh.split_with_sizes(ranks, dim=1)
     for g, B, r, scale, dh_i in zip(gs, lora_Bs, ranks, scalings, dhs, strict=True):
-        gemm_scaled(_config("plain", g, r, r, None), g, B, scale=scale, out=dh_i)
+        gemm_scaled(_tile_of_h(g, r, None), g, B, scale=scale, out=dh_i)
     dropout = next(filter(None, dropouts), None)
     if need_dx and library_dx(plans, dropout is not None):
         dx = dh @ torch.cat([A.to(dh.dtype) for A in lora_As])

@@ -10,20 +10,20 @@ import itertools
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from . import dispatch, tables
 from .device_time import median_seconds
-from .kernels.configs import TileConfig, is_specialized, ship
+from .kernels.configs import Kind, TileConfig, is_specialized, ship, tunable
 from .kernels.device import device_guard, device_info
 from .kernels.dropout import Dropout, dropout_threshold
-from .tables import Choice, Direction, Strategy
+from .tables import Choice, Product, Strategy
 
-Candidate = tuple[Strategy, TileConfig | None]
+Candidate = tuple[Strategy | None, TileConfig | None]
 # How far two correct results may be apart, as a fraction of their norm, in 16-bit products.
 _TOLERANCE = 2e-2
 
@@ -33,7 +33,7 @@ class Measurement:
     """One candidate for one problem; ``seconds`` is None where ``problem`` says why."""
 
     key: str
-    strategy: Strategy
+    strategy: Strategy | None
     config: TileConfig | None
     seconds: float | None
     problem: str = ""
@@ -50,26 +50,31 @@ def shape(text: str) -> tuple[int, int, int]:
     return M, N, K
 
 
-def candidates(call: dispatch.Call, direction: Direction) -> Iterator[Candidate]:
+def candidates(call: dispatch.Call, product: Product) -> Iterator[Candidate]:
     """Every strategy and tile that can take the call; for dx, its N and K are swapped already."""
     device = device_info(call.device)
+    if product in ("h", "grads"):
+        kind: Kind = "plain" if product == "h" else "grad"
+        for config in tunable(kind, call.r, call.dtype.itemsize, call.dropout, device):
+            yield None, config
+        return
     for strategy in dispatch.predicted_seconds(call, device):
         if strategy == "library":
             yield strategy, None
             continue
         kind = dispatch.KINDS[strategy]
         # In the forward, dropout is on x where h is made, and the launch that makes y has none.
-        dropout = call.dropout and (direction == "dx" or strategy.endswith("one_pass"))
+        dropout = call.dropout and (product == "dx" or strategy.endswith("one_pass"))
         for config in ship(kind, call.r, call.dtype.itemsize, dropout, device):
             if strategy != "skinny" or config.BLOCK_M >= call.M:
                 yield strategy, config
 
 
-def _candidates(call: dispatch.Call, direction: Direction, by_hand: bool) -> list[Candidate]:
+def _candidates(call: dispatch.Call, product: Product, by_hand: bool) -> list[Candidate]:
     """Those of `candidates` whose kernels are scheduled by hand, or the others."""
     return [
         (strategy, config)
-        for strategy, config in candidates(call, direction)
+        for strategy, config in candidates(call, product)
         if (strategy in dispatch.KINDS and is_specialized(dispatch.KINDS[strategy])) == by_hand
     ]
 
@@ -77,12 +82,14 @@ def _candidates(call: dispatch.Call, direction: Direction, by_hand: bool) -> lis
 class _Problem:
     """Random operands of one product, in the layout that its direction reads."""
 
-    def __init__(self, call: dispatch.Call, direction: Direction) -> None:
+    def __init__(self, call: dispatch.Call, product: Product) -> None:
         def normal(rows: int, columns: int) -> Tensor:
             # Forward reads weights [N, K] transposed, the input gradient as they are.
-            shape = (rows, columns) if direction == "dx" else (columns, rows)
+            shape = (rows, columns) if product == "dx" else (columns, rows)
             t: Tensor = torch.randn(shape, dtype=call.dtype, device=call.device) * rows**-0.5
-            return t if direction == "dx" else t.mT
+            return t if product == "dx" else t.mT
+
+        self.product = product
 
         self.x = torch.randn(call.M, call.K, dtype=call.dtype, device=call.device)
         self.w, self.a, self.b = (
@@ -94,11 +101,17 @@ class _Problem:
         if call.dropout:
             seed = torch.zeros(1, dtype=torch.int64, device=call.device)
             self.dropout = Dropout(seed, dropout_threshold(0.1))
-        self.drop_x = direction == "forward"
+        if product == "grads":
+            self.h = torch.randn(call.M, call.r, dtype=call.dtype, device=call.device)
+            self.g = torch.randn(call.M, call.N, dtype=call.dtype, device=call.device)
+        self.drop_x = product == "forward"
 
-    def run(self, strategy: Strategy, config: TileConfig | None) -> Tensor:
+    def run(self, strategy: Strategy | None, config: TileConfig | None) -> Tensor:
+        """y or dx by a strategy; h or the gradients by None. A config of None is the default."""
         from .triton_backend import lora_gemm
 
+        if strategy is None:
+            return self._run_part(config)
         y: Tensor
         y, _ = lora_gemm(
             self.x,
@@ -114,6 +127,19 @@ class _Problem:
             need_h=True,
         )
         return y
+
+    def _run_part(self, config: TileConfig | None) -> Tensor:
+        from .kernels.gemm import gemm_scaled
+        from .kernels.grads import lora_grads
+
+        kind: Kind = "plain" if self.product == "h" else "grad"
+        rest = self.x.dtype.itemsize, self.dropout is not None, device_info(self.x.device)
+        config = config or tunable(kind, len(self.b), *rest)[0]
+        if self.product == "h":
+            return gemm_scaled(config, self.x, self.a, scale=1.0, dropout=self.dropout)
+        dtypes = {"dtype_a": torch.float32, "dtype_b": torch.float32}
+        dA, dB = lora_grads(config, self.x, self.h, self.g, self.h, dropout=self.dropout, **dtypes)
+        return torch.cat([dA.flatten(), dB.flatten()])  # the same time for all
 
 
 def checked_seconds(
@@ -137,13 +163,14 @@ def checked_seconds(
 
 def _measure(
     call: dispatch.Call,
-    direction: Direction,
+    product: Product,
     chosen: list[Candidate],
     timer: Callable[[Callable[[], object]], float],
 ) -> Iterator[Measurement]:
-    name = dispatch.table_key(call, direction)
-    problem = _Problem(call, direction)
-    expected = problem.run("split", None).float()
+    name = dispatch.table_key(call, product)
+    problem = _Problem(call, product)
+    reference: Strategy | None = "split" if product in ("forward", "dx") else None
+    expected = problem.run(reference, None).float()
     for strategy, config in chosen:
         with device_guard(problem.x):
             seconds, why = checked_seconds(
@@ -155,11 +182,11 @@ def _measure(
         yield Measurement(name, strategy, config, seconds, why)
 
 
-def _compile(job: tuple[dispatch.Call, Direction, Strategy, TileConfig | None]) -> None:
-    call, direction, strategy, config = job
+def _compile(job: tuple[dispatch.Call, Product, Strategy | None, TileConfig | None]) -> None:
+    call, product, strategy, config = job
     # Whatever a compiler raises, the measurement will meet it again and report it.
     with contextlib.suppress(Exception):
-        _Problem(call, direction).run(strategy, config)
+        _Problem(call, product).run(strategy, config)
 
 
 def in_processes(work: Callable[[Any], None], jobs: list[Any], workers: int) -> None:
@@ -169,11 +196,9 @@ def in_processes(work: Callable[[Any], None], jobs: list[Any], workers: int) -> 
         list(pool.map(work, jobs))
 
 
-def _compile_all(
-    todo: list[tuple[dispatch.Call, Direction, list[Candidate]]], workers: int
-) -> None:
+def _compile_all(todo: list[tuple[dispatch.Call, Product, list[Candidate]]], workers: int) -> None:
     """Fills Triton's cache on disk, where processes can share the work, as timing cannot."""
-    jobs = [(call, direction, *c) for call, direction, chosen in todo for c in chosen]
+    jobs = [(call, product, *c) for call, product, chosen in todo for c in chosen]
     in_processes(_compile, jobs, workers)
 
 
@@ -183,7 +208,7 @@ def tune(
     ranks: Iterable[int] = (16,),
     dtypes: Iterable[torch.dtype] = (torch.bfloat16,),
     dropouts: Iterable[bool] = (False,),
-    directions: Iterable[Direction] = ("forward", "dx"),
+    products: Iterable[Product] = ("h", "grads", "forward", "dx"),
     device: torch.device | str = "cuda",
     timer: Callable[[Callable[[], object]], float] = median_seconds,
     progress: Callable[[int, int, Measurement], None] | None = None,
@@ -193,7 +218,8 @@ def tune(
 
     Args:
         shapes: (M, N, K) of layers: M rows into a weight [N, K]. M counts for its power of two.
-        ranks, dtypes, dropouts, directions: measured for every shape.
+        ranks, dtypes, dropouts, products: measured for every shape. h comes first: what makes y and
+            dx is measured with the tile that was found for it.
         timer: seconds of a call.
         progress: called after each candidate with (problems done, problems, measurement).
         workers: processes that compile all candidates first; 0 compiles each when it is its turn.
@@ -208,30 +234,34 @@ def tune(
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    problems: list[tuple[dispatch.Call, Direction]] = []
-    for (M, N, K), r, dtype, dropout, direction in itertools.product(
-        list(shapes), list(ranks), list(dtypes), list(dropouts), list(directions)
+    problems: dict[str, tuple[dispatch.Call, Product]] = {}
+    wanted = sorted(set(products), key=get_args(Product)[::-1].index)
+    for product, (M, N, K), r, dtype, dropout in itertools.product(
+        wanted, list(shapes), list(ranks), list(dtypes), list(dropouts)
     ):
         call = dispatch.Call(M, N, K, r, dtype, device, dropout, plain_tensors=True)
         obstacle = dispatch.kernel_obstacle(call)
         if obstacle is not None:
             raise type(obstacle)(f"cannot tune for M, N, K = {M}, {N}, {K}: {obstacle}")
-        problems.append((call if direction == "forward" else dispatch.transposed(call), direction))
+        calls = [dispatch.transposed(call) if product == "dx" else call]
+        if product == "h":  # and dh, of the gradient's N columns, which has no dropout
+            calls.append(replace(dispatch.transposed(call), dropout=False))
+        problems |= {dispatch.table_key(call, product): (call, product) for call in calls}
     best: dict[str, Choice] = {}
     gpu = device_info(device).name
     # What is scheduled by hand comes after all else, which is kept if a kernel hangs there.
     for by_hand in (False, True):
-        todo = [(*problem, _candidates(*problem, by_hand)) for problem in problems]
+        todo = [(*problem, _candidates(*problem, by_hand)) for problem in problems.values()]
         todo = [job for job in todo if job[2]]
         if workers and todo:
             _compile_all(todo, workers)
-        for done, (call, direction, chosen) in enumerate(todo):
-            for m in _measure(call, direction, chosen, timer):
+        for done, (call, product, chosen) in enumerate(todo):
+            for m in _measure(call, product, chosen, timer):
                 faster = m.key not in best or (m.seconds or 0) < best[m.key].seconds
                 if m.seconds is not None and faster:
                     best[m.key] = Choice(m.strategy, m.config, m.seconds)
                 if progress is not None:
                     progress(done, len(todo), m)
             tables.save(gpu, best)  # after each, so that a run that is cut off has kept the rest
-    dispatch.forget_plans()
+            dispatch.forget_plans()
     return best

@@ -174,6 +174,24 @@ _EXPAND_16BIT = (
 )
 # 128 columns at a time: 78 instead of 60 us with dropout on an H200, at 8192 x 4096, r 16.
 _GRAD_16BIT = (TileConfig(64, 64, 64, num_warps=4, num_stages=4, maxnreg=168),)
+# What a table may choose instead, measured on its GPU: ranks above 16 and other GPUs than an H200
+# were not, for the tiles above.
+_ON_TRIAL: dict[Kind, tuple[TileConfig, ...]] = {
+    "plain": (
+        TileConfig(64, 64, 128, num_warps=4, num_stages=4),
+        TileConfig(64, 64, 128, num_warps=8, num_stages=4),
+        TileConfig(64, 64, 64, num_warps=4, num_stages=8),
+        TileConfig(128, 64, 64, num_warps=8, num_stages=4),
+        TileConfig(32, 64, 128, num_warps=4, num_stages=4),
+        TileConfig(32, 64, 64, num_warps=4, num_stages=8),
+    ),
+    "grad": (
+        TileConfig(64, 64, 64, num_warps=8, num_stages=4, maxnreg=128),
+        TileConfig(64, 64, 128, num_warps=4, num_stages=3, maxnreg=168),
+        TileConfig(64, 64, 32, num_warps=4, num_stages=6, maxnreg=168),
+        TileConfig(128, 64, 64, num_warps=8, num_stages=4, maxnreg=168),
+    ),
+}
 # Rows through `order` take registers too.
 _MULTI_GRAD_16BIT = (TileConfig(128, 64, 64, num_warps=8, num_stages=3, maxnreg=128),)
 _GRAD_32BIT = (TileConfig(64, 32, 32, num_warps=4, num_stages=3),)
@@ -303,10 +321,27 @@ def ship(
     kind: Kind, r: int, itemsize: int, dropout: bool, device: DeviceInfo, dora: bool = False
 ) -> tuple[TileConfig, ...]:
     """The valid configurations for this kind of call, largest first; empty if there is none."""
-    configs = _candidates(kind, itemsize)
-    if kind in ("plain", "grad", "multi_grad"):  # the output is as wide as the rank
-        configs = tuple(replace(c, BLOCK_N=min(c.BLOCK_N, padded(r))) for c in configs)
+    configs = _as_wide_as_the_rank(_candidates(kind, itemsize), kind, r)
     return tuple(c for c in configs if is_valid(c, kind, r, itemsize, dropout, device, dora))
+
+
+@functools.lru_cache(maxsize=1024)
+def tunable(
+    kind: Kind, r: int, itemsize: int, dropout: bool, device: DeviceInfo, dora: bool = False
+) -> tuple[TileConfig, ...]:
+    """All that a table may choose: what `ship` gives, and what no default is made of."""
+    more = _as_wide_as_the_rank(_ON_TRIAL.get(kind, ()) if itemsize == 2 else (), kind, r)
+    more = tuple(c for c in more if is_valid(c, kind, r, itemsize, dropout, device, dora))
+    return tuple(dict.fromkeys(ship(kind, r, itemsize, dropout, device, dora) + more))
+
+
+def _as_wide_as_the_rank(
+    configs: tuple[TileConfig, ...], kind: Kind, r: int
+) -> tuple[TileConfig, ...]:
+    """Of those kernels whose output is."""
+    if kind not in ("plain", "grad", "multi_grad"):
+        return configs
+    return tuple(replace(c, BLOCK_N=min(c.BLOCK_N, padded(r))) for c in configs)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -224,7 +224,14 @@ def _launch(
         first, second = products[0], None
         C = first.q.shape[1]
     if is_odd(*(p.q for p in products)):
-        config = replace(config, num_warps=8)  # with 4 it spills; see `for_odd_rows`
+        # Larger tiles, 4 warps or fewer registers spill; see `for_odd_rows`.
+        config = replace(
+            config,
+            BLOCK_M=min(config.BLOCK_M, 64),
+            BLOCK_K=min(config.BLOCK_K, 64),
+            num_warps=8,
+            maxnreg=config.maxnreg and 168,
+        )
     tiles_c = triton.cdiv(C, config.BLOCK_M)
     if second is not None:
         tiles_c += triton.cdiv(second.q.shape[1], config.BLOCK_M)

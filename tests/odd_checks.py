@@ -33,8 +33,9 @@ def _kept(*args, **kwargs):
 
 
 def largest(kind, r, dropout=False):
-    """The two largest tiles: smaller ones have fewer elements a thread."""
-    return configs.ship(kind, r, 2, dropout, HOPPER)[:2]
+    """The two largest tiles: smaller ones have fewer elements a thread. And those on trial."""
+    shipped = configs.ship(kind, r, 2, dropout, HOPPER)
+    return shipped[:2] + configs.tunable(kind, r, 2, dropout, HOPPER)[len(shipped) :]
 
 
 def launch_all(r):
@@ -64,10 +65,10 @@ def launch_all(r):
     ):
         gemm.gemm_scaled(config, x, a, scale=1.0, dropout=dropout)
     for dropout in (None, DROPOUT):
-        (config,) = largest("grad", r, bool(dropout))
         kept = {"dtype_a": torch.float32, "dtype_b": torch.float32, "dropout": dropout}
-        grads.lora_grads(config, x, h, g, h, **kept)
-        grads.lora_grads(config, apart, h, apart, h, **kept)
+        for config in largest("grad", r, bool(dropout)):
+            grads.lora_grads(config, x, h, g, h, **kept)
+            grads.lora_grads(config, apart, h, apart, h, **kept)
         for config in largest("expand", r, bool(dropout)):
             expand.add_lora(config, g.clone(), h, b, dropout=dropout)
         config = largest("group", r, bool(dropout))[0]

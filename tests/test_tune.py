@@ -13,7 +13,7 @@ import torch
 from oracle import check, fused, problem, run
 
 from fused_lora import dispatch, tables
-from fused_lora.dispatch import Call, forget_plans, plan
+from fused_lora.dispatch import Call, Plan, forget_plans, plan
 from fused_lora.kernels.configs import TileConfig, ship
 from fused_lora.kernels.device import INTERPRETED, SHARED_MEMORY, DeviceInfo
 from fused_lora.tables import Choice, key, save, table, user_path
@@ -41,6 +41,7 @@ def one_tile_each(monkeypatch):
     from fused_lora import tune
 
     monkeypatch.setattr(tune, "ship", lambda *arguments: ship(*arguments)[:1])
+    monkeypatch.setattr(tune, "tunable", lambda *arguments: ship(*arguments)[:1])
 
 
 def _fake_timer(fastest):
@@ -65,7 +66,9 @@ def test_what_measured_best_is_taken_from_then_on(launches, strategy):
         device="cpu",
         timer=_fake_timer(strategy),
     )
-    assert {choice.strategy for choice in best.values()} == {strategy}
+    made = {name: choice.strategy for name, choice in best.items() if choice.strategy}
+    assert {*made.values()} == {strategy}
+    assert len(made) == 2
     launches.clear()
     p = problem(7, 16, 24, 8, dtype=torch.float16)
     check(run(fused("triton"), p), p)
@@ -92,7 +95,7 @@ def test_progress_hears_of_every_candidate_and_of_failures():
         [(5, 16, 24)],
         ranks=[8],
         dtypes=[torch.float16],
-        directions=["forward"],
+        products=["forward"],
         device="cpu",
         timer=timer,
         progress=lambda done, total, m: heard.append((done, total, m)),
@@ -102,6 +105,49 @@ def test_progress_hears_of_every_candidate_and_of_failures():
     failed = [m for _, _, m in heard if m.seconds is None]
     assert {m.strategy for m in failed} == {"one_launch"}
     assert all("out of resources" in m.problem for m in failed)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_tiles_of_h_and_of_the_gradients(launches, monkeypatch, dropout):
+    """Measured and taken as what makes y is; h's before that, which is measured with it."""
+    from fused_lora import triton_backend
+
+    heard, used = [], []
+    found = {
+        "h": TileConfig(32, 16, 64, num_warps=4, num_stages=8),
+        "grads": TileConfig(64, 16, 32, num_warps=4, num_stages=6, maxnreg=168),
+    }
+    tune(
+        [(40, 16, 24)],
+        ranks=[8],
+        dtypes=[torch.float16],
+        dropouts=[dropout],
+        products=["grads", "h"],
+        device="cpu",
+        timer=lambda call: 1.0 if call.__defaults__[1] in found.values() else 2.0,
+        progress=lambda done, total, m: heard.append(m),
+    )
+    assert {m.problem for m in heard} == {""}
+    of_K, of_N, of_both = (
+        key("h", 40, 8, 24, 8, "float16", dropout),
+        key("h", 40, 8, 16, 8, "float16", False),
+        key("grads", 40, 16, 24, 8, "float16", dropout),
+    )
+    assert {name: choice.config for name, choice in table(GPU).items()} == {
+        of_K: found["h"],
+        of_N: found["h"],
+        of_both: found["grads"],
+    }
+    for name in ("gemm_scaled", "lora_grads"):
+        real = getattr(triton_backend, name)
+        monkeypatch.setattr(
+            triton_backend, name, lambda c, *a, real=real, **k: used.append(c) or real(c, *a, **k)
+        )
+    p = problem(
+        40, 16, 24, 8, dtype=torch.float16, adapter_dtype=torch.float16, dropout_p=0.1 * dropout
+    )
+    check(run(fused(Plan("triton", "split", "split")), p), p)
+    assert used == [found["h"], found["h"], found["grads"]]
 
 
 @pytest.mark.usefixtures("one_tile_each")
@@ -115,7 +161,7 @@ def test_a_wrong_candidate_is_never_chosen(monkeypatch):
         [(5, 16, 24)],
         ranks=[8],
         dtypes=[torch.float16],
-        directions=["forward"],
+        products=["forward"],
         device="cpu",
         timer=_fake_timer("skinny"),
     )
@@ -248,7 +294,7 @@ def test_workers_compile_first(monkeypatch, device):
     compiled = []
     real = module._compile_all
     monkeypatch.setattr(module, "_compile_all", lambda *a: compiled.append(len(a[0])) or real(*a))
-    problem = {"ranks": [8], "dtypes": [torch.float16], "directions": ["forward"]}
+    problem = {"ranks": [8], "dtypes": [torch.float16], "products": ["forward"]}
     tune([(5, 16, 24)], **problem, device=device, timer=_fake_timer("skinny"), workers=1)
     assert compiled == [1]
 
@@ -278,6 +324,9 @@ def test_command(monkeypatch):
     assert set(table(GPU)) == {
         key("forward", 5, 16, 24, 8, "float16", False),
         key("dx", 5, 24, 16, 8, "float16", False),
+        key("h", 5, 8, 24, 8, "float16", False),
+        key("h", 5, 8, 16, 8, "float16", False),
+        key("grads", 5, 16, 24, 8, "float16", False),
     }
 
 
@@ -315,6 +364,10 @@ def test_what_ships_is_what_tuning_can_choose(monkeypatch, path):
         sizes = [int(size.lstrip("MNKr")) for size in (M, N, K, r)]
         call = Call(*sizes, getattr(torch, dtype), torch.device("cuda", 0), bool(dropout), True)
         assert (choice.strategy, choice.config) in candidates(call, direction), name
+        if choice.strategy is None:
+            of = call.M, call.N, call.K, call.r, call.dtype, call.dropout, gpu
+            assert dispatch.part_config(direction, *of) == choice.config
+            continue
         asked = call if direction == "forward" else dispatch.transposed(call)
         taken = plan(asked, "auto")
         if direction == "forward":
