@@ -83,17 +83,21 @@ def _changes_its_input(layer: nn.Module) -> bool:
 
 def _fit(x: Tensor, calls: Sequence[Arguments]) -> bool:
     """Whether all can be called with x, now, as plain tensors that count their versions."""
-    tensors = [x, *(t for call in calls for t in call.tensors())]
-    plain = [t for call in calls for t in (call.weight, call.bias) if isinstance(t, Tensor)]
-    return (
-        all(type(t) is Tensor or type(t) is nn.Parameter for t in tensors)
-        and not any(t.is_inference() for t in tensors)
-        and all(t.device == x.device for t in tensors)
-        and x.ndim > 0
-        and all(call.weight.shape[-1] == x.shape[-1] for call in calls)
-        and len({call.backend for call in calls}) == 1
-        and (autocast_enabled(x) or all(t.dtype == x.dtype for t in plain))
-    )
+    if x.ndim == 0:
+        return False
+    K, device, dtype = x.shape[-1], x.device, None if autocast_enabled(x) else x.dtype
+    tensors = [x]
+    for call in calls:
+        if call.weight.shape[-1] != K or call.backend != calls[0].backend:
+            return False
+        for t in (call.weight, call.bias):
+            if dtype is not None and isinstance(t, Tensor) and t.dtype != dtype:
+                return False
+        tensors += call.tensors()
+    for t in tensors:
+        if type(t) not in (Tensor, nn.Parameter) or t.is_inference() or t.device != device:
+            return False
+    return True
 
 
 class SharedInput:
