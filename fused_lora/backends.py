@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from . import torch_backend
@@ -52,8 +53,11 @@ def _gradient(g: Tensor, backend: str) -> Tensor:
     return _as_matrix(g)
 
 
-def _parts(weight: Tensor | QuantizedWeight) -> Iterable[Tensor | None]:
-    return (weight,) if isinstance(weight, Tensor) else weight._parameters.values()
+def _parts(weight: Tensor | QuantizedWeight | None) -> Iterable[Tensor | None]:
+    """Its tensors. A backward that makes no dx has no weight."""
+    if weight is None or isinstance(weight, Tensor):
+        return (weight,)
+    return weight._parameters.values()
 
 
 def _shaped_as(x: Tensor, y: Tensor) -> Tensor:
@@ -124,7 +128,7 @@ def backward(
                 dx, dA, dB = torch_backend.backward(*arguments, need_dx=need_dx)
         return None if dx is None else dx.view(*g.shape[:-1], dx.shape[-1]), dA, dB
 
-    if replays is None:
+    if replays is None or torch.compiler.is_compiling():  # compiled autograd traces this
         return run()
     seed = None if dropout is None else dropout.seed
     operands = (g2, x, *_parts(weight), lora_A, lora_B, h, seed)
@@ -235,7 +239,7 @@ def backward_group(
                 dx, dAs, dBs = torch_backend.backward_group(*arguments, need_dx=need_dx)
         return None if dx is None else dx.view(*gs[0].shape[:-1], dx.shape[-1]), *dAs, *dBs
 
-    if replays is None:
+    if replays is None or torch.compiler.is_compiling():
         dx, *gradients = run()
     else:
         operands = (*gs2, x, *_parts_of_all(weights), *lora_As, *lora_Bs, *hs, *_seeds(dropouts))

@@ -482,26 +482,54 @@ _calls: dict[tuple[object, ...], Call] = {}  # a checked call by the facts about
 _MAX_CALLS = 4096
 
 
-def new_replays(call: Call, chosen: Plan) -> Replays | None:
-    """For calls that have in common what is launched; None where there is nothing to replay."""
-    if chosen.backend == "torch" or call.dtype == torch.float32:  # whose tf32 is a setting
-        return None
+class Replayed(NamedTuple):
+    """All of a layer's call that its launches depend on, but addresses and strides."""
+
+    call: Call
+    plan: Plan
+    dtypes: tuple[torch.dtype | None, ...]  # of W0's parts, A, B and the bias
+    scaling: float
+    threshold: int
+
+    @classmethod
+    def of(
+        cls,
+        call: Call,
+        chosen: Plan,
+        weight: Tensor | QuantizedWeight,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        threshold: int,
+    ) -> Replayed:
+        parts = (weight,) if isinstance(weight, Tensor) else weight._parameters.values()
+        tensors = (*parts, lora_A, lora_B, bias)
+        dtypes = tuple(None if t is None else t.dtype for t in tensors)
+        return cls(call, chosen, dtypes, scaling, threshold)
+
+
+def replays_of(shape: torch.Size, *layers: Replayed) -> Replays | None:
+    """Shared by all calls that have them in common; None where there is nothing to replay."""
+    for layer in layers:
+        # tf32 is a setting of torch, and not of the call.
+        if layer.plan.backend == "torch" or layer.call.dtype == torch.float32:
+            return None
+    return _replays(shape, layers)
+
+
+@functools.lru_cache(maxsize=1024)  # 20 KB each, with both directions
+def _replays(shape: torch.Size, layers: tuple[Replayed, ...]) -> Replays:
     from .kernels.replay import Replays
 
     return Replays()
-
-
-@functools.lru_cache(maxsize=_MAX_CALLS)
-def replays_of(call: Call, chosen: Plan, facts: tuple[object, ...]) -> Replays | None:
-    """`new_replays` of all calls with the same ``facts``: what ``call`` leaves open."""
-    return new_replays(call, chosen)
 
 
 def forget_plans() -> None:
     """Lets every call be decided anew: a table has changed."""
     plan.cache_clear()
     part_config.cache_clear()
-    replays_of.cache_clear()
+    _replays.cache_clear()
     recall.forget()
 
 

@@ -18,10 +18,11 @@ from .dispatch import (
     Decision,
     Explanation,
     Form,
+    Replayed,
     checked_call,
     explain_call,
-    new_replays,
     plan,
+    replays_of,
 )
 from .dora import DoRALinearFunction, weight_norm
 from .kernels.dropout import Dropout, dropout_threshold
@@ -153,7 +154,10 @@ def _on_device(
         call = checked_call(x, weight, lora_A, lora_B, bias, threshold > 0)
         decision = Decision(call, plan(call, backend), float(scaling), threshold)
         if own and call.plain_tensors:
-            known = decision._replace(replays=new_replays(call, decision.plan))
+            of = Replayed.of(
+                call, decision.plan, weight, lora_A, lora_B, bias, decision.scaling, threshold
+            )
+            known = decision._replace(replays=replays_of(x.shape, of))
             remember(known, x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
         return _run(decision, x, weight, lora_A, lora_B, bias, shard)
     checks.check_tensors(x, weight, lora_A, lora_B, bias)

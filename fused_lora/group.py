@@ -17,13 +17,14 @@ from .dispatch import (
     Call,
     Explanation,
     Plan,
+    Replayed,
     better_apart,
     checked_call,
     describe_quantized,
     explain_call,
     library_dx,
-    new_replays,
     plan,
+    replays_of,
 )
 from .functional import (
     Weight,
@@ -204,10 +205,24 @@ def lora_linear_group(
         for ours, given in zip(cast, members, strict=True)
     )
     if own and all(call.plain_tensors for call in calls):
-        starts = range(0, len(members), MAX_GROUP)
-        replays = {i: new_replays(calls[i], plans[i]) for i in starts}
+        replays = {} if decision.apart else _replays(x, members, calls, plans)
         remember_all(decision._replace(replays=replays), x, members, backend)
     return _run(decision, x_cast, cast, backend)
+
+
+def _replays(
+    x: Tensor, members: Sequence[_Member], calls: Sequence[Call], plans: Sequence[Plan]
+) -> dict[int, Replays | None]:
+    """By the first member of each group."""
+    # A replay has all of its memory at a time, and a group one scratch of a W0 after another.
+    if any(call.quantized for call in calls):
+        return {}
+    layers = [
+        Replayed.of(call, chosen, W, A, B, bias, float(s), dropout_threshold(p))
+        for call, chosen, (W, A, B, s, bias, p) in zip(calls, plans, members, strict=True)
+    ]
+    starts = range(0, len(layers), MAX_GROUP)
+    return {i: replays_of(x.shape, *layers[i : i + MAX_GROUP]) for i in starts}
 
 
 class _Decision(NamedTuple):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import backends
 from .differentiable import differentiable
-from .dispatch import Backend, Plan, checked_call, plan, replays_of
+from .dispatch import Backend, Plan, Replayed, checked_call, plan, replays_of
 from .kernels.dropout import Dropout
 from .packing import unpack
 from .quantize import QuantizedWeight
@@ -40,8 +40,8 @@ def _plan(
     call = checked_call(x, weight, lora_A, lora_B, bias, dropout is not None)
     chosen = plan(call, cast(Backend, backend))
     threshold = 0 if dropout is None else dropout.threshold
-    facts = x.shape, lora_A.dtype, lora_B.dtype, bias is None, scaling, threshold
-    return chosen, replays_of(call, chosen, facts)
+    of = Replayed.of(call, chosen, weight, lora_A, lora_B, bias, scaling, threshold)
+    return chosen, replays_of(x.shape, of)
 
 
 @torch.library.custom_op("fused_lora::lora_linear", mutates_args=())

@@ -8,7 +8,7 @@ one launch and 19 in two instead of 32 and 37, with both gradients 102 instead o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from operator import itemgetter, or_
@@ -28,9 +28,12 @@ Made = tuple[tuple[int, ...], torch.dtype]
 View = tuple[int, Any]  # of what is made, the how manyth, and as_strided's arguments for a part
 Selection = Callable[[Sequence[Any]], Any]
 Lender = Callable[[], AbstractContextManager[Tensor]]
+
 _NOTHING = nullcontext()
 _RESIZE = torch.ops.aten.resize_.default
 _EMPTY = {torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default}
+_MAX_KNOWN = 16  # of one function: with other strides it is another
+_MAX_TRIES = 3  # a capture of a CUDA graph computes what a call does not
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -44,22 +47,29 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.nothing_else = True
 
     def __enter__(self) -> Recorder:
-        hearing.recorder = self
+        self._outer = hearing.recorder
+        if self._outer is not None:
+            self._outer.nothing_else = False  # it will not hear of all
         super().__enter__()  # type: ignore[no-untyped-call]
+        hearing.recorder = self
         return self
 
     def __exit__(self, *raised: Any) -> None:
+        hearing.recorder = self._outer
         super().__exit__(*raised)  # type: ignore[no-untyped-call]
-        hearing.recorder = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         size = args[0].numel() if func is _RESIZE else 0
         result = func(*args, **(kwargs or {}))
+        if hearing.recorder is not self:  # an interrupt has left this mode behind
+            return result
         if func in _EMPTY:
             self.made.append(result)
-        elif not func.is_view and not (func is _RESIZE and result.numel() == size):
+        elif func is _RESIZE:
+            self.nothing_else = self.nothing_else and result.numel() == size
+        elif not (func.is_view and _shares_memory(result, args[0])):
             self.nothing_else = False
         return result
 
@@ -76,20 +86,23 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def replay(self, operands: Operands, results: Results) -> Replay | None:
         """What does the same for operands of the same kinds; None where that is not possible."""
-        places = _Places([*operands, *self.made, *self.lent.values()])
-        if not self.nothing_else or len(self.lent) > 1:
+        if not self.launches or not self.nothing_else or len(self.lent) > 1:
             return None
+        places = _Places(operands, [*self.made, *self.lent.values()])
+        made = [(tuple(t.shape), t.dtype) for t in self.made]
         try:
             launches = [
                 (launch._replace(pointers=()), places.selection(launch.pointers))
                 for launch in self.launches
             ]
-            made = [(tuple(t.shape), t.dtype) for t in self.made]
             views = [self._view(t, made, places, len(operands)) for t in results]
         except KeyError:  # memory of unknown origin
             return None
+        whole = [view[0] for view in views if view is not None and view[1] is None]
+        if len(set(whole)) < len(whole):
+            return None
         lender = next(iter(self.lent), None)
-        return Replay(operands, places.same, made, lender, launches, views)
+        return Replay(places.same, made, lender, launches, views)
 
     def _view(
         self, t: Tensor | None, made: list[Made], places: _Places, operands: int
@@ -106,34 +119,39 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return i, (t.shape, t.stride(), t.storage_offset())
 
 
-class _Places:
-    """Where addresses lie: which tensor, and how many bytes from its start."""
+def _shares_memory(result: Any, base: Tensor) -> bool:
+    """Whether a result, or several, are views of ``base``: reshape and others copy if they must."""
+    parts = result if isinstance(result, (list, tuple)) else [result]
+    at = base.untyped_storage().data_ptr()
+    return all(isinstance(t, Tensor) and t.untyped_storage().data_ptr() == at for t in parts)
 
-    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
-        there = [(i, t) for i, t in enumerate(tensors) if t is not None]
+
+class _Places:
+    """Where addresses lie: in which operand or other tensor, and how many bytes from its start."""
+
+    def __init__(self, operands: Operands, others: Sequence[Tensor]) -> None:
         self._exact: dict[int | None, int] = {None: -1}
-        self.same: list[tuple[int, int]] = []  # two that begin at one address
-        for i, t in there:
+        self._ranges: list[tuple[range, int]] = []
+        self.same: list[tuple[int, int]] = []  # operands that begin at one address
+        for i, t in enumerate([*operands, *others]):
+            if t is None or t.numel() == 0:
+                continue
             first = self._exact.setdefault(t.data_ptr(), i)
             if first != i:
                 self.same.append((first, i))
-        self._ranges = [
-            (range(t.data_ptr(), t.data_ptr() + _extent(t) * t.itemsize), i)
-            for i, t in there
-            if t.numel()
-        ]
+            self._ranges.append((_range(t), i))
 
     def find(self, pointer: Any) -> tuple[int, int]:
         """KeyError for one that is in no tensor, or may be in two."""
         exact = self._exact.get(pointer)
-        if exact is not None and pointer != 0:  # of what is empty
+        if exact is not None:
             return exact, 0
         around = [(i, pointer - r.start) for r, i in self._ranges if pointer in r]
         if len(around) != 1:
             raise KeyError(pointer)
         return around[0]
 
-    def selection(self, pointers: tuple[Any, ...]) -> Selection:
+    def selection(self, pointers: Iterable[Any]) -> Selection:
         """What picks a launch's pointers out of all: tuples of them and descriptors among them."""
         parts = [self._part(pointer) for pointer in pointers]
         if len(parts) > 1 and all(isinstance(part, int) for part in parts):
@@ -150,41 +168,38 @@ class _Places:
         return (lambda given: given[i] + offset) if offset else i
 
 
-def _extent(t: Tensor) -> int:
-    """Elements from its first to its last."""
-    return 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+def _range(t: Tensor) -> range:
+    """The addresses from its first element to its last."""
+    last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    return range(t.data_ptr(), t.data_ptr() + (last + 1) * t.itemsize)
 
 
 class Replay:
-    """One function's launches: call it with operands of the same shapes and dtypes."""
+    """One function's launches, for operands of the same shapes, strides and dtypes."""
 
-    __slots__ = ("_launches", "_lender", "_made", "_modes", "_same", "_strides", "_views")
+    __slots__ = ("_launches", "_lender", "_made", "_modes", "_same", "_views")
 
     def __init__(
         self,
-        operands: Operands,
-        same: list[tuple[int, int]],  # of which a launch may read either
+        same: list[tuple[int, int]],  # operands at one address, of which a launch may read either
         made: list[Made],
         lender: Lender | None,
         launches: list[tuple[Launch, Selection]],
         views: list[View | None],  # the results
     ) -> None:
-        self._strides = [None if t is None else t.stride() for t in operands]
-        self._same = same
-        self._made, self._lender, self._launches, self._views = made, lender, launches, views
+        self._same, self._made, self._lender = same, made, lender
+        self._launches, self._views = launches, views
         self._modes = modes()
 
-    def __call__(self, operands: Operands) -> Results | None:
-        """The results; None, and nothing is done, where a launch would differ in more."""
-        if self._strides != [None if t is None else t.stride() for t in operands]:
-            return None
-        pointers = [None if t is None else t.data_ptr() for t in operands]
-        if reduce(or_, filter(None, pointers)) & 15 or is_hooked() or self._modes != modes():
+    def __call__(self, first: Tensor, pointers: list[int | None]) -> Results | None:
+        """The results; None, and nothing is done, where a launch would differ in more.
+
+        first: one of the operands, to whose addresses others are added here.
+        """
+        if is_hooked() or self._modes != modes():
             return None
         if self._same and any(pointers[i] != pointers[j] for i, j in self._same):
             return None
-        first = operands[0]
-        assert first is not None
         # Sizes one by one: together they take 0.5 us more, in a torch.Size 1.3.
         made = [first.new_empty(*shape, dtype=dtype) for shape, dtype in self._made]
         pointers += [t.data_ptr() for t in made]
@@ -211,17 +226,27 @@ class Replays:
     """
 
     def __init__(self) -> None:
-        self._known: dict[object, Replay | None] = {}
+        self._known: dict[object, Replay | int] = {}  # or how often nothing came of it
 
     def __call__(
         self, name: object, operands: Operands, function: Callable[[], Results]
     ) -> Results:
         """``function()``, which reads the operands and allocates its results."""
-        if name in self._known:
-            known = self._known[name]
-            results = None if known is None else known(operands)
+        pointers = [None if t is None else t.data_ptr() for t in operands]
+        if reduce(or_, filter(None, pointers), 0) & 15:  # which the launches are not known for
+            return function()
+        key = name, *[None if t is None else t.stride() for t in operands]
+        known = self._known.get(key, 0)
+        if isinstance(known, Replay):
+            first = operands[0]
+            assert first is not None
+            results = known(first, pointers)
             return function() if results is None else results
+        if known == _MAX_TRIES:
+            return function()
         with Recorder() as recorder:
             results = function()
-        self._known[name] = recorder.replay(operands, results)
+        if len(self._known) >= _MAX_KNOWN:
+            self._known.clear()
+        self._known[key] = recorder.replay(operands, results) or known + 1
         return results

@@ -4,7 +4,7 @@ A layer's call that is replayed has to hand the driver what it would have withou
 grids and arguments, addresses of the same tensors included.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import product
 from unittest import mock
@@ -38,8 +38,8 @@ def replayed():
     counts = {"replayed": 0, "launched": 0}
     run, launch = Replay.__call__, Launcher.__call__
 
-    def counted_run(self, operands):
-        results = run(self, operands)
+    def counted_run(self, *given):
+        results = run(self, *given)
         counts["replayed"] += results is not None
         return results
 
@@ -120,9 +120,9 @@ def inputs(shape, *, trained=True):
     return x.requires_grad_(trained), torch.randn(*shape, N).bfloat16()
 
 
-def what_happens(layer, shape, backward):
+def what_happens(layer, shape, backward, train_x=True):
     """The launches of a call and its gradients, and what they returned."""
-    x, g = inputs(shape)
+    x, g = inputs(shape, trained=train_x)
     layers = layer.layers if isinstance(layer, Group) else [layer]
     gs = [g.clone() for _ in layers]
     seeds = []
@@ -139,7 +139,7 @@ def what_happens(layer, shape, backward):
         results.extend(ys)
         if backward:
             adapters = [t for member in layers for t in (member.A, member.B)]
-            results.extend(torch.autograd.grad(ys, (x, *adapters), gs))
+            results.extend(torch.autograd.grad(ys, (*[x] * train_x, *adapters), gs))
 
     results = []
     with all_memory_kept():
@@ -170,18 +170,18 @@ def all_memory_kept():
         yield
 
 
-def check_replays(layer, shape, backward):
+def check_replays(layer, shape, backward, train_x=True):
     with mock.patch.object(Replays, "__call__", lambda self, name, operands, function: function()):
         for _ in range(2):
-            expected = what_happens(layer, shape, backward)
+            expected = what_happens(layer, shape, backward, train_x)
     dispatch.forget_plans()
     with replayed() as counts:
         for _ in range(2):
-            assert what_happens(layer, shape, backward) == expected
+            assert what_happens(layer, shape, backward, train_x) == expected
         assert counts["replayed"] == 0
         counts["launched"] = 0
         for _ in range(3):
-            assert what_happens(layer, shape, backward) == expected
+            assert what_happens(layer, shape, backward, train_x) == expected
         assert counts == {"replayed": 3 * (1 + backward), "launched": 0}, counts
 
 
@@ -229,11 +229,17 @@ def check_what_is_not_replayed():
         assert len(heard) == 2
         knobs.runtime.launch_enter_hook.remove(hear)
         assert is_replayed(lambda: layer(x))
-        contiguous, layer.A = layer.A, layer.A.detach().t().contiguous().t()
-        layer(x), layer(x)
-        assert is_replayed(lambda: layer(x))
-        layer.A.data = contiguous.detach()  # other strides, and the same tensor to Python
+        layer.A.data = layer.A.detach().t().contiguous().t()  # to Python the same tensor
         assert not is_replayed(lambda: layer(x))
+        assert is_replayed(lambda: layer(x))
+        other = Layer("skinny")  # of the same sizes, and as yet not known to be
+        dispatch.forget_plans()
+        for _ in range(2):
+            layer(x)
+        other(x)
+        assert is_replayed(lambda: layer(x))
+        assert not is_replayed(lambda: other(x))  # the strides of its A
+        assert is_replayed(lambda: other(x))
         dispatch.forget_plans()
         assert not is_replayed(lambda: layer(x))
 
@@ -274,10 +280,48 @@ def check_what_is_not_recorded():
         with replayed() as counts:
             replays("twice", given, partial(twice, *given))
         assert counts["replayed"] == expected, given
-    with Recorder() as outer, torch.no_grad():
-        pass
-    assert outer.nothing_else
+    sliced = torch.randn(32, 2 * K).bfloat16()[:, :K]
+    assert recorded(lambda: (scaled(sliced, a),), (sliced, a))
+    with torch.inference_mode():  # where a copy is an operator that may make a view
+        assert not recorded(lambda: (scaled(sliced.contiguous(), a),), (sliced, a))
+    assert not recorded(lambda: (x.new_empty(3),))  # there is nothing to launch
+    with Recorder() as outer:
+        result = scaled(x, a)
+        recorded(lambda: (scaled(x, a),))
+        assert replay.hearing.recorder is outer
+    assert outer.replay((x, a), (result,)) is None  # it has not heard of all
+    with suppress(KeyError), Recorder() as failed:
+        raise KeyError
+    scaled(x, a)
+    assert failed.launches == []
     assert replay.hearing.recorder is None
+
+
+def check_compiled_autograd():
+    """A backward that Dynamo traces is neither recorded nor replayed."""
+    for seen in (0, 3):
+        layer = Layer("skinny")
+        x, g = inputs((48,))
+        for _ in range(seen):
+            layer(x).backward(g)
+        with (
+            replayed() as counts,
+            torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")),
+        ):
+            for _ in range(2):
+                layer(x).backward(g)
+        assert counts["launched"] > 0
+
+
+def check_frozen_adapters():
+    """A bias alone is trained: nothing is launched in the backward."""
+    layer = Layer("split", bias=True)
+    layer.A.requires_grad_(False)
+    layer.B.requires_grad_(False)
+    for _ in range(4):
+        x, g = inputs((48,), trained=False)
+        layer(x).backward(g)
+    assert layer.bias.grad is not None
 
 
 def replay_config():
@@ -313,17 +357,20 @@ if __name__ == "__main__":
         check_replays(Layer(strategy), (48,), backward)
     for strategy in ("one_pass", "skinny", "in_loop", "codes"):
         check_replays(Layer(strategy), (1,), True)
+        check_replays(Layer(strategy), (1,), True, train_x=False)
         check_replays(Layer(strategy, bias=True, adapters=torch.float32), (2, 3), True)
     for strategy in ("split", "skinny", "one_launch", "tma_split"):
         check_replays(Layer(strategy, dropout_p=0.1), (4, 8), True)
     group.better_apart = lambda x, dropout, backend: False  # as on a GPU
-    plain, mixed = ["split"] * 3, ["codes", "in_loop", "codes"]
+    plain = ["split"] * 3
+    check_replays(Group(plain), (70,), True, train_x=False)
     for backward in (False, True):
         check_replays(Group(plain), (70,), backward)
         check_replays(Group(plain, (2.0, 1.0, 2.0), bias=True), (5, 14), backward)
         check_replays(Group(plain, dropout_p=0.1, adapters=torch.float32), (70,), backward)
-        check_replays(Group(mixed), (70,), backward)
     check_compiled_layers()
+    check_compiled_autograd()
+    check_frozen_adapters()
     check_what_is_not_replayed()
     check_what_is_not_recorded()
     check_nothing_is_kept_alive()
