@@ -559,7 +559,26 @@ def checked_call(
     return call
 
 
-Operands = tuple[Any, ...]  # x, W0 and A, or nothing
+Operands = tuple[Any, ...]  # x, W0, A and B, or nothing
+
+
+def _as_products(operands: Operands, dtype: torch.dtype) -> tuple[Operands, Operands]:
+    """x, w and a of y = x w + (x a) b, and of dx's product, whose x is the gradient, contiguous."""
+    x, weight, lora_A, lora_B = operands
+    if isinstance(weight, QuantizedWeight):  # what its scratch will be
+        weight = torch.empty(weight.shape, dtype=dtype, device="meta")
+    x = x.flatten(0, -2) if x.ndim > 1 else x[None]
+    g = torch.empty((len(x), len(weight)), dtype=dtype, device="meta")
+    return (x, weight.t(), lora_A.t()), (g, weight, lora_B)
+
+
+def _possible(
+    call: Call, strategy: Strategy, seconds: dict[Strategy, float], matrices: Operands
+) -> Strategy:
+    """The strategy, or what the kernel path makes of it where there can be no descriptors."""
+    if strategy in WITHOUT_TMA and _strategy_obstacle(call, strategy, seconds, matrices):
+        return WITHOUT_TMA[strategy]
+    return strategy
 
 
 def explain_call(
@@ -567,7 +586,7 @@ def explain_call(
 ) -> Explanation:
     """The plan with the reason for and against every backend and strategy.
 
-    ``operands``: x, W0 and A, whose layouts decide whether tensor descriptors can be made of them.
+    ``operands``: their layouts decide whether tensor descriptors can be made of them.
     """
     chosen = plan(call, backend, form)
     reasons: dict[str, str] = {}
@@ -588,11 +607,13 @@ def explain_call(
     seconds = predicted_seconds(call, device)
     found = tables.table(device.name).get(table_key(call, "forward"))
     reasons["torch"] = "not taken: the kernels take this call"
-    taken = chosen.strategy
-    if taken in WITHOUT_TMA and _strategy_obstacle(call, taken, seconds, operands):
-        taken = WITHOUT_TMA[taken]
+    of_y, of_dx = _as_products(operands, call.dtype)
+    taken = _possible(call, chosen.strategy, seconds, of_y)
+    backward = transposed(call)
+    seconds_dx = predicted_seconds(backward, device)
+    taken_dx = _possible(backward, chosen.strategy_dx, seconds_dx, of_dx)
     for strategy in get_args(Strategy):
-        obstacle = _strategy_obstacle(call, strategy, seconds, operands)
+        obstacle = _strategy_obstacle(call, strategy, seconds, of_y)
         if form == "dora" and strategy not in _TAKES[form]:
             obstacle = obstacle or "its launch has no column scale, which DoRA needs"
         if obstacle:
@@ -610,7 +631,7 @@ def explain_call(
         in_loop = chosen.strategy == "in_loop"
         reasons["quantised W0"] = describe_quantized(call, "triton", in_loop)
     reasons["model"] = f"ceilings of {flops / 1e12:.0f} TFLOP/s and {bandwidth / 1e12:.1f} TB/s"
-    return Explanation(chosen.backend, taken, chosen.strategy_dx, reasons)
+    return Explanation(chosen.backend, taken, taken_dx, reasons)
 
 
 def describe_quantized(call: Call, backend: str, in_loop: bool) -> str:
@@ -632,7 +653,7 @@ def _strategy_obstacle(
     call: Call,
     strategy: Strategy,
     seconds: dict[Strategy, float],
-    operands: Operands,
+    matrices: Operands,
 ) -> str | None:
     """Why a strategy cannot take the call; None if it can."""
     if rounds_input(call) and strategy != "in_loop":
@@ -645,11 +666,8 @@ def _strategy_obstacle(
     if tma and not by_hand and is_odd_rank(call.r):
         return f"lora_A: got r = {call.r}, wanted at most {MIN_DOT} or a multiple of it"
     if tma:
-        x, weight, lora_A = operands
-        if isinstance(weight, QuantizedWeight):  # what its scratch will be
-            weight = torch.empty(weight.shape, dtype=x.dtype, device="meta")
-        a = None if strategy in ("tma_split", "ws_split") else lora_A.t()
-        obstacle = tma_obstacle(x.flatten(0, -2) if x.ndim > 1 else x[None], weight.t(), a)
+        x, w, a = matrices
+        obstacle = tma_obstacle(x, w, None if strategy in ("tma_split", "ws_split") else a)
         if obstacle:
             return f"no tensor descriptors: {obstacle}"
     if strategy in seconds:

@@ -390,7 +390,7 @@ def explain(
             x, weight, lora_A, lora_B, bias = parallel.Layout.of(*tensors).to_local(*tensors)
     call = checked_call(x, weight, lora_A, lora_B, bias, dropout)
     form: Form = "layer" if magnitude is None else "dora"
-    found = explain_call(call, backend, (x, weight, lora_A), form)
+    found = explain_call(call, backend, (x, weight, lora_A, lora_B), form)
     if magnitude is not None:
         _check_magnitude(weight, magnitude)
         found.reasons["dora"] = (

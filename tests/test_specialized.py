@@ -309,7 +309,7 @@ def test_candidates_of_tuning(monkeypatch):
 def test_explain_says_why_not(monkeypatch, info, call, why):
     _on(monkeypatch, info)
     monkeypatch.setattr(dispatch, "kernel_obstacle", lambda call: None)
-    operands = tuple(torch.empty(4096, 4096, dtype=call.dtype, device="meta") for _ in range(3))
+    operands = tuple(torch.empty(4096, 4096, dtype=call.dtype, device="meta") for _ in range(4))
     reasons = explain_call(call, "triton", operands).reasons
     assert why in reasons["ws_one_launch"]
     plan.cache_clear()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from oracle import check, fused, problem, run
 
-from fused_lora import dispatch, tables
+from fused_lora import dispatch, explain, tables
 from fused_lora.dispatch import Call, Plan, forget_plans, plan
 from fused_lora.kernels.configs import TileConfig, ship
 from fused_lora.kernels.device import INTERPRETED, SHARED_MEMORY, DeviceInfo
@@ -277,6 +277,19 @@ def test_a_choice_that_cannot_take_the_call_is_passed_over():
     dropped = replace(CALL, dropout=True)
     save(GPU, {dispatch.table_key(dropped, "forward"): Choice("one_pass", None, 1e-6)})
     assert plan(dropped, "triton").strategy == dispatch._by_model(dropped, "forward")
+
+
+@pytest.mark.parametrize(("r", "runs"), [(8, "one_launch"), (4, "library")])
+def test_explain_names_what_dx_becomes(launches, r, runs):
+    """Rows of B of 8 bytes have no descriptor."""
+    p = problem(40, 16, 24, r, dtype=torch.float16)
+    call = dispatch.checked_call(p.x, p.weight, p.lora_A, p.lora_B, None, False)
+    name = dispatch.table_key(dispatch.transposed(call), "dx")
+    save(GPU, {name: Choice("one_launch", None, 1e-6)})
+    found = explain(p.x, p.weight, p.lora_A, p.lora_B, backend="triton")
+    assert found.strategy_dx == runs
+    run(fused("triton"), p)
+    assert launches.count("persistent_produced") == (runs == "one_launch")
 
 
 @pytest.mark.parametrize(("M", "expected"), [(0, 1), (1, 1), (2, 2), (3, 4), (1024, 1024)])
