@@ -81,6 +81,11 @@ class TileConfig:
         return given | FP_FUSION
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; `triton.cdiv`, which is for kernels too, takes 1 us."""
+    return -(-a // b)
+
+
 def padded(size: int) -> int:
     """The side of a tile that holds ``size``: a power of two that tl.dot takes."""
     return max(MIN_DOT, 1 << (size - 1).bit_length())
@@ -418,15 +423,15 @@ def is_odd_rank(r: int) -> bool:
 
 def computed(config: TileConfig, M: int, N: int, device: DeviceInfo) -> int:
     """Elements that a GPU has time for in the rounds of tiles that y [M, N] takes; M N at least."""
-    tiles = -(-M // config.BLOCK_M) * -(-N // config.BLOCK_N)
+    tiles = cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N)
     programs = device.num_sms * config.programs_per_sm
-    return -(-tiles // programs) * programs * config.BLOCK_M * config.BLOCK_N
+    return cdiv(tiles, programs) * programs * config.BLOCK_M * config.BLOCK_N
 
 
 def split_k(config: TileConfig, N: int, K: int, R: int, device: DeviceInfo) -> int:
     """Ranges of K in skinny.py: for two programs a multiprocessor, of steps for its pipeline."""
-    tiles = -(-N // config.BLOCK_N) - (-R // config.BLOCK_N)
-    wanted = -(-2 * device.num_sms // tiles)
+    tiles = cdiv(N, config.BLOCK_N) + cdiv(R, config.BLOCK_N)
+    wanted = cdiv(2 * device.num_sms, tiles)
     return max(1, min(wanted, MAX_SPLIT_K, K // (2 * config.BLOCK_K)))
 
 

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import FP_FUSION, MIN_DOT, padded
+from .configs import FP_FUSION, MIN_DOT, cdiv, padded
 from .device import device_guard, device_info
 from .grads import rows_in_split, sum_partials
 from .launch import Launcher
@@ -110,7 +110,7 @@ def weight_norm(
     quantized = weight if isinstance(weight, QuantizedMatrix) else None
     with device_guard(a):
         _launch_norm(
-            (triton.cdiv(N, _NORM["BLOCK_N"]), 1, 1),
+            (cdiv(N, _NORM["BLOCK_N"]), 1, 1),
             (
                 weight if quantized is None else quantized.code_bytes(),
                 None if quantized is None else quantized.tables,
@@ -185,11 +185,11 @@ def scale_columns_backward(
     gs = torch.empty((M, N), dtype=g.dtype, device=g.device)
     if M == 0 or N == 0:
         return gs, None if z is None else column_scale.new_zeros(N)
-    tiles = triton.cdiv(N, _COLUMNS["BLOCK_N"])
+    tiles = cdiv(N, _COLUMNS["BLOCK_N"])
     num_sms = device_info(g.device).num_sms
     # Eight programs on every multiprocessor: the loads in flight are what makes it fast.
     rows_per_split = rows_in_split(M, tiles, _COLUMNS["BLOCK_M"], 4 * num_sms)
-    SPLIT_M = triton.cdiv(M, rows_per_split)
+    SPLIT_M = cdiv(M, rows_per_split)
     partial = None if z is None else column_scale.new_empty((SPLIT_M, N))
     with device_guard(g):
         _launch_scale_columns(

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import TileConfig, padded
+from .configs import TileConfig, cdiv, padded
 from .device import device_guard
 from .dropout import Dropout
 from .gemm import dot_precision
@@ -93,7 +93,7 @@ def add_lora(
     (M, N), R = y.shape, b.shape[0]
     if M == 0 or N == 0:
         return
-    tiles = -(-M // config.BLOCK_M) * -(-N // config.BLOCK_N)  # triton.cdiv costs 1 us a call
+    tiles = cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N)
     meta = config.meta() | {"BLOCK_K": min(padded(R), config.BLOCK_K)}
     with device_guard(y):
         _launch_add_lora(

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import FP_FUSION, TileConfig, is_odd
+from .configs import FP_FUSION, TileConfig, cdiv, is_odd
 from .device import device_guard, device_info
 from .dropout import Dropout
 from .gemm import dot_precision
@@ -169,8 +169,8 @@ _launch_grads, _launch_sum = Launcher(lora_grad_kernel), Launcher(sum_partials_k
 
 def rows_in_split(M: int, tiles: int, block: int, num_sms: int) -> int:
     """Enough ranges of rows for two programs on every multiprocessor, in whole blocks."""
-    splits = max(1, min(triton.cdiv(2 * num_sms, tiles), triton.cdiv(M, block)))
-    return triton.cdiv(triton.cdiv(M, splits), block) * block
+    splits = max(1, min(cdiv(2 * num_sms, tiles), cdiv(M, block)))
+    return cdiv(cdiv(M, splits), block) * block
 
 
 def sum_partials(
@@ -185,7 +185,7 @@ def sum_partials(
     The same of the second pair, where there is one, in the same launch.
     """
     numel, numel2 = out.numel(), 0 if out2 is None else out2.numel()
-    blocks = triton.cdiv(numel, REDUCE_BLOCK) + triton.cdiv(numel2, REDUCE_BLOCK)
+    blocks = cdiv(numel, REDUCE_BLOCK) + cdiv(numel2, REDUCE_BLOCK)
     tensors = (partial, out, partial2, out2)
     sizes = (numel, numel2, SPLIT_M)
     _launch_sum((blocks, 1, 1), tensors, sizes, BLOCK=REDUCE_BLOCK, **FP_FUSION)
@@ -232,13 +232,13 @@ def _launch(
             num_warps=8,
             maxnreg=config.maxnreg and 168,
         )
-    tiles_c = triton.cdiv(C, config.BLOCK_M)
+    tiles_c = cdiv(C, config.BLOCK_M)
     if second is not None:
-        tiles_c += triton.cdiv(second.q.shape[1], config.BLOCK_M)
-    tiles_r = triton.cdiv(R, config.BLOCK_N)
+        tiles_c += cdiv(second.q.shape[1], config.BLOCK_M)
+    tiles_r = cdiv(R, config.BLOCK_N)
     num_sms = device_info(first.q.device).num_sms
     rows_per_split = rows_in_split(M, tiles_c * tiles_r, config.BLOCK_K, num_sms)
-    SPLIT_M = triton.cdiv(M, rows_per_split)
+    SPLIT_M = cdiv(M, rows_per_split)
     partial = first.partial(SPLIT_M)
     partial2 = second.partial(SPLIT_M) if second is not None else None
     with device_guard(first.q):

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import MIN_DOT, TileConfig, for_odd_rows, is_odd, padded
+from .configs import MIN_DOT, TileConfig, cdiv, for_odd_rows, is_odd, padded
 from .device import device_guard
 from .dropout import Dropout
 from .gemm import GROUP_M, dot_precision
@@ -49,7 +49,7 @@ def stack_rows(matrices: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Te
         strides = tuple(a.stride() for a in matrices)
         with device_guard(out):
             _launch_stack(
-                (sum(ranks), -(-K // STACK_TILE["BLOCK_K"]), 1),
+                (sum(ranks), cdiv(K, STACK_TILE["BLOCK_K"]), 1),
                 (out, tuple(matrices)),
                 (ranks, strides, K),
                 (),
@@ -160,7 +160,7 @@ def gemm_group(
         config = for_odd_rows(config, y.dtype.itemsize)
     if any(h.shape[1] % MIN_DOT for h in hs) or is_odd(*hs, *bs):  # as in gemm.py
         BLOCK_R = MIN_DOT
-    tiles = -(-M // config.BLOCK_M) * -(-N // config.BLOCK_N)
+    tiles = cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N)
     seeds = tuple(d.seed if d else None for d in dropouts)
     with device_guard(y):
         _launch_group(

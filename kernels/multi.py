@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import FP_FUSION, MIN_DOT, TileConfig, for_odd_rows, is_odd, padded
+from .configs import FP_FUSION, MIN_DOT, TileConfig, cdiv, for_odd_rows, is_odd, padded
 from .device import device_guard, device_info
 from .dropout import Dropout
 from .gemm import dot_precision
@@ -284,8 +284,8 @@ def _dropped(dropout: Dropout | None) -> tuple[float, int]:
 
 def _split_k(K: int, programs: int, block: int, num_sms: int) -> int:
     """Enough ranges of K for two programs on every multiprocessor, none empty; their length."""
-    splits = min(triton.cdiv(2 * num_sms, programs), triton.cdiv(K, block), MAX_SPLIT_K)
-    return triton.cdiv(triton.cdiv(K, max(splits, 1)), block) * block
+    splits = min(cdiv(2 * num_sms, programs), cdiv(K, block), MAX_SPLIT_K)
+    return cdiv(cdiv(K, max(splits, 1)), block) * block
 
 
 def shrink(
@@ -308,12 +308,12 @@ def shrink(
     if is_odd(x) or K % MIN_DOT:  # K: of the adapters, which are contiguous
         config = for_odd_rows(config, x.dtype.itemsize)
     table = rows.pieces(config.BLOCK_M).table
-    tiles_r = triton.cdiv(adapters.max_rank, config.BLOCK_N)
+    tiles_r = cdiv(adapters.max_rank, config.BLOCK_N)
     k_per_split = max(K, 1)
     if in_parts and K:
         num_sms = device_info(x.device).num_sms
         k_per_split = _split_k(K, max(len(table) * tiles_r, 1), config.BLOCK_K, num_sms)
-    SPLIT_K = triton.cdiv(max(K, 1), k_per_split)
+    SPLIT_K = cdiv(max(K, 1), k_per_split)
     dtype = torch.float32 if in_parts else x.dtype
     h = torch.empty((SPLIT_K, M, adapters.max_rank), dtype=dtype, device=x.device)
     if len(table):
@@ -364,7 +364,7 @@ def expand(
         meta = config.meta() | {"BLOCK_K": min(padded(adapters.max_rank), config.BLOCK_K)}
         with device_guard(y):
             _launch_expand(
-                (len(table), triton.cdiv(N, config.BLOCK_N), 1),
+                (len(table), cdiv(N, config.BLOCK_N), 1),
                 (
                     h,
                     w,
@@ -406,11 +406,11 @@ def multi_grads(
     ranks, total_rank = adapters.layout.ranks, adapters.layout.total_rank
     flat = torch.zeros(total_rank * C, dtype=originals[0].dtype, device=q.device)
     if M and C:
-        tiles_c = triton.cdiv(C, config.BLOCK_M)
-        tiles_r = triton.cdiv(adapters.max_rank, config.BLOCK_N)
+        tiles_c = cdiv(C, config.BLOCK_M)
+        tiles_r = cdiv(adapters.max_rank, config.BLOCK_N)
         tiles = tiles_c * tiles_r * rows.num_groups
-        splits = triton.cdiv(2 * device_info(q.device).num_sms, tiles)
-        block = triton.cdiv(triton.cdiv(M, splits), config.BLOCK_K) * config.BLOCK_K
+        splits = cdiv(2 * device_info(q.device).num_sms, tiles)
+        block = cdiv(cdiv(M, splits), config.BLOCK_K) * config.BLOCK_K
         pieces = rows.pieces(block)
         direct = block >= M  # one piece an adapter
         stride = 0 if direct else C * adapters.max_rank
@@ -439,7 +439,7 @@ def multi_grads(
                 )
             if not direct:
                 _launch_sum(
-                    (triton.cdiv(stride, _REDUCE_BLOCK), rows.num_groups, 1),
+                    (cdiv(stride, _REDUCE_BLOCK), rows.num_groups, 1),
                     (
                         partial,
                         flat,

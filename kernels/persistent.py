@@ -44,7 +44,7 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from .configs import MAX_CHUNK_R, TileConfig, padded
+from .configs import MAX_CHUNK_R, TileConfig, cdiv, padded
 from .device import device_guard, device_info
 from .dropout import Dropout
 from .gemm import dot_precision
@@ -482,12 +482,12 @@ def _launch(
     if M == 0 or N == 0:
         return y
     BLOCK_R, CHUNK_R = rank_blocks(R, dropout is not None and not drop_x)
-    rows = triton.cdiv(M, config.BLOCK_M)
-    tiles = rows * triton.cdiv(N, config.BLOCK_N)
+    rows = cdiv(M, config.BLOCK_M)
+    tiles = rows * cdiv(N, config.BLOCK_N)
     programs = device_info(x.device).num_sms * config.programs_per_sm
     synchronised: AbstractContextManager[torch.Tensor | None] = nullcontext()
     if produced:
-        columns_h = triton.cdiv(R, BLOCK_R)
+        columns_h = cdiv(R, BLOCK_R)
         tiles += rows * columns_h
         synchronised = sync_buffer(x.device, rows * columns_h)
         if x.device.type == "cpu":  # the interpreter runs one program after the other

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import FP_FUSION, Kind
+from .configs import FP_FUSION, Kind, cdiv
 from .device import device_guard, has_fp8
 from .launch import Launcher
 
@@ -172,10 +172,10 @@ def fp8_input(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     (M, K), block = x.shape, FP8_BLOCK.value
     dtype = torch.float8_e4m3fn if has_fp8(x.device) else torch.float16
     codes = torch.empty((M, K), dtype=dtype, device=x.device)
-    scales = torch.empty((-(-K // block), M), dtype=torch.float32, device=x.device)
+    scales = torch.empty((cdiv(K, block), M), dtype=torch.float32, device=x.device)
     if codes.numel():
         tile = FP8_INPUT_TILE
-        grid = (-(-M // tile["BLOCK_M"]), len(scales), 1)
+        grid = (cdiv(M, tile["BLOCK_M"]), len(scales), 1)
         with device_guard(x):
             _launch_fp8_input(grid, (x, codes, scales), (M, K, *x.stride()), (), **tile)
     return codes, scales
@@ -310,7 +310,7 @@ def dequantize(w: QuantizedMatrix, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty((w.rows, w.cols), dtype=dtype, device=w.codes.device)
     if out.numel():
         tile = DEQUANTIZE_TILE
-        grid = (-(-w.rows // tile["BLOCK_ROWS"]), -(-w.cols // tile["BLOCK_COLS"]), 1)
+        grid = (cdiv(w.rows, tile["BLOCK_ROWS"]), cdiv(w.cols, tile["BLOCK_COLS"]), 1)
         with device_guard(out):
             _launch_dequantize(
                 grid, (w.code_bytes(), w.tables, out), (w.rows, w.cols), LAYOUT=w.layout, **tile

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import FP_FUSION, TileConfig, padded, split_k
+from .configs import FP_FUSION, TileConfig, cdiv, padded, split_k
 from .device import device_guard, device_info
 from .dropout import Dropout
 from .gemm import dot_precision
@@ -219,10 +219,10 @@ def skinny(
     if dropout and drop_x:
         scale *= dropout.keep_scale
     seed, threshold = (dropout.seed, dropout.threshold) if dropout else (None, 0)
-    tiles = -(-N // config.BLOCK_N) - (-R // config.BLOCK_N)
+    tiles = cdiv(N, config.BLOCK_N) + cdiv(R, config.BLOCK_N)
     splits = split_k(config, N, K, R, device_info(x.device))
-    k_per_split = -(K // -(splits * config.BLOCK_K)) * config.BLOCK_K  # whole tiles
-    SPLIT_K = -(-K // k_per_split) if K else 1
+    k_per_split = cdiv(K, splits * config.BLOCK_K) * config.BLOCK_K  # whole tiles
+    SPLIT_K = cdiv(K, k_per_split) if K else 1
     partial = torch.empty((SPLIT_K, M, N + R), dtype=torch.float32, device=x.device)
     precision = dot_precision(x.dtype)
     with device_guard(x):
@@ -237,7 +237,7 @@ def skinny(
         )
         stride_bias = bias.stride(0) if bias is not None else 0
         _launch_sum(
-            (-(-N // SUM_BLOCK_N), 1, 1),
+            (cdiv(N, SUM_BLOCK_N), 1, 1),
             (partial, bias, h, b, y, None if drop_x else seed),
             (M, N, R, stride_bias, *b.stride()),
             (scale, dropout.keep_scale if dropout else 1.0, threshold),

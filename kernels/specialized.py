@@ -37,7 +37,6 @@ import functools
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -49,7 +48,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import persistent, tiles
-from .configs import TileConfig, padded
+from .configs import TileConfig, cdiv, padded
 from .device import device_guard, device_info
 from .launch import Launcher, Tiled
 
@@ -568,12 +567,12 @@ def _launch(
     parts = CONSUMERS.value if config.COOPERATIVE else 1
     rows, BLOCK_N, BLOCK_K = config.BLOCK_M // parts, config.BLOCK_N, config.BLOCK_K
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    num_m = triton.cdiv(M, config.BLOCK_M)
-    items = num_m * triton.cdiv(N, BLOCK_N)
+    num_m = cdiv(M, config.BLOCK_M)
+    items = num_m * cdiv(N, BLOCK_N)
     synchronised: AbstractContextManager[torch.Tensor | None] = nullcontext()
     if a is not None:
         h = torch.empty((M, _padded_row(R)), dtype=x.dtype, device=x.device)
-        flags = num_m * triton.cdiv(R, BLOCK_K)
+        flags = num_m * cdiv(R, BLOCK_K)
         items += flags
         synchronised = persistent.sync_buffer(x.device, flags * parts)
     with device_guard(x), synchronised as sync:
