@@ -189,12 +189,27 @@ def lora_linear_group(
     The members are one node of the graph: a backward pass through one output alone frees what the
     others need too, unless it is told to retain the graph.
     """
-    members = _members(weights, lora_As, lora_Bs, scalings, biases, dropout_ps)
+    return call_group(x, _members(weights, lora_As, lora_Bs, scalings, biases, dropout_ps), backend)
+
+
+class Member(NamedTuple):
+    """A layer of a group, as `arguments.Arguments` begins."""
+
+    weight: Weight
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    bias: Tensor | None
+    dropout_p: float
+
+
+def call_group(x: Tensor, members: Sequence[Member], backend: Backend) -> tuple[Tensor, ...]:
+    """`lora_linear_group` of as many lists as there should be."""
     if not _observed():
         known: _Decision | None = recall_all(x, members, backend)
         if known is not None:
             return _run(known, x, members, backend)
-    if _special((x, *weights, *lora_As, *lora_Bs)):
+    if _special((x, *(part for member in members for part in member[:3]))):
         return _apart(x, members, backend)
     if torch.compiler.is_compiling():
         return _traced(x, members, backend)
@@ -211,7 +226,7 @@ def lora_linear_group(
 
 
 def _replays(
-    x: Tensor, members: Sequence[_Member], calls: Sequence[Call], plans: Sequence[Plan]
+    x: Tensor, members: Sequence[Member], calls: Sequence[Call], plans: Sequence[Plan]
 ) -> dict[int, Replays | None]:
     """By the first member of each group."""
     # A replay has all of its memory at a time, and a group one scratch of a W0 after another.
@@ -234,7 +249,7 @@ class _Decision(NamedTuple):
 
 
 def _run(
-    decision: _Decision, x: Tensor, members: Sequence[_Member], backend: Backend
+    decision: _Decision, x: Tensor, members: Sequence[Member], backend: Backend
 ) -> tuple[Tensor, ...]:
     """x and members as autocast would have them."""
     if decision.apart:
@@ -257,20 +272,11 @@ def _run(
     return ys
 
 
-def _apart(x: Tensor, members: Sequence[_Member], backend: Backend) -> tuple[Tensor, ...]:
+def _apart(x: Tensor, members: Sequence[Member], backend: Backend) -> tuple[Tensor, ...]:
     return tuple(
         lora_linear(x, W, A, B, scaling=s, bias=bias, dropout_p=p, backend=backend)
         for W, A, B, s, bias, p in members
     )
-
-
-class _Member(NamedTuple):
-    weight: Weight
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
-    bias: Tensor | None
-    dropout_p: float
 
 
 def _members(
@@ -280,7 +286,7 @@ def _members(
     scalings: float | Sequence[float],
     biases: Sequence[Tensor | None] | None,
     dropout_ps: Sequence[float] | None,
-) -> list[_Member]:
+) -> list[Member]:
     n = len(weights) if hasattr(weights, "__len__") else 0
     lists: dict[str, Any] = {
         "weights": weights,
@@ -297,14 +303,14 @@ def _members(
             raise ValueError(f"{name}: got {len(values)}, wanted {n}, one for each of weights")
     if n == 0:
         raise ValueError("weights: got none, wanted at least one member")
-    return [_Member(*values) for values in zip(*lists.values(), strict=True)]
+    return [Member(*values) for values in zip(*lists.values(), strict=True)]
 
 
 def _checked(
-    x: Tensor, members: Sequence[_Member], backend: Backend
-) -> tuple[Tensor, list[_Member], list[Call], tuple[Plan, ...]]:
+    x: Tensor, members: Sequence[Member], backend: Backend
+) -> tuple[Tensor, list[Member], list[Call], tuple[Plan, ...]]:
     """x and the members as autocast would have them, each one's call, and the decision for all."""
-    cast: list[_Member] = []
+    cast: list[Member] = []
     calls: list[Call] = []
     plans: list[Plan] = []
     x_cast = x
@@ -362,7 +368,7 @@ def explain_group(
 
 
 def _describe(
-    members: Sequence[_Member], calls: Sequence[Call], on_kernels: bool, strategy_dx: str
+    members: Sequence[Member], calls: Sequence[Call], on_kernels: bool, strategy_dx: str
 ) -> dict[str, str]:
     """What a group does at once."""
     h = "one product for all members: x is read once"
@@ -387,7 +393,7 @@ def _special(tensors: Sequence[Any]) -> bool:
     )
 
 
-def _traced(x: Tensor, members: Sequence[_Member], backend: Backend) -> tuple[Tensor, ...]:
+def _traced(x: Tensor, members: Sequence[Member], backend: Backend) -> tuple[Tensor, ...]:
     """By the registered operator, as `lora_linear` does it."""
     cast = []
     for W, A, B, s, bias, p in members:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from .arguments import Arguments
 from .autocast import autocast_enabled
 from .dispatch import Backend, better_apart
-from .group import lora_linear_group
+from .group import Member, call_group
 
 # transformers' families whose attention calls q_proj, k_proj and v_proj, and whose MLP gate_proj
 # and up_proj, one after another with the same tensor.
@@ -148,16 +148,8 @@ class SharedInput:
         if not _fit(x, calls):
             return None
         mode, versions = _mode(x), [_versions(call) for call in calls]
-        first, *others = lora_linear_group(
-            x,
-            [call.weight for call in calls],
-            [call.lora_A for call in calls],
-            [call.lora_B for call in calls],
-            scalings=[call.scaling for call in calls],
-            biases=[call.bias for call in calls],
-            dropout_ps=[call.dropout_p for call in calls],
-            backend=calls[0].backend,
-        )
+        members = [Member(*call[:6]) for call in calls]
+        first, *others = call_group(x, members, calls[0].backend)
         prepared = zip(others, calls[1:], versions[1:], strict=True)
         outputs = dict(zip(self.members[1:], prepared, strict=True))
         _local.prepared = _Prepared(self, weakref.ref(x), mode, outputs)

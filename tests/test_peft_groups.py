@@ -83,9 +83,9 @@ def _assert_same(got, expected, rtol=1e-4, atol=1e-5):
 def groups(monkeypatch):
     """The number of members of every group that was computed."""
     seen = []
-    real = sharing.lora_linear_group
+    real = sharing.call_group
     monkeypatch.setattr(
-        sharing, "lora_linear_group", lambda *a, **k: seen.append(len(a[1])) or real(*a, **k)
+        sharing, "call_group", lambda *a, **k: seen.append(len(a[1])) or real(*a, **k)
     )
     yield seen
     assert getattr(sharing._local, "prepared", None) is None
@@ -521,7 +521,7 @@ def test_few_rows_on_a_cpu_prepare_nothing(monkeypatch):
     expected = model(batch).logits
     fuse(model)
     with monkeypatch.context() as patched:
-        patched.setattr(sharing, "lora_linear_group", None)  # would be called, and fail
+        patched.setattr(sharing, "call_group", None)  # would be called, and fail
         torch.testing.assert_close(model(batch).logits, expected)
 
 
