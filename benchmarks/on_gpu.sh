@@ -3,7 +3,7 @@
 #
 #   bash benchmarks/on_gpu.sh          tests, the base product against cuBLAS, quick benchmark (of
 #                                      plain layers, quantised ones and many adapters in one batch),
-#                                      compute-sanitizer
+#                                      groups against their layers apart, compute-sanitizer
 #   bash benchmarks/on_gpu.sh tune     measures every strategy and tile for LoRAFusion's grid and
 #                                      Llama-3.1-8B, in at most 9 minutes; leaves tuned_GPU.json,
 #                                      which ships from fused_lora/tables/GPU.json
@@ -129,6 +129,8 @@ resume=()
 if [[ -n ${RESUME:-} ]]; then resume=(--resume "$RESUME"); fi
 step benchmark 125 "$OUT/benchmark.log" "$PYTHON" -m benchmarks.run --selection quick \
     --out "$OUT" --seconds 105 "${resume[@]}"
+
+step groups 15 "$OUT/benchmark.log" "$PYTHON" -m benchmarks.groups --out "$OUT"
 
 # Each tensor its own allocation, so that one byte too far is seen. initcheck does not see what cuBLAS
 # writes through the copy engine: that PyTorch's own kernels read it "uninitialized" is no finding.

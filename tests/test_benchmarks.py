@@ -1,5 +1,6 @@
 """The benchmark suite: correct providers, rows that say where they come from, a report of them."""
 
+import csv
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import kinds, measure, rows, run, shapes
+from benchmarks import groups, kinds, measure, rows, run, shapes
 from benchmarks.multi import MULTI
 from benchmarks.providers import CPU_PROVIDERS, EAGER, PROVIDERS
 from benchmarks.quantized import QUANTIZED
@@ -349,7 +350,7 @@ def test_the_gpu_plan_goes_on_after_a_failed_step(tmp_path):
     summary = (out / "summary.txt").read_text()
     assert "tests: failed with 1" in summary
     assert "by_hand: failed with 1" in summary
-    for step in ("base_product", "benchmark", "memcheck", "racecheck", "initcheck"):
+    for step in ("base_product", "benchmark", "groups", "memcheck", "racecheck", "initcheck"):
         assert f"{step}: passed" in summary
     assert "--resume earlier.json" in (out / "benchmark.log").read_text()
     tests = (out / "tests.log").read_text()
@@ -394,3 +395,28 @@ def test_base_product_needs_a_gpu(capsys):
         with pytest.raises(SystemExit):
             base_product.main([*arguments])
         assert why in capsys.readouterr().err
+
+
+def test_groups_are_measured_against_their_layers(tmp_path, capsys):
+    arguments = ["--rows", "70", "--seconds-a-mode", "0.01", "--out", str(tmp_path)]
+    assert groups.main([*arguments, "--model", "smollm2-135m"]) == 0
+    (path,) = tmp_path.glob("*-groups.csv")
+    with path.open() as file:
+        found = list(csv.DictReader(file))
+    assert {row["layers"] for row in found} == {"q,k,v", "gate,up"}
+    assert {row["mode"] for row in found} == {"forward", "forward+backward", "overhead"}
+    assert all(float(row[name]) > 0 for row in found for name in ("group", "apart", "linear"))
+    assert "q,k,v M 70 K 576 dropout 0 forward" in capsys.readouterr().out
+
+
+def test_groups_that_are_wrong_are_not_measured(monkeypatch, tmp_path, capsys):
+    right = groups.lora_linear_group
+
+    def wrong(*arguments, **options):
+        first, *others = right(*arguments, **options)
+        return first * 1.1, *others
+
+    monkeypatch.setattr(groups, "lora_linear_group", wrong)
+    assert groups.main(["--rows", "70", "--out", str(tmp_path), "--model", "smollm2-135m"]) == 1
+    assert not list(tmp_path.glob("*.csv"))
+    assert "wrong by" in capsys.readouterr().out
