@@ -119,7 +119,8 @@ def calls(monkeypatch):
         real = getattr(module, name)
 
         def watched(*args, **kwargs):
-            weights = args[1] if isinstance(args[1], list) else [args[1]]
+            members = args[1] if isinstance(args[1], list) else [args[1:]]
+            weights = [weight for weight, *_ in members]
             if any(isinstance(weight, QuantizedWeight) for weight in weights):
                 seen.append(number(weights))
             return real(*args, **kwargs)
@@ -128,7 +129,7 @@ def calls(monkeypatch):
 
     watch(fused_peft, "lora_linear", lambda _: "lora_linear")
     watch(fused_peft, "dora_linear", lambda _: "dora_linear")
-    watch(sharing, "lora_linear_group", len)
+    watch(sharing, "call_group", len)
     return seen
 
 
@@ -223,9 +224,9 @@ def test_groups_of_inject_over_quantised_weights(format, monkeypatch):
             nn.init.normal_(parameter, std=0.3)
     ids = torch.randint(1, 40, (2, 7))
     sizes = []
-    real = sharing.lora_linear_group
+    real = sharing.call_group
     monkeypatch.setattr(
-        sharing, "lora_linear_group", lambda *a, **k: sizes.append(len(a[1])) or real(*a, **k)
+        sharing, "call_group", lambda *a, **k: sizes.append(len(a[1])) or real(*a, **k)
     )
     together = _results(model, ids)
     assert sizes == [3, 2, 3, 2]
