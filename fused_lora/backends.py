@@ -25,14 +25,6 @@ if TYPE_CHECKING:
     from .kernels.replay import Replays
 
 
-def _parts_of_all(weights: Sequence[Tensor | QuantizedWeight]) -> Iterable[Tensor | None]:
-    return itertools.chain.from_iterable(map(_parts, weights))
-
-
-def _seeds(dropouts: Sequence[Dropout | None]) -> Iterable[Tensor | None]:
-    return (None if dropout is None else dropout.seed for dropout in dropouts)
-
-
 @functools.cache
 def _kernels() -> ModuleType:
     """The kernel path, imported where it is first used: there is a PyTorch without Triton."""
@@ -58,6 +50,14 @@ def _parts(weight: Tensor | QuantizedWeight | None) -> Iterable[Tensor | None]:
     if weight is None or isinstance(weight, Tensor):
         return (weight,)
     return weight._parameters.values()
+
+
+def _parts_of_all(weights: Sequence[Tensor | QuantizedWeight]) -> Iterable[Tensor | None]:
+    return itertools.chain.from_iterable(map(_parts, weights))
+
+
+def _seed(dropout: Dropout | None) -> Tensor | None:
+    return None if dropout is None else dropout.seed
 
 
 def _shaped_as(x: Tensor, y: Tensor) -> Tensor:
@@ -95,8 +95,7 @@ def forward(
 
     if replays is None:
         return run()
-    seed = None if dropout is None else dropout.seed
-    operands = (x, *_parts(weight), lora_A, lora_B, bias, seed)
+    operands = (x, *_parts(weight), lora_A, lora_B, bias, _seed(dropout))
     y, h = replays(("forward", need_h), operands, run)
     return y, h
 
@@ -130,8 +129,7 @@ def backward(
 
     if replays is None or torch.compiler.is_compiling():  # compiled autograd traces this
         return run()
-    seed = None if dropout is None else dropout.seed
-    operands = (g2, x, *_parts(weight), lora_A, lora_B, h, seed)
+    operands = (g2, x, *_parts(weight), lora_A, lora_B, h, _seed(dropout))
     dx, dA, dB = replays(("backward", need_dx), operands, run)
     return dx, dA, dB
 
@@ -207,7 +205,7 @@ def forward_group(
     if replays is None:
         *ys, h = run()
     else:
-        operands = (x, *_parts_of_all(weights), *lora_As, *lora_Bs, *biases, *_seeds(dropouts))
+        operands = (x, *_parts_of_all(weights), *lora_As, *lora_Bs, *biases, *map(_seed, dropouts))
         *ys, h = replays("forward", operands, run)
     return ys, h
 
@@ -242,6 +240,14 @@ def backward_group(
     if replays is None or torch.compiler.is_compiling():
         dx, *gradients = run()
     else:
-        operands = (*gs2, x, *_parts_of_all(weights), *lora_As, *lora_Bs, *hs, *_seeds(dropouts))
+        operands = (
+            *gs2,
+            x,
+            *_parts_of_all(weights),
+            *lora_As,
+            *lora_Bs,
+            *hs,
+            *map(_seed, dropouts),
+        )
         dx, *gradients = replays(("backward", need_dx), operands, run)
     return dx, gradients[: len(gs)], gradients[len(gs) :]

@@ -84,6 +84,8 @@ KINDS: dict[Strategy, Kind] = {
     "skinny": "skinny",
     "in_loop": "quantized",
 }
+# What is made by one kernel and tuned by itself.
+PARTS: dict[Product, Kind] = {"h": "plain", "grads": "grad"}
 # A layer on its own; with DoRA, whose column scale an epilogue must have; a part of a group, or of
 # many adapters in a batch, whose h was made before.
 Form = Literal["layer", "dora", "part"]
@@ -360,7 +362,7 @@ def part_config(
     device: DeviceInfo,
 ) -> TileConfig:
     """The table's tile for h [M, r] = x [M, K] A, or for dA and dB; else a default one."""
-    kind: Kind = "plain" if product == "h" else "grad"
+    kind = PARTS[product]
     name = str(dtype).removeprefix("torch.")
     found = tables.table(device.name).get(tables.key(product, M, N, K, r, name, dropout))
     if found is not None and found.config in tunable(kind, r, dtype.itemsize, dropout, device):

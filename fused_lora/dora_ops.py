@@ -11,22 +11,9 @@ from torch import Tensor
 
 from . import backends
 from .differentiable import differentiable
-from .dispatch import Backend, Form, Plan, checked_call, plan
+from .dispatch import Backend, checked_call, plan
 from .dora import column_scale, gradients, weight_norm
 from .packing import pack, unpack
-from .quantize import QuantizedWeight
-
-
-def _plan(
-    x: Tensor,
-    weight: Tensor | QuantizedWeight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    backend: str,
-    form: Form,
-) -> Plan:
-    return plan(checked_call(x, weight, lora_A, lora_B, bias, False), cast(Backend, backend), form)
 
 
 @torch.library.custom_op("fused_lora::dora_linear", mutates_args=())
@@ -51,7 +38,8 @@ def dora_linear_op(
     W: Any
     W, *exact = unpack(weights, spec)
     of_norm: Any = exact[0] if exact else W
-    chosen = _plan(x, W, lora_A, lora_B, bias, backend, "dora")
+    call = checked_call(x, W, lora_A, lora_B, bias, False)
+    chosen = plan(call, cast(Backend, backend), "dora")
     norm = weight_norm(of_norm, lora_A, lora_B, scaling, chosen)
     c = column_scale(magnitude, norm)
     y, h, z = backends.dora_forward(
@@ -105,7 +93,8 @@ def dora_linear_backward_op(
     W: Any
     (W,) = unpack(weight, spec)
     like_x = g.new_empty(1).expand(*g.shape[:-1], lora_A.shape[1])
-    chosen = _plan(like_x, W, lora_A, lora_B, None, backend, "layer")
+    call = checked_call(like_x, W, lora_A, lora_B, None, False)
+    chosen = plan(call, cast(Backend, backend))
     found = gradients(
         g, x, W, lora_A, lora_B, magnitude, norm, h, z, scaling, chosen, need_dx=need_dx
     )

@@ -91,7 +91,8 @@ def lora_linear(
     """
     observed = _observed()
     if not observed:
-        known = recall(x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
+        member = weight, lora_A, lora_B, scaling, bias, dropout_p
+        known = recall("lora_linear", x, (member,), backend)
         if known is not None:
             return _run(known, x, weight, lora_A, lora_B, bias)
     given = (x, weight, bias)
@@ -158,7 +159,8 @@ def _on_device(
                 call, decision.plan, weight, lora_A, lora_B, bias, decision.scaling, threshold
             )
             known = decision._replace(replays=replays_of(x.shape, of))
-            remember(known, x, weight, lora_A, lora_B, bias, scaling, dropout_p, backend)
+            member = weight, lora_A, lora_B, scaling, bias, dropout_p
+            remember(known, "lora_linear", x, (member,), backend)
         return _run(decision, x, weight, lora_A, lora_B, bias, shard)
     checks.check_tensors(x, weight, lora_A, lora_B, bias)
     check_frozen(weight)

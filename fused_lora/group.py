@@ -41,7 +41,7 @@ from .kernels.dropout import dropout_threshold
 from .linear import FusedLoRALinear
 from .packing import pack
 from .quantize import QuantizedWeight
-from .recall import recall_all, remember_all
+from .recall import recall, remember
 
 if TYPE_CHECKING:
     from .kernels.replay import Replays
@@ -206,7 +206,7 @@ class Member(NamedTuple):
 def call_group(x: Tensor, members: Sequence[Member], backend: Backend) -> tuple[Tensor, ...]:
     """`lora_linear_group` of as many lists as there should be."""
     if not _observed():
-        known: _Decision | None = recall_all(x, members, backend)
+        known: _Decision | None = recall("lora_linear_group", x, members, backend)
         if known is not None:
             return _run(known, x, members, backend)
     if _special((x, *(part for member in members for part in member[:3]))):
@@ -221,7 +221,8 @@ def call_group(x: Tensor, members: Sequence[Member], backend: Backend) -> tuple[
     )
     if own and all(call.plain_tensors for call in calls):
         replays = {} if decision.apart else _replays(x, members, calls, plans)
-        remember_all(decision._replace(replays=replays), x, members, backend)
+        known = decision._replace(replays=replays)
+        remember(known, "lora_linear_group", x, members, backend)
     return _run(decision, x_cast, cast, backend)
 
 

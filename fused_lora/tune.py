@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import dispatch, tables
 from .device_time import median_seconds
-from .kernels.configs import Kind, TileConfig, is_specialized, ship, tunable
+from .kernels.configs import TileConfig, is_specialized, ship, tunable
 from .kernels.device import device_guard, device_info
 from .kernels.dropout import Dropout, dropout_threshold
 from .tables import Choice, Product, Strategy
@@ -53,9 +53,10 @@ def shape(text: str) -> tuple[int, int, int]:
 def candidates(call: dispatch.Call, product: Product) -> Iterator[Candidate]:
     """Every strategy and tile that can take the call; for dx, its N and K are swapped already."""
     device = device_info(call.device)
-    if product in ("h", "grads"):
-        kind: Kind = "plain" if product == "h" else "grad"
-        for config in tunable(kind, call.r, call.dtype.itemsize, call.dropout, device):
+    if product in dispatch.PARTS:
+        for config in tunable(
+            dispatch.PARTS[product], call.r, call.dtype.itemsize, call.dropout, device
+        ):
             yield None, config
         return
     for strategy in dispatch.predicted_seconds(call, device):
@@ -90,7 +91,6 @@ class _Problem:
             return t if product == "dx" else t.mT
 
         self.product = product
-
         self.x = torch.randn(call.M, call.K, dtype=call.dtype, device=call.device)
         self.w, self.a, self.b = (
             normal(call.K, call.N),
@@ -132,9 +132,8 @@ class _Problem:
         from .kernels.gemm import gemm_scaled
         from .kernels.grads import lora_grads
 
-        kind: Kind = "plain" if self.product == "h" else "grad"
         rest = self.x.dtype.itemsize, self.dropout is not None, device_info(self.x.device)
-        config = config or tunable(kind, len(self.b), *rest)[0]
+        config = config or tunable(dispatch.PARTS[self.product], len(self.b), *rest)[0]
         if self.product == "h":
             return gemm_scaled(config, self.x, self.a, scale=1.0, dropout=self.dropout)
         dtypes = {"dtype_a": torch.float32, "dtype_b": torch.float32}
@@ -169,7 +168,7 @@ def _measure(
 ) -> Iterator[Measurement]:
     name = dispatch.table_key(call, product)
     problem = _Problem(call, product)
-    reference: Strategy | None = "split" if product in ("forward", "dx") else None
+    reference: Strategy | None = None if product in dispatch.PARTS else "split"
     expected = problem.run(reference, None).float()
     for strategy, config in chosen:
         with device_guard(problem.x):

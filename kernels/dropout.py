@@ -25,6 +25,11 @@ class Dropout(NamedTuple):
         return keep_scale(self.threshold)
 
 
+def scale_and_threshold(dropout: Dropout | None) -> tuple[float, int]:
+    """What a kernel gets of it besides the seed; it reads neither where there is none."""
+    return (dropout.keep_scale, dropout.threshold) if dropout else (1.0, 0)
+
+
 def dropout_threshold(p: float) -> int:
     """p in units of 2^-16, below 2^16 so that the scale stays finite."""
     return min(round(p * LANE_VALUES), LANE_VALUES - 1)

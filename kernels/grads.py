@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .configs import FP_FUSION, TileConfig, cdiv, is_odd
 from .device import device_guard, device_info
-from .dropout import Dropout
+from .dropout import Dropout, scale_and_threshold
 from .gemm import dot_precision
 from .launch import Launcher
 from .tiles import keep_mask
@@ -268,7 +268,7 @@ def _launch(
                 second.out.numel() if second is not None else 0,
                 *(second.out.stride() if second is not None else (0, 0)),
             ),
-            (dropout.keep_scale if dropout else 1.0, dropout.threshold if dropout else 0),
+            scale_and_threshold(dropout),
             EVEN_K=M % config.BLOCK_K == 0,
             PRECISION=dot_precision(first.q.dtype),
             **config.meta(),

@@ -29,7 +29,7 @@ import triton.language as tl
 
 from .configs import FP_FUSION, MIN_DOT, TileConfig, cdiv, for_odd_rows, is_odd, padded
 from .device import device_guard, device_info
-from .dropout import Dropout
+from .dropout import Dropout, scale_and_threshold
 from .gemm import dot_precision
 from .launch import Launcher
 from .pieces import load_adapter, load_piece
@@ -277,11 +277,6 @@ _launch_shrink, _launch_expand = Launcher(shrink_kernel), Launcher(expand_kernel
 _launch_grads, _launch_sum = Launcher(multi_grad_kernel), Launcher(sum_pieces_kernel)
 
 
-def _dropped(dropout: Dropout | None) -> tuple[float, int]:
-    """A kernel's scale and threshold."""
-    return (dropout.keep_scale, dropout.threshold) if dropout else (1.0, 0)
-
-
 def _split_k(K: int, programs: int, block: int, num_sms: int) -> int:
     """Enough ranges of K for two programs on every multiprocessor, none empty; their length."""
     splits = min(cdiv(2 * num_sms, programs), cdiv(K, block), MAX_SPLIT_K)
@@ -331,7 +326,7 @@ def shrink(
                     dropout.seed if dropout else None,
                 ),
                 (K, k_per_split, *x.stride(), *h.stride()[:2]),
-                _dropped(dropout),
+                scale_and_threshold(dropout),
                 EVEN_K=K % config.BLOCK_K == 0,
                 PRECISION=dot_precision(x.dtype),
                 **adapters.meta(use_A),
@@ -376,7 +371,7 @@ def expand(
                     dropout.seed if dropout else None,
                 ),
                 (N, h.shape[0], *h.stride()[:2]),
-                _dropped(dropout),
+                scale_and_threshold(dropout),
                 PRECISION=dot_precision(y.dtype),
                 **adapters.meta(use_A),
                 **meta,
@@ -432,7 +427,7 @@ def multi_grads(
                         dropout.seed if dropout else None,
                     ),
                     (C, *q.stride(), l.stride(0), stride),
-                    _dropped(dropout),
+                    scale_and_threshold(dropout),
                     PRECISION=dot_precision(q.dtype),
                     USE_A=use_A,
                     **config.meta(),

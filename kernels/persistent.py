@@ -46,7 +46,7 @@ from triton.runtime import driver
 
 from .configs import MAX_CHUNK_R, TileConfig, cdiv, padded
 from .device import device_guard, device_info
-from .dropout import Dropout
+from .dropout import Dropout, scale_and_threshold
 from .gemm import dot_precision
 from .launch import Launcher, Tiled, hearing
 from .tiles import grouped_tile, keep_mask
@@ -514,11 +514,7 @@ def _launch(
                 bias.stride(0) if bias is not None else 0,
                 *(b.stride() if b is not None else (0, 0)),
             ),
-            (
-                scale,
-                dropout.keep_scale if dropout else 1.0,
-                dropout.threshold if dropout else 0,
-            ),
+            (scale, *scale_and_threshold(dropout)),
             BLOCK_R=BLOCK_R,
             CHUNK_R=CHUNK_R,
             ONE_CHUNK=R <= CHUNK_R,

@@ -38,9 +38,9 @@ def _counted(self, *args, **kwargs):
 JITFunction.run = _counted
 
 
-def address(argument):
+def _address(argument):
     if isinstance(argument, tuple):
-        return tuple(map(address, argument))
+        return tuple(map(_address, argument))
     if hasattr(argument, "block_shape"):  # Triton's driver reads these of a descriptor
         d = argument
         return d.base.data_ptr(), [*d.shape], [*d.strides], d.padding
@@ -53,7 +53,7 @@ def launches_of(call):
     LOOKED.clear()
     call()
     plain = [
-        (name, grid, [address(a) for a in args]) for name, grid, args in launch_overhead.launches
+        (name, grid, [_address(a) for a in args]) for name, grid, args in launch_overhead.launches
     ]
     return plain, list(LOOKED)
 

@@ -10,7 +10,7 @@ from itertools import product
 from unittest import mock
 
 import torch
-from launch_checks import address, launches_of
+from launch_checks import launches_of
 from triton import knobs
 from triton.runtime import driver
 
@@ -24,6 +24,8 @@ from fused_lora import (
     triton_backend,
 )
 from fused_lora.kernels import replay
+from fused_lora.kernels.configs import choose_config
+from fused_lora.kernels.device import INTERPRETED
 from fused_lora.kernels.gemm import gemm_scaled
 from fused_lora.kernels.launch import Launcher
 from fused_lora.kernels.replay import Recorder, Replay, Replays
@@ -246,7 +248,7 @@ def check_what_is_not_replayed():
 
 def check_what_is_not_recorded():
     x, a = torch.randn(32, K).bfloat16(), torch.randn(K, R).bfloat16()
-    config = replay_config()
+    config = choose_config("plain", 32, R, R, 2, False, INTERPRETED)
     kept = torch.empty(32, K).bfloat16()
 
     def recorded(function, operands=(x, a)):
@@ -334,13 +336,6 @@ def check_frozen_adapters():
     assert layer.bias.grad is not None
 
 
-def replay_config():
-    from fused_lora.kernels.configs import choose_config
-    from fused_lora.kernels.device import INTERPRETED
-
-    return choose_config("plain", 32, R, R, 2, False, INTERPRETED)
-
-
 def check_nothing_is_kept_alive():
     import gc
     import weakref
@@ -359,7 +354,6 @@ def check_nothing_is_kept_alive():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     driver.set_active(launch_overhead.StandIn())
-    assert address is not None
     if dispatch.gluon_problem() is None:
         triton_backend.specialized_obstacle = lambda *_: None
         STRATEGIES += "ws_split", "ws_one_launch"
