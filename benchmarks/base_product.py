@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from fused_lora.device_time import median_seconds
 from fused_lora.dispatch import specialized_obstacle
 from fused_lora.kernels import gemm, persistent
-from fused_lora.kernels.configs import Kind, TileConfig, ship
+from fused_lora.kernels.configs import Kind, TileConfig, tunable
 from fused_lora.kernels.device import device_info
 from fused_lora.tune import checked_seconds, in_processes, shape
 
@@ -67,7 +67,7 @@ def products(device: torch.device) -> dict[str, tuple[Kind, Product]]:
 
 
 def _tiles(kind: Kind, dtype: torch.dtype, device: torch.device) -> tuple[TileConfig, ...]:
-    return ship(kind, RANK, dtype.itemsize, False, device_info(device))
+    return tunable(kind, RANK, dtype.itemsize, False, device_info(device))
 
 
 def _compile(job: tuple[str, TileConfig, torch.dtype, torch.device]) -> None:

@@ -118,7 +118,7 @@ class Case:
         tile = f"{c.BLOCK_M}x{c.BLOCK_N}x{c.BLOCK_K}w{c.num_warps}s{c.num_stages}"
         if c.SUBTILES:
             tile += f"/{c.SUBTILES}" + "+coop" * bool(c.COOPERATIVE)
-            tile += f"+lead{c.LEAD}" * bool(c.LEAD)
+            tile += f"+lead{c.LEAD}" * bool(c.LEAD) + "+halves" * bool(c.HALVES)
         dtypes = f"{self.dtype}/{self.adapter_dtype}"
         kind = f"{self.kind} {self.codes}".strip()
         return f"sm_{self.arch} {kind}{flags} {dtypes} r{self.r} {tile}"
@@ -397,6 +397,7 @@ def _specialized_source(case: Case) -> tuple[Any, dict[str, str], dict[str, obje
     dtype = gl.float16 if case.dtype == "fp16" else gl.bfloat16
     rows = config.BLOCK_M // 2 if config.COOPERATIVE else config.BLOCK_M
     BLOCK_N, BLOCK_K, SUBTILES = config.BLOCK_N, config.BLOCK_K, config.SUBTILES or 1
+    width = BLOCK_N // 2 if config.HALVES else BLOCK_N
 
     def descriptor(rows: int, columns: int, transposed: bool = False) -> str:
         block = [columns, rows] if transposed else [rows, columns]
@@ -405,9 +406,9 @@ def _specialized_source(case: Case) -> tuple[Any, dict[str, str], dict[str, obje
 
     pointers = {
         "x_desc": descriptor(rows, BLOCK_K),
-        "w_desc": descriptor(BLOCK_K, BLOCK_N, forward),
+        "w_desc": descriptor(BLOCK_K, width, forward),
         "h_desc": descriptor(rows, BLOCK_K),
-        "b_desc": descriptor(BLOCK_K, BLOCK_N, forward),
+        "b_desc": descriptor(BLOCK_K, width, forward),
         "y_desc": descriptor(rows, BLOCK_N // SUBTILES),
         "bias_ptr": f"*{case.dtype}",
     }
@@ -418,12 +419,13 @@ def _specialized_source(case: Case) -> tuple[Any, dict[str, str], dict[str, obje
         "stride_bias": 1,
         "DEPTH_R": min(padded(case.r), BLOCK_K),
         "STAGES": config.num_stages,
+        "HALVES": bool(config.HALVES),
         "W_TRANSPOSED": forward,
     }
     return specialized.lora_specialized_kernel, pointers, constants
 
 
-_UNSPECIALISED = ("scale", "keep_scale", "threshold")
+_UNSPECIALISED = ("scale", "keep_scale", "threshold", "halved")
 
 
 MULTI_POINTERS = {

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import dispatch, tables
 from .device_time import median_seconds
-from .kernels.configs import TileConfig, is_specialized, ship, tunable
+from .kernels.configs import TileConfig, is_specialized, tunable
 from .kernels.device import device_guard, device_info
 from .kernels.dropout import Dropout, dropout_threshold
 from .tables import Choice, Product, Strategy
@@ -66,7 +66,7 @@ def candidates(call: dispatch.Call, product: Product) -> Iterator[Candidate]:
         kind = dispatch.KINDS[strategy]
         # In the forward, dropout is on x where h is made, and the launch that makes y has none.
         dropout = call.dropout and (product == "dx" or strategy.endswith("one_pass"))
-        for config in ship(kind, call.r, call.dtype.itemsize, dropout, device):
+        for config in tunable(kind, call.r, call.dtype.itemsize, dropout, device):
             if strategy != "skinny" or config.BLOCK_M >= call.M:
                 yield strategy, config
 

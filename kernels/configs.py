@@ -66,6 +66,7 @@ class TileConfig:
     SUBTILES: int | None = None  # parts that y's tile is stored in: 1, 2 or 4
     COOPERATIVE: bool | None = None  # both consumers work on one tile, else on one each
     LEAD: int | None = None  # steps that the first of them is ahead of the second on their tile
+    HALVES: bool | None = None  # a last round of few tiles is one of halves of them
     programs_per_sm: int = 1
     # With a bound, ptxas spills no more than it must; without one, now and then in the K loop, to
     # have registers for another block, which a pipeline of copies has no need of.
@@ -181,7 +182,13 @@ _EXPAND_16BIT = (
 _GRAD_16BIT = (TileConfig(64, 64, 64, num_warps=4, num_stages=4, maxnreg=168),)
 # What a table may choose instead, measured on its GPU: ranks above 16 and other GPUs than an H200
 # were not, for the tiles above.
+_BY_HALVES = (
+    _specialized(128, 256, num_stages=4, SUBTILES=4, LEAD=2, HALVES=True),
+    _specialized(128, 256, num_stages=4, SUBTILES=4, HALVES=True),
+)
 _ON_TRIAL: dict[Kind, tuple[TileConfig, ...]] = {
+    "ws_second": _BY_HALVES,
+    "ws_produced": _BY_HALVES,
     "plain": (
         TileConfig(64, 64, 128, num_warps=4, num_stages=4),
         TileConfig(64, 64, 128, num_warps=8, num_stages=4),

@@ -15,6 +15,8 @@ read them say that they have. Consumers keep one product in flight while they wa
                   the first has done LEAD steps, which it stays ahead, so that one multiplies while
                   the other stores
     ping-pong     they take turns with whole tiles: one stores while the other multiplies
+With HALVES, tiles that would be a last round of less than half of the GPU become two items each, of
+half the columns: y [2048, 5120] at 128 x 256 is 2.4 rounds of an H200, and should take 2.6, not 3.
 Forms, told apart by which operands are None:
     second     h given                 h was made before by gemm.py
     produced   a and sync given        h is made by this launch, once; see persistent.py
@@ -111,11 +113,13 @@ def load_step(
     empty,
     STAGES: gl.constexpr,
     PARTS: gl.constexpr,
+    PIECES: gl.constexpr,
     W_TRANSPOSED: gl.constexpr,
 ):
-    """Starts the copies of x [PARTS * TILE_M, BLOCK_K] and of w's tile into the step's place."""
+    """Starts the copies of x [PARTS * TILE_M, BLOCK_K] and of PIECES of w into the step's place."""
     TILE_M: gl.constexpr = x_desc.block_type.shape[0]
-    BYTES: gl.constexpr = PARTS * x_desc.block_type.nbytes + w_desc.block_type.nbytes
+    WIDTH: gl.constexpr = w_desc.block_type.shape[0 if W_TRANSPOSED else 1]
+    BYTES: gl.constexpr = PARTS * x_desc.block_type.nbytes + PIECES * w_desc.block_type.nbytes
     place, parity = ring_place(step, STAGES)
     mbarrier.wait(empty.index(place), parity ^ 1)
     barrier = ready.index(place)
@@ -124,12 +128,71 @@ def load_step(
         x_tile = x_ring.index(place * PARTS + part)
         async_load(x_desc, [row + part * TILE_M, k], barrier, x_tile)
     w_tile = w_ring.index(place)
-    if W_TRANSPOSED:
-        w_tile = w_tile.slice(0, w_desc.block_type.shape[0], dim=0)
-        async_load(w_desc, [col, k], barrier, w_tile)
-    else:
-        w_tile = w_tile.slice(0, w_desc.block_type.shape[1], dim=1)
-        async_load(w_desc, [k, col], barrier, w_tile)
+    for piece in gl.static_range(PIECES):
+        if W_TRANSPOSED:
+            w_piece = w_tile.slice(piece * WIDTH, WIDTH, dim=0)
+            async_load(w_desc, [col + piece * WIDTH, k], barrier, w_piece)
+        else:
+            w_piece = w_tile.slice(piece * WIDTH, WIDTH, dim=1)
+            async_load(w_desc, [k, col + piece * WIDTH], barrier, w_piece)
+
+
+@gluon.jit
+def place_of(item, whole, num_m, columns, GROUP_M: gl.constexpr, HALVES: gl.constexpr):
+    """An item's rows and column of tiles, and which half: it is one from the whole-th tile on."""
+    tile = item
+    half = 0
+    if HALVES and item >= whole:
+        tile = whole + (item - whole) // 2
+        half = (item - whole) % 2
+    pid_m, column = grouped_tile(tile, num_m, columns, GROUP_M)
+    return pid_m, column, half
+
+
+@gluon.jit
+def load_y_tile(
+    x_desc,
+    w_desc,
+    h_desc,
+    b_desc,
+    row,
+    col,
+    step,
+    x_ring,
+    w_ring,
+    ready,
+    empty,
+    sync_ptr,
+    epoch,
+    first_flag,
+    K,
+    R,
+    STAGES: gl.constexpr,
+    PARTS: gl.constexpr,
+    PIECES: gl.constexpr,
+    W_TRANSPOSED: gl.constexpr,
+):
+    """Loads what a tile of y takes, from `step` on; the step after it."""
+    BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
+    for k in range(0, K, BLOCK_K):
+        load_step(
+            x_desc, w_desc, row, col, k, step,
+            x_ring, w_ring, ready, empty, STAGES, PARTS, PIECES, W_TRANSPOSED,
+        )  # fmt: skip
+        step += 1
+    if b_desc is not None:
+        for r in range(0, R, BLOCK_K):
+            if sync_ptr is not None:
+                flags = sync_ptr + FLAGS + (first_flag + r // BLOCK_K) * PARTS
+                for part in gl.static_range(PARTS):
+                    wait_for(flags + part, epoch)
+                proxy_fence()
+            load_step(
+                h_desc, b_desc, row, col, r, step,
+                x_ring, w_ring, ready, empty, STAGES, PARTS, PIECES, W_TRANSPOSED,
+            )  # fmt: skip
+            step += 1
+    return step
 
 
 @gluon.jit
@@ -151,18 +214,22 @@ def loader(
     num_m,
     num_n,
     num_r,
+    halved,
     K,
     R,
     BLOCK_N: gl.constexpr,
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
     PARTS: gl.constexpr,
+    HALVES: gl.constexpr,
     W_TRANSPOSED: gl.constexpr,
 ):
     """The loading warp: draws the items, or counts them, and loads what each takes in turn."""
     TILE_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
-    items = num_m * (num_r + num_n)
+    PIECES: gl.constexpr = 2 if HALVES else 1
+    whole = num_m * (num_r + num_n) - halved
+    items = whole + 2 * halved
     step = 0
     index = 0
     item = gl.program_id(0)
@@ -176,36 +243,30 @@ def loader(
         else:
             next_item = gl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
             post(next_item, index, board, posted, taken)
-        pid_m, column = grouped_tile(item, num_m, num_r + num_n, GROUP_M)  # below num_r: of h
+        pid_m, column, half = place_of(item, whole, num_m, num_r + num_n, GROUP_M, HALVES)
         row = pid_m * (PARTS * TILE_M)
-        if column < num_r:
+        if column < num_r:  # of h
             if a_desc is not None:
                 for k in range(0, K, BLOCK_K):
                     load_step(
                         x_desc, a_desc, row, column * BLOCK_K, k, step,
-                        x_ring, w_ring, ready, empty, STAGES, PARTS, W_TRANSPOSED,
+                        x_ring, w_ring, ready, empty, STAGES, PARTS, 1, W_TRANSPOSED,
                     )  # fmt: skip
                     step += 1
         else:
             col = (column - num_r) * BLOCK_N
-            for k in range(0, K, BLOCK_K):
-                load_step(
-                    x_desc, w_desc, row, col, k, step,
-                    x_ring, w_ring, ready, empty, STAGES, PARTS, W_TRANSPOSED,
+            if HALVES and item >= whole:
+                step = load_y_tile(
+                    x_desc, w_desc, h_desc, b_desc, row, col + half * (BLOCK_N // 2), step,
+                    x_ring, w_ring, ready, empty, sync_ptr, epoch, pid_m * num_r, K, R,
+                    STAGES, PARTS, 1, W_TRANSPOSED,
                 )  # fmt: skip
-                step += 1
-            if b_desc is not None:
-                for r in range(0, R, BLOCK_K):
-                    if sync_ptr is not None:
-                        flags = sync_ptr + FLAGS + (pid_m * num_r + r // BLOCK_K) * PARTS
-                        for part in gl.static_range(PARTS):
-                            wait_for(flags + part, epoch)
-                        proxy_fence()
-                    load_step(
-                        h_desc, b_desc, row, col, r, step,
-                        x_ring, w_ring, ready, empty, STAGES, PARTS, W_TRANSPOSED,
-                    )  # fmt: skip
-                    step += 1
+            else:
+                step = load_y_tile(
+                    x_desc, w_desc, h_desc, b_desc, row, col, step,
+                    x_ring, w_ring, ready, empty, sync_ptr, epoch, pid_m * num_r, K, R,
+                    STAGES, PARTS, PIECES, W_TRANSPOSED,
+                )  # fmt: skip
         item = next_item
     if sync_ptr is not None:
         finish(sync_ptr, epoch)
@@ -309,6 +370,58 @@ def store_y(y_desc, acc, y_stage, row, col, consumer: gl.constexpr, SUBTILES: gl
 
 
 @gluon.jit
+def make_y_tile(
+    y_desc,
+    bias_ptr,
+    x_ring,
+    w_ring,
+    y_stage,
+    ready,
+    empty,
+    turns,
+    row,
+    col,
+    step,
+    steps_k,
+    steps_r,
+    N,
+    stride_bias,
+    WIDTH: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    DEPTH_R: gl.constexpr,
+    STAGES: gl.constexpr,
+    PARTS: gl.constexpr,
+    SUBTILES: gl.constexpr,
+    LEAD: gl.constexpr,
+    W_TRANSPOSED: gl.constexpr,
+    consumer: gl.constexpr,
+):
+    """A consumer's tile of y at (row, col), WIDTH columns, out of the ring from `step` on."""
+    TILE_M: gl.constexpr = y_desc.block_type.shape[0]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [CONSUMER_WARPS, 1], [16, WIDTH, 16])
+    part: gl.constexpr = consumer if PARTS == CONSUMERS else 0
+    other: gl.constexpr = (consumer + 1) % CONSUMERS
+    if bias_ptr is not None:
+        offs_n = col + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+        bias_ptrs = bias_ptr + offs_n.to(gl.int64) * stride_bias
+        bias = gl.load(bias_ptrs, mask=offs_n < N, other=0.0)
+    acc = gl.zeros([TILE_M, WIDTH], gl.float32, layout)
+    acc = multiply(
+        acc, step, steps_k, step, x_ring, w_ring, ready, empty,
+        turns.index(other), part, STAGES, PARTS, BLOCK_K, LEAD, W_TRANSPOSED,
+    )  # fmt: skip
+    acc = multiply(
+        acc, step + steps_k, steps_r, step, x_ring, w_ring, ready, empty,
+        turns.index(other), part, STAGES, PARTS, DEPTH_R, 0, W_TRANSPOSED,
+    )  # fmt: skip
+    last = step + steps_k + steps_r - 1
+    acc = end_products(acc, last, empty, turns.index(other), STAGES, PARTS)
+    if bias_ptr is not None:
+        acc = acc + bias.to(gl.float32)[None, :]
+    store_y(y_desc, acc, y_stage, row, col, consumer, SUBTILES)
+
+
+@gluon.jit
 def consume(
     y_desc,
     bias_ptr,
@@ -327,6 +440,7 @@ def consume(
     num_m,
     num_n,
     num_r,
+    halved,
     M,
     N,
     K,
@@ -341,17 +455,18 @@ def consume(
     PARTS: gl.constexpr,
     SUBTILES: gl.constexpr,
     LEAD: gl.constexpr,
+    HALVES: gl.constexpr,
     W_TRANSPOSED: gl.constexpr,
     consumer: gl.constexpr,
 ):
     """A multiplying warp group: its part of each item, or each second item."""
     TILE_M: gl.constexpr = y_desc.block_type.shape[0]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [CONSUMER_WARPS, 1], [16, BLOCK_N, 16])
     layout_h: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [CONSUMER_WARPS, 1], [16, BLOCK_K, 16]
     )
     part: gl.constexpr = consumer if PARTS == CONSUMERS else 0
-    items = num_m * (num_r + num_n)
+    whole = num_m * (num_r + num_n) - halved
+    items = whole + 2 * halved
     steps_k = gl.cdiv(K, BLOCK_K)
     steps_r = gl.cdiv(R, BLOCK_K)
     AHEAD: gl.constexpr = LEAD if consumer == 0 else 0
@@ -362,7 +477,7 @@ def consume(
     if sync_ptr is not None:
         item = take(index, board, posted, taken)
     while item < items:
-        pid_m, column = grouped_tile(item, num_m, num_r + num_n, GROUP_M)  # below num_r: of h
+        pid_m, column, half = place_of(item, whole, num_m, num_r + num_n, GROUP_M, HALVES)
         row = (pid_m * PARTS + part) * TILE_M
         mine = PARTS == CONSUMERS or index % CONSUMERS == consumer
         if LEAD > 0 and consumer > 0:
@@ -370,7 +485,7 @@ def consume(
         if PARTS == 1 and mine:
             # A parity tells a phase of `ready` from the next only: the steps before must be there.
             mbarrier.wait(turns.index(consumer), (index // CONSUMERS + other) & 1)
-        if column < num_r:
+        if column < num_r:  # of h
             if sync_ptr is not None and mine:
                 acc = gl.zeros([TILE_M, BLOCK_K], gl.float32, layout_h)
                 acc = multiply(
@@ -387,26 +502,22 @@ def consume(
                 publish(sync_ptr + FLAGS + flag, epoch)
             step += steps_k
         else:
-            if mine:
-                col = (column - num_r) * BLOCK_N
-                if bias_ptr is not None:
-                    offs_n = col + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
-                    bias_ptrs = bias_ptr + offs_n.to(gl.int64) * stride_bias
-                    bias = gl.load(bias_ptrs, mask=offs_n < N, other=0.0)
-                acc = gl.zeros([TILE_M, BLOCK_N], gl.float32, layout)
-                acc = multiply(
-                    acc, step, steps_k, step, x_ring, w_ring, ready, empty,
-                    turns.index(other), part, STAGES, PARTS, BLOCK_K, AHEAD, W_TRANSPOSED,
+            col = (column - num_r) * BLOCK_N
+            if HALVES and item >= whole:
+                if mine:
+                    make_y_tile(
+                        y_desc, bias_ptr, x_ring, w_ring, y_stage, ready, empty, turns,
+                        row, col + half * (BLOCK_N // 2), step, steps_k, steps_r, N, stride_bias,
+                        BLOCK_N // 2, BLOCK_K, DEPTH_R, STAGES, PARTS, SUBTILES // 2, AHEAD,
+                        W_TRANSPOSED, consumer,
+                    )  # fmt: skip
+            elif mine:
+                make_y_tile(
+                    y_desc, bias_ptr, x_ring, w_ring, y_stage, ready, empty, turns,
+                    row, col, step, steps_k, steps_r, N, stride_bias,
+                    BLOCK_N, BLOCK_K, DEPTH_R, STAGES, PARTS, SUBTILES, AHEAD,
+                    W_TRANSPOSED, consumer,
                 )  # fmt: skip
-                acc = multiply(
-                    acc, step + steps_k, steps_r, step, x_ring, w_ring, ready, empty,
-                    turns.index(other), part, STAGES, PARTS, DEPTH_R, 0, W_TRANSPOSED,
-                )  # fmt: skip
-                last = step + steps_k + steps_r - 1
-                acc = end_products(acc, last, empty, turns.index(other), STAGES, PARTS)
-                if bias_ptr is not None:
-                    acc = acc + bias.to(gl.float32)[None, :]
-                store_y(y_desc, acc, y_stage, row, col, consumer, SUBTILES)
             step += steps_k + steps_r
         index += 1
         if sync_ptr is None:
@@ -416,7 +527,7 @@ def consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["scale"])
+@gluon.jit(do_not_specialize=["halved", "scale"])
 def lora_specialized_kernel(
     x_desc,
     w_desc,
@@ -432,6 +543,7 @@ def lora_specialized_kernel(
     K,
     R,  # 0 without b
     stride_bias,
+    halved,  # tiles of y, the last ones, of which each half is an item of its own
     scale,
     BLOCK_M: gl.constexpr,  # rows of a tile of y, of one consumer or of both
     BLOCK_N: gl.constexpr,
@@ -443,6 +555,7 @@ def lora_specialized_kernel(
     COOPERATIVE: gl.constexpr,
     LEAD: gl.constexpr,
     W_TRANSPOSED: gl.constexpr,
+    HALVES: gl.constexpr = False,
 ):
     PARTS: gl.constexpr = CONSUMERS if COOPERATIVE else 1
     BUFFERS: gl.constexpr = 1 if SUBTILES == 1 else 2
@@ -450,6 +563,7 @@ def lora_specialized_kernel(
     scale = gl.cast(scale, gl.float32)  # Inductor passes Python floats as fp64
     num_m = gl.cdiv(M, BLOCK_M)
     num_n = gl.cdiv(N, BLOCK_N)
+    halved = halved if HALVES else 0
     epoch = 0
     num_r = 0
     if sync_ptr is not None:
@@ -459,11 +573,10 @@ def lora_specialized_kernel(
     x_ring = gl.allocate_shared_memory(
         x_desc.dtype, [STAGES * PARTS, TILE_M, BLOCK_K], x_desc.layout
     )
-    w_ring = gl.allocate_shared_memory(
-        w_desc.dtype,
-        [STAGES, w_desc.block_type.shape[0], w_desc.block_type.shape[1]],
-        w_desc.layout,
+    W_RING: gl.constexpr = (
+        [STAGES, BLOCK_N, BLOCK_K] if W_TRANSPOSED else [STAGES, BLOCK_K, BLOCK_N]
     )
+    w_ring = gl.allocate_shared_memory(w_desc.dtype, W_RING, w_desc.layout)
     y_stage = gl.allocate_shared_memory(
         y_desc.dtype, [CONSUMERS * BUFFERS, TILE_M, BLOCK_N // SUBTILES], y_desc.layout
     )
@@ -490,26 +603,26 @@ def lora_specialized_kernel(
                 consume,
                 (
                     y_desc, bias_ptr, h_ptr, x_ring, w_ring, y_stage, ready, empty, turns,
-                    board, posted, taken, sync_ptr, epoch, num_m, num_n, num_r, M, N, K, R,
+                    board, posted, taken, sync_ptr, epoch, num_m, num_n, num_r, halved, M, N, K, R,
                     stride_bias, scale, BLOCK_N, BLOCK_K, DEPTH_R, GROUP_M, STAGES, PARTS,
-                    SUBTILES, LEAD, W_TRANSPOSED, 0,
+                    SUBTILES, LEAD, HALVES, W_TRANSPOSED, 0,
                 ),
             ),
             (
                 consume,
                 (
                     y_desc, bias_ptr, h_ptr, x_ring, w_ring, y_stage, ready, empty, turns,
-                    board, posted, taken, sync_ptr, epoch, num_m, num_n, num_r, M, N, K, R,
+                    board, posted, taken, sync_ptr, epoch, num_m, num_n, num_r, halved, M, N, K, R,
                     stride_bias, scale, BLOCK_N, BLOCK_K, DEPTH_R, GROUP_M, STAGES, PARTS,
-                    SUBTILES, LEAD, W_TRANSPOSED, 1,
+                    SUBTILES, LEAD, HALVES, W_TRANSPOSED, 1,
                 ),
             ),
             (
                 loader,
                 (
                     x_desc, w_desc, a_desc, h_desc, b_desc, x_ring, w_ring, ready, empty,
-                    board, posted, taken, sync_ptr, epoch, num_m, num_n, num_r, K, R,
-                    BLOCK_N, GROUP_M, STAGES, PARTS, W_TRANSPOSED,
+                    board, posted, taken, sync_ptr, epoch, num_m, num_n, num_r, halved, K, R,
+                    BLOCK_N, GROUP_M, STAGES, PARTS, HALVES, W_TRANSPOSED,
                 ),
             ),
         ],
@@ -549,6 +662,18 @@ def _padded_row(columns: int) -> int:
     return (columns + 7) // 8 * 8  # 16 bytes
 
 
+def last_round(config: TileConfig, num_m: int, num_n: int, tiles_h: int, num_sms: int) -> int:
+    """How many tiles of y are left for a round that more than half of the GPU would sit out.
+
+    A tile of h counts for a half: it is narrower, but x is as tall. None where such tiles are not
+    all in the last group, where those of h come first.
+    """
+    left = (num_m * num_n + cdiv(tiles_h, 2)) % num_sms
+    assert config.GROUP_M is not None
+    last_group = (num_m - 1) % config.GROUP_M + 1
+    return left if left <= num_sms // 2 and left <= last_group * num_n else 0
+
+
 def _launch(
     config: TileConfig,
     x: torch.Tensor,
@@ -566,34 +691,38 @@ def _launch(
     turned = persistent.is_transposed(w)
     parts = CONSUMERS.value if config.COOPERATIVE else 1
     rows, BLOCK_N, BLOCK_K = config.BLOCK_M // parts, config.BLOCK_N, config.BLOCK_K
+    width = BLOCK_N // 2 if config.HALVES else BLOCK_N  # what is copied of w and b at a time
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    num_m = cdiv(M, config.BLOCK_M)
-    items = num_m * cdiv(N, BLOCK_N)
+    num_m, num_n = cdiv(M, config.BLOCK_M), cdiv(N, BLOCK_N)
+    items, tiles_h = num_m * num_n, 0
     synchronised: AbstractContextManager[torch.Tensor | None] = nullcontext()
     if a is not None:
         h = torch.empty((M, _padded_row(R)), dtype=x.dtype, device=x.device)
-        flags = num_m * cdiv(R, BLOCK_K)
-        items += flags
-        synchronised = persistent.sync_buffer(x.device, flags * parts)
+        tiles_h = num_m * cdiv(R, BLOCK_K)
+        items += tiles_h
+        synchronised = persistent.sync_buffer(x.device, tiles_h * parts)
+    num_sms = device_info(x.device).num_sms
+    halved = 0
+    if config.HALVES:
+        halved = last_round(config, num_m, num_n, tiles_h, num_sms)
+        items += halved
     with device_guard(x), synchronised as sync:
         _launch_specialized(
-            (min(device_info(x.device).num_sms, items), 1, 1),
+            (min(num_sms, items), 1, 1),
             (
                 _tiled(x, rows, BLOCK_K),
-                _tiled(w, BLOCK_K, BLOCK_N, turned),
+                _tiled(w, BLOCK_K, width, turned),
                 _tiled(_fit(a, x.dtype, turned), BLOCK_K, BLOCK_K, turned)
                 if a is not None
                 else None,
                 _tiled(_fit(h, x.dtype), rows, BLOCK_K) if h is not None else None,
-                _tiled(_fit(b, x.dtype, turned), BLOCK_K, BLOCK_N, turned)
-                if b is not None
-                else None,
+                _tiled(_fit(b, x.dtype, turned), BLOCK_K, width, turned) if b is not None else None,
                 _tiled(y, rows, BLOCK_N // (config.SUBTILES or 1)),
                 bias,
                 h if a is not None else None,
                 sync,
             ),
-            (M, N, K, _padded_row(R), bias.stride(0) if bias is not None else 0),
+            (M, N, K, _padded_row(R), bias.stride(0) if bias is not None else 0, halved),
             (scale,),
             DEPTH_R=min(padded(R), BLOCK_K),
             STAGES=config.num_stages,

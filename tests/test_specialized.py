@@ -17,7 +17,7 @@ from oracle import check, fused, problem, run
 from fused_lora import dispatch, lora_linear, triton_backend, tune
 from fused_lora.dispatch import Call, Plan, explain_call, plan, predicted_seconds
 from fused_lora.kernels import persistent, specialized
-from fused_lora.kernels.configs import TileConfig, ship
+from fused_lora.kernels.configs import TileConfig, cdiv, tunable
 from fused_lora.kernels.device import INTERPRETED, SHARED_MEMORY, DeviceInfo
 from fused_lora.kernels.launch import Launcher
 from fused_lora.kernels.specialized import (
@@ -36,7 +36,9 @@ SMALL = [
     pytest.param(replace(TILE, num_stages=2, SUBTILES=1, GROUP_M=8), id="cooperative, 2 stages"),
     pytest.param(replace(TILE, LEAD=2), id="cooperative, one ahead"),
     pytest.param(replace(TILE, LEAD=2, num_stages=2), id="cooperative, one as far ahead as it can"),
+    pytest.param(replace(TILE, LEAD=2, HALVES=True), id="cooperative, by halves at last"),
     pytest.param(replace(TILE, COOPERATIVE=False), id="ping-pong"),
+    pytest.param(replace(TILE, COOPERATIVE=False, HALVES=True), id="ping-pong, by halves at last"),
     pytest.param(
         replace(TILE, COOPERATIVE=False, num_stages=5, BLOCK_N=64, SUBTILES=4), id="ping-pong in 4"
     ),
@@ -110,13 +112,13 @@ class Operands:
             assert error < tolerance, error
 
 
-def _shipped():
-    return ship("ws_second", 16, 2, False, H100)
+def _all_tiles():
+    return tunable("ws_second", 16, 2, False, H100)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("config", _shipped(), ids=str)
+@pytest.mark.parametrize("config", _all_tiles(), ids=str)
 def test_every_configuration(emulated, config, form, transposed):
     emulated()
     Operands(150, 264, 200, 24, transposed=transposed).check(form, config)
@@ -151,6 +153,31 @@ def test_every_rank(emulated, form, transposed, r):
     emulated()
     Operands(40, 72, 48, r, transposed=transposed).check(form, TILE)
     Operands(40, 72, 48, r, transposed=transposed).check(form, replace(TILE, COOPERATIVE=False))
+
+
+@pytest.mark.parametrize("programs", [2, 3, 5, 8, 13])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_last_round_of_halves(emulated, form, transposed, programs):
+    """All that are halved: none, all that there are, and what lies between."""
+    halved = set()
+    for config in (replace(TILE, HALVES=True), replace(TILE, HALVES=True, LEAD=2, GROUP_M=8)):
+        for m, n in ((33, 40), (64, 72), (70, 136), (150, 104)):
+            emulated(programs=programs)
+            Operands(m, n, 40, 24, transposed=transposed).check(form, config)
+            tiles_h = cdiv(m, 32) * 2 if form == "produced" else 0
+            size = cdiv(m, 32), cdiv(n, 32), tiles_h, programs
+            halved.add(specialized.last_round(config, *size))
+    assert len(halved) > 1
+
+
+def test_which_tiles_are_halved():
+    """Of y [2048, 5120] there are 2.4 rounds of 132; of [2048, 4096] the last round is full."""
+    (config, *_) = (c for c in _all_tiles() if c.HALVES)
+    assert specialized.last_round(config, 16, 20, 0, 132) == 56
+    assert specialized.last_round(config, 16, 20, 16, 132) == 64
+    assert specialized.last_round(config, 16, 16, 0, 132) == 0
+    assert specialized.last_round(config, 33, 4, 0, 100) == 0  # not all in the last group
 
 
 @pytest.mark.parametrize("config", SMALL)
@@ -349,7 +376,7 @@ needs_hopper = pytest.mark.skipif(
 @needs_hopper
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("config", _shipped(), ids=str)
+@pytest.mark.parametrize("config", _all_tiles(), ids=str)
 def test_every_configuration_on_a_gpu(device, config, form, transposed):
     """More tiles than multiprocessors, twice: the second launch finds the first one's flags."""
     shape = (2900, 3208, 1096, 24)
@@ -367,7 +394,7 @@ def test_every_configuration_on_a_gpu(device, config, form, transposed):
 def test_odd_sizes_on_a_gpu(device, form, m, n, k, r):
     for transposed in (False, True):
         o = Operands(m, n, k, r, transposed=transposed, device=device)
-        o.check(form, _shipped()[0])
+        o.check(form, _all_tiles()[0])
 
 
 @pytest.mark.gpu

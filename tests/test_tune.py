@@ -40,7 +40,6 @@ def one_tile_each(monkeypatch):
     """The interpreter is slow; one tile of every strategy is enough here."""
     from fused_lora import tune
 
-    monkeypatch.setattr(tune, "ship", lambda *arguments: ship(*arguments)[:1])
     monkeypatch.setattr(tune, "tunable", lambda *arguments: ship(*arguments)[:1])
 
 
