@@ -61,6 +61,7 @@ RANKS: dict[Kind, tuple[int, ...]] = {
     "tma_produced": (16, 64, 128),
     "ws_second": (16, 64),
     "ws_produced": (16, 64),
+    "ws_group": (16,),
 }
 # The kinds whose kernels come in a form for many adapters, and those that have no other. That of
 # "quantized" is the base product alone.
@@ -212,8 +213,8 @@ def _operands(kind: Kind, dtype: str, r: int, dropout: bool) -> list[tuple[str, 
     """Adapter dtype, layout of W0, DoRA. fp32 adapters take the most; x's own dtype is sampled."""
     if kind in ("grad", "multi_grad"):
         return [(dtype, False, False)]  # reads neither
-    if is_specialized(kind):
-        return [(dtype, False, False), (dtype, True, False)]  # others are copied into it
+    if is_specialized(kind):  # other dtypes are copied into it
+        return [(dtype, False, False)] * (kind != "ws_group") + [(dtype, True, False)]
     sampled = r == 16 and dtype != "fp32" and not is_tma(kind) and kind != "skinny"
     if kind == "group":
         return [("fp32", True, False)] + [(dtype, True, False)] * sampled
@@ -412,6 +413,8 @@ def _specialized_source(case: Case) -> tuple[Any, dict[str, str], dict[str, obje
         "y_desc": descriptor(rows, BLOCK_N // SUBTILES),
         "bias_ptr": f"*{case.dtype}",
     }
+    if case.kind == "ws_group":  # of as many members as a launch takes
+        pointers |= {f"{name}{i}_desc": pointers[f"{name}_desc"] for name in "xw" for i in (2, 3)}
     if case.kind == "ws_produced":
         pointers["a_desc"] = descriptor(BLOCK_K, BLOCK_K, forward)
         pointers |= {"h_ptr": f"*{case.dtype}", "sync_ptr": "*i32"}

@@ -27,6 +27,7 @@ from .kernels.configs import (
     is_odd_rank,
     is_specialized,
     is_tma,
+    is_transposed,
     padded,
     ship,
     split_k,
@@ -433,9 +434,29 @@ def plan(call: Call, backend: Backend, form: Form = "layer") -> Plan:
     return Plan("triton", strategy, strategy_dx, config, config_dx)
 
 
-def library_dx(plans: Sequence[Plan], dropout: bool) -> bool:
-    """Whether a group's dx is a sum by cuBLAS: no mask, and every member on its own would be so."""
-    return not dropout and all(plan.strategy_dx == "library" for plan in plans)
+def group_dx(
+    plans: Sequence[Plan],
+    gs: Sequence[Tensor],
+    weights: Sequence[Tensor | QuantizedWeight],
+    device: torch.device,
+) -> Literal["split", "library", "ws_split"]:
+    """How a group's one dx = sum_i g_i W0_i is made, by how each member would make its own.
+
+    split      one launch of group.py, where that is gemm.py's loop
+    library    cuBLAS's products, each added to the one before, where it is cuBLAS's
+    ws_split   one launch of specialized.py, where it is that, persistent.py or cuBLAS: on Hopper
+               group.py's loop has 0.71 of cuBLAS's speed. Where it does not run, library.
+
+    ``gs``: gradients [M, N_i], or tensors like them without data.
+    """
+    ways = {plan.strategy_dx for plan in plans}
+    if not ways <= {"library", "tma_split", "ws_split"}:
+        return "split"
+    if ways == {"library"} or specialized_obstacle(device, device_info(device)):
+        return "library"
+    values = [_as_values(W, gs[0].dtype) for W in weights]
+    alike = len({is_transposed(W) for W in values}) == 1
+    return "library" if not alike or any(map(tma_obstacle, gs, values)) else "ws_split"
 
 
 def _describe(
@@ -564,11 +585,17 @@ def checked_call(
 Operands = tuple[Any, ...]  # x, W0, A and B, or nothing
 
 
+def _as_values(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """W0, or one like the scratch tensor of a quantised one, without data."""
+    if isinstance(weight, Tensor):
+        return weight
+    return torch.empty(weight.shape, dtype=dtype, device="meta")
+
+
 def _as_products(operands: Operands, dtype: torch.dtype) -> tuple[Operands, Operands]:
     """x, w and a of y = x w + (x a) b, and of dx's product, whose x is the gradient, contiguous."""
     x, weight, lora_A, lora_B = operands
-    if isinstance(weight, QuantizedWeight):  # what its scratch will be
-        weight = torch.empty(weight.shape, dtype=dtype, device="meta")
+    weight = _as_values(weight, dtype)
     x = x.flatten(0, -2) if x.ndim > 1 else x[None]
     g = torch.empty((len(x), len(weight)), dtype=dtype, device="meta")
     return (x, weight.t(), lora_A.t()), (g, weight, lora_B)
@@ -583,6 +610,13 @@ def _possible(
     return strategy
 
 
+def why_torch(call: Call, backend: Backend) -> object:
+    """What sends a call to PyTorch; None if the kernels take it."""
+    if backend == "torch":
+        return 'backend="torch" was asked for'
+    return kernel_obstacle(call) or _auto_avoids_kernels(call)
+
+
 def explain_call(
     call: Call, backend: Backend, operands: Operands, form: Form = "layer"
 ) -> Explanation:
@@ -593,9 +627,7 @@ def explain_call(
     chosen = plan(call, backend, form)
     reasons: dict[str, str] = {}
     if chosen.backend == "torch":
-        asked = 'backend="torch" was asked for' if backend == "torch" else None
-        why = asked or kernel_obstacle(call) or _auto_avoids_kernels(call)
-        reasons["triton"] = f"not taken: {why}"
+        reasons["triton"] = f"not taken: {why_torch(call, backend)}"
         reasons["library"] = "taken: F.linear, then addmm_ in place on its own output"
         if chosen.composed:
             reasons["library"] = "taken: F.linear, the adapter's part added in place"

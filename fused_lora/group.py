@@ -21,10 +21,10 @@ from .dispatch import (
     better_apart,
     checked_call,
     describe_quantized,
-    explain_call,
-    library_dx,
+    group_dx,
     plan,
     replays_of,
+    why_torch,
 )
 from .functional import (
     Weight,
@@ -346,30 +346,32 @@ def explain_group(
     members = _members(weights, lora_As, lora_Bs, scalings, biases, dropout_ps)
     _, cast, calls, plans = _checked(x, members, backend)
     on_kernels = plans[0].backend == "triton"
-    by_library = not on_kernels or library_dx(plans, any(call.dropout for call in calls))
-    strategy_dx = "library" if by_library else "split"
+    way: str = "library"
+    if on_kernels:
+        gs = [torch.empty((c.M, c.N), dtype=c.dtype, device="meta") for c in calls]
+        way = group_dx(plans, gs, [member.weight for member in cast], x.device)
     reasons: dict[str, str] = {}
     if on_kernels:
         reasons["torch"] = "not taken: the kernels take every member"
     for i, call in enumerate(calls):
-        why = {} if on_kernels else explain_call(call, backend, ()).reasons
-        if "triton" in why:
-            reasons["triton"] = f"{why['triton']} (member {i})"
+        why = None if on_kernels else why_torch(call, backend)
+        if why is not None:
+            reasons["triton"] = f"not taken: {why} (member {i})"
             break
     if better_apart(x, any(call.dropout for call in calls), backend):
         reasons["group"] = "not taken: few rows, and on a CPU dropout, are faster each on its own"
     else:
-        reasons |= _describe(cast, calls, on_kernels, strategy_dx)
+        reasons |= _describe(cast, calls, on_kernels, way)
     for i, call in enumerate(calls):
         if call.quantized is not None:
             how = describe_quantized(call, plans[i].backend, plans[i].strategy == "in_loop")
             reasons[f"quantised W0 of member {i}"] = how
     strategies = ", ".join(dict.fromkeys(plan.strategy for plan in plans))
-    return Explanation(plans[0].backend, strategies, strategy_dx, reasons)
+    return Explanation(plans[0].backend, strategies, way, reasons)
 
 
 def _describe(
-    members: Sequence[Member], calls: Sequence[Call], on_kernels: bool, strategy_dx: str
+    members: Sequence[Member], calls: Sequence[Call], on_kernels: bool, way: str
 ) -> dict[str, str]:
     """What a group does at once."""
     h = "one product for all members: x is read once"
@@ -378,10 +380,12 @@ def _describe(
     elif on_kernels and len({member.scaling for member in members}) > 1:
         h = "a product for each member: their scalings differ"
     dx = "one tensor, each member added to it in place"
-    if strategy_dx == "split":
+    if way != "library":
         dx = f"one launch for {min(len(calls), MAX_GROUP)} members"
         if any(call.quantized for call in calls):
             dx += ", with the values of all that are quantised in scratch tensors"
+        if way == "ws_split" and any(call.dropout for call in calls):
+            dx += ", and one for each member's h B, which has a mask"
     return {"h": h, "dx": dx}
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import WITHOUT_TMA, Plan, library_dx, part_config, specialized_obstacle
+from .dispatch import WITHOUT_TMA, Plan, group_dx, part_config, specialized_obstacle
 from .kernels.configs import Kind, TileConfig, choose_config, is_odd_rank, tma_obstacle
 from .kernels.device import device_info
 from .kernels.dropout import Dropout
@@ -285,6 +285,41 @@ def forward_group(
     return ys, h
 
 
+def _group_dx(
+    gs: Sequence[Tensor],
+    weights: Sequence[Tensor | QuantizedWeight],
+    dh: Tensor,
+    dhs: Sequence[Tensor],
+    lora_As: Sequence[Tensor],
+    dropouts: Sequence[Dropout | None],
+    plans: Sequence[Plan],
+) -> Tensor:
+    """dx [M, K] = sum_i g_i W0_i + D_i o (dh_i A_i); dh has all dh_i side by side."""
+    dtype, K = dh.dtype, lora_As[0].shape[1]
+    way = group_dx(plans, gs, weights, dh.device)
+    if way == "split":
+        dropout = next(filter(None, dropouts), None)
+        config = _config("group", dh, K, max(map(len, lora_As)), dropout)
+        return gemm_group(config, gs, [_values(W, dtype) for W in weights], dhs, lora_As, dropouts)
+    masked = any(dropouts)
+    A = None if masked else stack_rows(lora_As, dtype)
+    if way == "ws_split":
+        from .kernels.specialized import specialized_group
+
+        config = _config("ws_group", dh, K, dh.shape[1], None)
+        values = [_values(W, dtype) for W in weights]
+        dx = specialized_group(config, gs, values, None if masked else dh, A)
+    else:
+        dx = dh.new_zeros((len(dh), K)) if A is None else dh @ A
+        for g, weight in zip(gs, weights, strict=True):
+            dx.addmm_(g, _values(weight, dtype))
+    if masked:
+        for dh_i, lora_A, dropout in zip(dhs, lora_As, dropouts, strict=True):
+            config = _config("expand", dh, K, len(lora_A), dropout)
+            add_lora(config, dx, dh_i, lora_A, dropout=dropout)
+    return dx
+
+
 def backward_group(
     gs: Sequence[Tensor],
     x: Tensor | None,
@@ -298,10 +333,7 @@ def backward_group(
     *,
     need_dx: bool,
 ) -> tuple[Tensor | None, Sequence[Tensor | None], list[Tensor | None]]:
-    """dx, dA_i and dB_i for g_i = dL/dy_i [M, N_i]: dA_i iff x is given, dB_i iff h_i is.
-
-    dx is made in one launch, or, where cuBLAS is expected to be faster for every member, by it.
-    """
+    """dx, dA_i and dB_i for g_i = dL/dy_i [M, N_i]: dA_i iff x is given, dB_i iff h_i is."""
     dx: Tensor | None = None
     dAs: list[Tensor | None] = [None] * len(gs)
     dBs: list[Tensor | None] = [None] * len(gs)
@@ -316,17 +348,9 @@ def backward_group(
     dhs = dh.split_with_sizes(ranks, dim=1)
     for g, B, r, scale, dh_i in zip(gs, lora_Bs, ranks, scalings, dhs, strict=True):
         gemm_scaled(_tile_of_h(g, r, None), g, B, scale=scale, out=dh_i)
-    dropout = next(filter(None, dropouts), None)
-    if need_dx and library_dx(plans, dropout is not None):
-        dx = dh @ torch.cat([A.to(dh.dtype) for A in lora_As])
-        for g, weight in zip(gs, weights, strict=True):
-            dx.addmm_(g, _values(weight, g.dtype))
-    elif need_dx:
-        config = _config("group", gs[0], K, max(ranks), dropout)
-        values = [_values(weight, dh.dtype) for weight in weights]
-        dx = gemm_group(config, gs, values, dhs, lora_As, dropouts)
-        del values  # the scratches of quantised ones
-    if x is not None and dropout is None:
+    if need_dx:
+        dx = _group_dx(gs, weights, dh, dhs, lora_As, dropouts, plans)
+    if x is not None and not any(dropouts):
         # Of one dtype nothing is asked: torch.promote_types is an operator.
         dtype = functools.reduce(torch.promote_types, {A.dtype for A in lora_As})
         dA = grad_lora_a(_config("grad", x, K, sum(ranks), None), x, dh, dtype=dtype, dropout=None)

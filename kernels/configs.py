@@ -18,7 +18,7 @@ from .device import DeviceInfo
 # Which product a configuration is for: the forms of gemm.py, grads.py, group.py, skinny.py,
 # expand.py, multi.py, persistent.py and specialized.py.
 TmaKind = Literal["tma_one_pass", "tma_second", "tma_produced"]
-SpecializedKind = Literal["ws_second", "ws_produced"]
+SpecializedKind = Literal["ws_second", "ws_produced", "ws_group"]
 # "quantized" is gemm.py's second form with a quantised W, "fp8" the same with an x in fp8 too;
 # "expand" is expand.py's, and multi.py's of the same name.
 Kind = Literal[
@@ -321,6 +321,8 @@ def _is_valid_specialized(config: TileConfig, itemsize: int, device: DeviceInfo)
     if not 90 <= device.capability < 100:  # wgmma is Hopper's alone
         return False
     M, N, SUBTILES = config.BLOCK_M, config.BLOCK_N, config.SUBTILES or 1
+    if config.HALVES and SUBTILES == 1:  # half of them is stored for half a tile
+        return False
     shared = config.num_stages * itemsize * config.BLOCK_K * (M + N)
     consumer_rows = M // 2 if config.COOPERATIVE else M
     shared += 2 * min(SUBTILES, 2) * itemsize * consumer_rows * N // SUBTILES  # staged parts of y
@@ -440,6 +442,11 @@ def split_k(config: TileConfig, N: int, K: int, R: int, device: DeviceInfo) -> i
     tiles = cdiv(N, config.BLOCK_N) + cdiv(R, config.BLOCK_N)
     wanted = cdiv(2 * device.num_sms, tiles)
     return max(1, min(wanted, MAX_SPLIT_K, K // (2 * config.BLOCK_K)))
+
+
+def is_transposed(w: torch.Tensor) -> bool:
+    """Whether memory holds w by columns."""
+    return w.stride(1) != 1
 
 
 def tma_obstacle(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor | None = None) -> str | None:

@@ -44,7 +44,7 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from .configs import MAX_CHUNK_R, TileConfig, cdiv, padded
+from .configs import MAX_CHUNK_R, TileConfig, cdiv, is_transposed, padded
 from .device import device_guard, device_info
 from .dropout import Dropout, scale_and_threshold
 from .gemm import dot_precision
@@ -410,11 +410,6 @@ def lora_persistent_kernel(
 
 
 _launch_persistent = Launcher(lora_persistent_kernel, descriptors=4)
-
-
-def is_transposed(w: torch.Tensor) -> bool:
-    """Whether memory holds w by columns."""
-    return w.stride(1) != 1
 
 
 def _tiled(w: torch.Tensor, rows: int, columns: int) -> Tiled:

@@ -21,6 +21,7 @@ Forms, told apart by which operands are None:
     second     h given                 h was made before by gemm.py
     produced   a and sync given        h is made by this launch, once; see persistent.py
     plain      b None                  y = x W: the base layer alone, to measure against
+    group      x2, w2 (x3, w3) given   y = sum_i x_i W_i + h B: dx of layers that share their input
 In the produced form the loader draws the tickets and posts each item on a board, and before it
 reads a tile of h it waits for its flag. It is never behind its consumers and waits only for earlier
 items, so that persistent.py's argument for progress holds. h is written by plain stores and read by
@@ -36,6 +37,7 @@ makes its mbarriers anew before it loads the next tile; here that is loaded mean
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -50,7 +52,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import persistent, tiles
-from .configs import TileConfig, cdiv, padded
+from .configs import MAX_GROUP, TileConfig, cdiv, is_transposed, padded
 from .device import device_guard, device_info
 from .launch import Launcher, Tiled
 
@@ -150,9 +152,41 @@ def place_of(item, whole, num_m, columns, GROUP_M: gl.constexpr, HALVES: gl.cons
 
 
 @gluon.jit
+def load_product(
+    x_desc,
+    w_desc,
+    row,
+    col,
+    step,
+    x_ring,
+    w_ring,
+    ready,
+    empty,
+    K,
+    STAGES: gl.constexpr,
+    PARTS: gl.constexpr,
+    PIECES: gl.constexpr,
+    W_TRANSPOSED: gl.constexpr,
+):
+    """Loads all of K for x w's tile, from `step` on; the step after it."""
+    BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
+    for k in range(0, K, BLOCK_K):
+        load_step(
+            x_desc, w_desc, row, col, k, step,
+            x_ring, w_ring, ready, empty, STAGES, PARTS, PIECES, W_TRANSPOSED,
+        )  # fmt: skip
+        step += 1
+    return step
+
+
+@gluon.jit
 def load_y_tile(
     x_desc,
     w_desc,
+    x2_desc,
+    w2_desc,
+    x3_desc,
+    w3_desc,
     h_desc,
     b_desc,
     row,
@@ -166,6 +200,8 @@ def load_y_tile(
     epoch,
     first_flag,
     K,
+    K2,
+    K3,
     R,
     STAGES: gl.constexpr,
     PARTS: gl.constexpr,
@@ -174,12 +210,20 @@ def load_y_tile(
 ):
     """Loads what a tile of y takes, from `step` on; the step after it."""
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
-    for k in range(0, K, BLOCK_K):
-        load_step(
-            x_desc, w_desc, row, col, k, step,
-            x_ring, w_ring, ready, empty, STAGES, PARTS, PIECES, W_TRANSPOSED,
+    step = load_product(
+        x_desc, w_desc, row, col, step,
+        x_ring, w_ring, ready, empty, K, STAGES, PARTS, PIECES, W_TRANSPOSED,
+    )  # fmt: skip
+    if x2_desc is not None:
+        step = load_product(
+            x2_desc, w2_desc, row, col, step,
+            x_ring, w_ring, ready, empty, K2, STAGES, PARTS, PIECES, W_TRANSPOSED,
         )  # fmt: skip
-        step += 1
+    if x3_desc is not None:
+        step = load_product(
+            x3_desc, w3_desc, row, col, step,
+            x_ring, w_ring, ready, empty, K3, STAGES, PARTS, PIECES, W_TRANSPOSED,
+        )  # fmt: skip
     if b_desc is not None:
         for r in range(0, R, BLOCK_K):
             if sync_ptr is not None:
@@ -199,6 +243,10 @@ def load_y_tile(
 def loader(
     x_desc,
     w_desc,
+    x2_desc,
+    w2_desc,
+    x3_desc,
+    w3_desc,
     a_desc,
     h_desc,
     b_desc,
@@ -216,6 +264,8 @@ def loader(
     num_r,
     halved,
     K,
+    K2,
+    K3,
     R,
     BLOCK_N: gl.constexpr,
     GROUP_M: gl.constexpr,
@@ -247,24 +297,24 @@ def loader(
         row = pid_m * (PARTS * TILE_M)
         if column < num_r:  # of h
             if a_desc is not None:
-                for k in range(0, K, BLOCK_K):
-                    load_step(
-                        x_desc, a_desc, row, column * BLOCK_K, k, step,
-                        x_ring, w_ring, ready, empty, STAGES, PARTS, 1, W_TRANSPOSED,
-                    )  # fmt: skip
-                    step += 1
+                step = load_product(
+                    x_desc, a_desc, row, column * BLOCK_K, step,
+                    x_ring, w_ring, ready, empty, K, STAGES, PARTS, 1, W_TRANSPOSED,
+                )  # fmt: skip
         else:
             col = (column - num_r) * BLOCK_N
             if HALVES and item >= whole:
                 step = load_y_tile(
-                    x_desc, w_desc, h_desc, b_desc, row, col + half * (BLOCK_N // 2), step,
-                    x_ring, w_ring, ready, empty, sync_ptr, epoch, pid_m * num_r, K, R,
+                    x_desc, w_desc, x2_desc, w2_desc, x3_desc, w3_desc, h_desc, b_desc,
+                    row, col + half * (BLOCK_N // 2), step,
+                    x_ring, w_ring, ready, empty, sync_ptr, epoch, pid_m * num_r, K, K2, K3, R,
                     STAGES, PARTS, 1, W_TRANSPOSED,
                 )  # fmt: skip
             else:
                 step = load_y_tile(
-                    x_desc, w_desc, h_desc, b_desc, row, col, step,
-                    x_ring, w_ring, ready, empty, sync_ptr, epoch, pid_m * num_r, K, R,
+                    x_desc, w_desc, x2_desc, w2_desc, x3_desc, w3_desc, h_desc, b_desc,
+                    row, col, step,
+                    x_ring, w_ring, ready, empty, sync_ptr, epoch, pid_m * num_r, K, K2, K3, R,
                     STAGES, PARTS, PIECES, W_TRANSPOSED,
                 )  # fmt: skip
         item = next_item
@@ -358,11 +408,12 @@ def split_columns(tile, PARTS: gl.constexpr):
 def store_y(y_desc, acc, y_stage, row, col, consumer: gl.constexpr, SUBTILES: gl.constexpr):
     """Stores a consumer's tile in SUBTILES parts, by way of staging memory that is free again."""
     WIDTH: gl.constexpr = y_desc.block_type.shape[1]
-    BUFFERS: gl.constexpr = y_stage.shape[0] // CONSUMERS
+    STAGED: gl.constexpr = y_stage.shape[0] // CONSUMERS
+    BUFFERS: gl.constexpr = STAGED if STAGED < SUBTILES else SUBTILES
     subtiles = split_columns(acc, SUBTILES)
     for i in gl.static_range(SUBTILES):
         tile = subtiles[i].to(y_desc.dtype)
-        stage = y_stage.index(consumer * BUFFERS + i % BUFFERS)
+        stage = y_stage.index(consumer * STAGED + i % BUFFERS)
         tma.store_wait(BUFFERS - 1)
         stage.store(tile)
         fence_async_shared()
@@ -444,6 +495,8 @@ def consume(
     M,
     N,
     K,
+    K2,
+    K3,
     R,
     stride_bias,
     scale,
@@ -467,7 +520,7 @@ def consume(
     part: gl.constexpr = consumer if PARTS == CONSUMERS else 0
     whole = num_m * (num_r + num_n) - halved
     items = whole + 2 * halved
-    steps_k = gl.cdiv(K, BLOCK_K)
+    steps_k = gl.cdiv(K, BLOCK_K) + gl.cdiv(K2, BLOCK_K) + gl.cdiv(K3, BLOCK_K)
     steps_r = gl.cdiv(R, BLOCK_K)
     AHEAD: gl.constexpr = LEAD if consumer == 0 else 0
     other: gl.constexpr = (consumer + 1) % CONSUMERS
@@ -531,6 +584,10 @@ def consume(
 def lora_specialized_kernel(
     x_desc,
     w_desc,
+    x2_desc,
+    w2_desc,
+    x3_desc,
+    w3_desc,
     a_desc,
     h_desc,
     b_desc,
@@ -544,6 +601,8 @@ def lora_specialized_kernel(
     R,  # 0 without b
     stride_bias,
     halved,  # tiles of y, the last ones, of which each half is an item of its own
+    K2,  # 0 without x2, and K3 without x3
+    K3,
     scale,
     BLOCK_M: gl.constexpr,  # rows of a tile of y, of one consumer or of both
     BLOCK_N: gl.constexpr,
@@ -564,6 +623,8 @@ def lora_specialized_kernel(
     num_m = gl.cdiv(M, BLOCK_M)
     num_n = gl.cdiv(N, BLOCK_N)
     halved = halved if HALVES else 0
+    K2 = 0 if x2_desc is None else K2
+    K3 = 0 if x3_desc is None else K3
     epoch = 0
     num_r = 0
     if sync_ptr is not None:
@@ -603,25 +664,26 @@ def lora_specialized_kernel(
                 consume,
                 (
                     y_desc, bias_ptr, h_ptr, x_ring, w_ring, y_stage, ready, empty, turns,
-                    board, posted, taken, sync_ptr, epoch, num_m, num_n, num_r, halved, M, N, K, R,
-                    stride_bias, scale, BLOCK_N, BLOCK_K, DEPTH_R, GROUP_M, STAGES, PARTS,
-                    SUBTILES, LEAD, HALVES, W_TRANSPOSED, 0,
+                    board, posted, taken, sync_ptr, epoch, num_m, num_n, num_r, halved,
+                    M, N, K, K2, K3, R, stride_bias, scale, BLOCK_N, BLOCK_K, DEPTH_R, GROUP_M,
+                    STAGES, PARTS, SUBTILES, LEAD, HALVES, W_TRANSPOSED, 0,
                 ),
             ),
             (
                 consume,
                 (
                     y_desc, bias_ptr, h_ptr, x_ring, w_ring, y_stage, ready, empty, turns,
-                    board, posted, taken, sync_ptr, epoch, num_m, num_n, num_r, halved, M, N, K, R,
-                    stride_bias, scale, BLOCK_N, BLOCK_K, DEPTH_R, GROUP_M, STAGES, PARTS,
-                    SUBTILES, LEAD, HALVES, W_TRANSPOSED, 1,
+                    board, posted, taken, sync_ptr, epoch, num_m, num_n, num_r, halved,
+                    M, N, K, K2, K3, R, stride_bias, scale, BLOCK_N, BLOCK_K, DEPTH_R, GROUP_M,
+                    STAGES, PARTS, SUBTILES, LEAD, HALVES, W_TRANSPOSED, 1,
                 ),
             ),
             (
                 loader,
                 (
-                    x_desc, w_desc, a_desc, h_desc, b_desc, x_ring, w_ring, ready, empty,
-                    board, posted, taken, sync_ptr, epoch, num_m, num_n, num_r, halved, K, R,
+                    x_desc, w_desc, x2_desc, w2_desc, x3_desc, w3_desc, a_desc, h_desc, b_desc,
+                    x_ring, w_ring, ready, empty, board, posted, taken, sync_ptr, epoch,
+                    num_m, num_n, num_r, halved, K, K2, K3, R,
                     BLOCK_N, GROUP_M, STAGES, PARTS, HALVES, W_TRANSPOSED,
                 ),
             ),
@@ -631,7 +693,7 @@ def lora_specialized_kernel(
     )  # fmt: skip
 
 
-_launch_specialized = Launcher(lora_specialized_kernel, descriptors=6)
+_launch_specialized = Launcher(lora_specialized_kernel, descriptors=10)
 
 
 @functools.cache
@@ -679,19 +741,28 @@ def _launch(
     x: torch.Tensor,
     w: torch.Tensor,
     *,
+    more: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
     bias: torch.Tensor | None = None,
     a: torch.Tensor | None = None,
     h: torch.Tensor | None = None,
     b: torch.Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """y, and h where it is made here (a given)."""
+    """y, and h where it is made here (a given). ``more``: x_i and w_i of the form for groups."""
     (M, K), N = x.shape, w.shape[1]
     R = b.shape[0] if b is not None else 0
-    turned = persistent.is_transposed(w)
+    turned = is_transposed(w)
     parts = CONSUMERS.value if config.COOPERATIVE else 1
     rows, BLOCK_N, BLOCK_K = config.BLOCK_M // parts, config.BLOCK_N, config.BLOCK_K
     width = BLOCK_N // 2 if config.HALVES else BLOCK_N  # what is copied of w and b at a time
+    others: list[Tiled | None] = [None] * (2 * MAX_GROUP - 2)
+    Ks = [0] * (MAX_GROUP - 1)
+    for i, (x_i, w_i) in enumerate(more):
+        others[2 * i : 2 * i + 2] = (
+            _tiled(x_i, rows, BLOCK_K),
+            _tiled(w_i, BLOCK_K, width, turned),
+        )
+        Ks[i] = x_i.shape[1]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     num_m, num_n = cdiv(M, config.BLOCK_M), cdiv(N, BLOCK_N)
     items, tiles_h = num_m * num_n, 0
@@ -712,6 +783,7 @@ def _launch(
             (
                 _tiled(x, rows, BLOCK_K),
                 _tiled(w, BLOCK_K, width, turned),
+                *others,
                 _tiled(_fit(a, x.dtype, turned), BLOCK_K, BLOCK_K, turned)
                 if a is not None
                 else None,
@@ -722,7 +794,7 @@ def _launch(
                 h if a is not None else None,
                 sync,
             ),
-            (M, N, K, _padded_row(R), bias.stride(0) if bias is not None else 0, halved),
+            (M, N, K, _padded_row(R), bias.stride(0) if bias is not None else 0, halved, *Ks),
             (scale,),
             DEPTH_R=min(padded(R), BLOCK_K),
             STAGES=config.num_stages,
@@ -762,6 +834,22 @@ def specialized_produced(
     y, h = _launch(config, x, w, bias=bias, a=a, b=b, scale=scale)
     assert h is not None
     return y, h
+
+
+def specialized_group(
+    config: TileConfig,
+    xs: Sequence[torch.Tensor],
+    ws: Sequence[torch.Tensor],
+    h: torch.Tensor | None,
+    b: torch.Tensor | None,
+) -> torch.Tensor:
+    """y [M, N] = sum_i x_i w_i + h b for up to 3 members: `group.gemm_group`'s, without dropout.
+
+    x_i [M, K_i]; w_i [K_i, N], laid out as the first is; h [M, R] and b [R, N] are all members'
+    beside and below each other, or None.
+    """
+    more = list(zip(xs[1:], ws[1:], strict=True))
+    return _launch(config, xs[0], ws[0], more=more, h=h, b=b)[0]
 
 
 def specialized_plain(config: TileConfig, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

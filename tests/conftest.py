@@ -6,7 +6,8 @@ from test i on: n processes share them where there is no xdist (on_gpu.sh).
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -106,5 +107,49 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         from fused_lora.kernels import specialized
 
         record("specialized_add_lora", specialized)
+        record("specialized_group", specialized)
         record("specialized_produced", specialized)
     return called
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Makes launches of the hand-scheduled kernel run in the emulator.
+
+    In some seed's order of events, with so many programs, so many of them at a time.
+    """
+    pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
+    import triton.language as tl
+    from gluon_emulator import Emulated
+
+    from fused_lora.kernels import persistent, specialized
+    from fused_lora.kernels.device import INTERPRETED
+    from fused_lora.kernels.launch import Launcher
+
+    def emulate(seed: int | None = None, programs: int = 2, resident: int | None = None) -> None:
+        seed = int(torch.randint(2**31, ())) if seed is None else seed
+        kernel = Emulated(specialized.lora_specialized_kernel, seed, resident)
+        launcher = Launcher(kernel, specialized._launch_specialized.descriptors)
+        monkeypatch.setattr(specialized, "_launch_specialized", launcher)
+        info = replace(INTERPRETED, num_sms=programs)
+        monkeypatch.setattr(specialized, "device_info", lambda device: info)
+
+    monkeypatch.setattr(persistent, "MAX_SPINS", tl.constexpr(20_000))
+    persistent._sync_buffers.clear()
+    yield emulate
+    persistent._sync_buffers.clear()  # a launch that failed has left its tickets drawn
+
+
+@pytest.fixture
+def everywhere(emulated: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The hand-scheduled strategies run, in the emulator, and the others in the interpreter."""
+    if torch.cuda.is_available():
+        pytest.skip("there is no interpreter beside a GPU")
+    from fused_lora import dispatch, triton_backend
+
+    for module in (dispatch, triton_backend):
+        monkeypatch.setattr(module, "specialized_obstacle", lambda *_: None)
+    emulated(programs=3)
+    dispatch.plan.cache_clear()
+    yield
+    dispatch.plan.cache_clear()

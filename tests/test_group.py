@@ -109,19 +109,42 @@ def test_values_and_gradients(device, launches, backend, dtype, members):
 @pytest.mark.parametrize("dropout_ps", [None, (0.1, 0.1, 0.1)])
 @pytest.mark.parametrize("adapter_dtype", [torch.float16, torch.float32])
 def test_each_member_by_its_own_strategy(device, launches, adapter_dtype, dropout_ps):
-    """dx by cuBLAS only if all of them would have it so, and there is no mask."""
+    """dx by cuBLAS if all of them would have it so; where h B is dropped, a launch a member."""
     kwargs = {"dtype": torch.float16, "adapter_dtype": adapter_dtype, "device": device}
     sizes = [(80, 16), (32, 5), (48, 32)]
     plans = [Plan("triton", s, "library") for s in ("library", "split", "tma_split")]
     _check(_group(37, 72, sizes, dropout_ps, **kwargs), plans)
     ours = [name for name in launches if name not in ("gemm_scaled", "grad_lora_a", "grad_lora_b")]
-    by_library = dropout_ps is None
-    assert ours == ["gemm_add_lora", "persistent_add_lora"] + ["gemm_group"] * (not by_library)
+    masks = ["add_lora"] * 3 if dropout_ps else []
+    assert ours == ["gemm_add_lora", "persistent_add_lora", *masks]
     launches.clear()
     _check(
         _group(37, 72, sizes, dropout_ps, **kwargs), [*plans[:2], Plan("triton", "split", "split")]
     )
     assert "gemm_group" in launches
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("dropout_ps", [None, (0.1, 0.0, 0.3)])
+@pytest.mark.parametrize("sizes", [[(80, 16), (32, 5), (48, 32)], [(80, 5), (104, 5)]])
+def test_one_dx_of_members_whose_own_would_be_scheduled_by_hand(launches, sizes, dropout_ps):
+    """By one launch of that kernel, with all h B where nothing is dropped."""
+    plans = [Plan("triton", "split", s) for s in ("ws_split", "tma_split", "library")]
+    problems = _group(37, 72, sizes, dropout_ps and dropout_ps[: len(sizes)], dtype=torch.float16)
+    _check(problems, plans[: len(sizes)])
+    assert launches.count("specialized_group") == 1
+    assert launches.count("add_lora") == (len(sizes) if dropout_ps else 0)
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("sizes", [[(80, 8), (33, 8)], [(80, 8), (40, 8)]])
+def test_one_dx_where_that_kernel_has_no_descriptors(launches, sizes):
+    """By cuBLAS, where a gradient cannot be read by TMA, or a weight not as the others are."""
+    problems = _group(37, 72, sizes, dtype=torch.float16)
+    if sizes[1][0] == 40:
+        problems[1].weight = problems[1].weight.t().contiguous().t()
+    _check(problems, [Plan("triton", "split", "ws_split")] * 2)
+    assert not {"specialized_group", "gemm_group"} & {*launches}
 
 
 def test_a_member_without_a_descriptor(device, launches):

@@ -10,23 +10,20 @@ import torch
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 import gluon_emulator
-import triton.language as tl
-from gluon_emulator import Emulated
 from oracle import check, fused, problem, run
 
-from fused_lora import dispatch, lora_linear, triton_backend, tune
+from fused_lora import dispatch, lora_linear, tune
 from fused_lora.dispatch import Call, Plan, explain_call, plan, predicted_seconds
 from fused_lora.kernels import persistent, specialized
 from fused_lora.kernels.configs import TileConfig, cdiv, tunable
 from fused_lora.kernels.device import INTERPRETED, SHARED_MEMORY, DeviceInfo
-from fused_lora.kernels.launch import Launcher
 from fused_lora.kernels.specialized import (
     specialized_add_lora,
+    specialized_group,
     specialized_plain,
     specialized_produced,
 )
 
-KERNEL = specialized.lora_specialized_kernel
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 H100 = DeviceInfo(90, 132, SHARED_MEMORY[90], name="NVIDIA H100")
 TOLERANCE = 2e-3  # of the result's norm: a few roundings
@@ -44,37 +41,6 @@ SMALL = [
     ),
 ]
 FORMS = ["plain", "second", "produced"]
-
-
-@pytest.fixture
-def emulated(monkeypatch):
-    """Makes launches run in the emulator, with so many programs, so many of them at a time."""
-
-    def emulate(seed=None, programs=2, resident=None):
-        seed = int(torch.randint(2**31, ())) if seed is None else seed
-        kernel = Emulated(KERNEL, seed, resident)
-        launcher = Launcher(kernel, specialized._launch_specialized.descriptors)
-        monkeypatch.setattr(specialized, "_launch_specialized", launcher)
-        info = replace(INTERPRETED, num_sms=programs)
-        monkeypatch.setattr(specialized, "device_info", lambda device: info)
-
-    monkeypatch.setattr(persistent, "MAX_SPINS", tl.constexpr(20_000))
-    persistent._sync_buffers.clear()
-    yield emulate
-    persistent._sync_buffers.clear()  # a launch that failed has left its tickets drawn
-
-
-@pytest.fixture
-def everywhere(emulated, monkeypatch):
-    """The strategies too run, in the emulator, and what is beside them in the interpreter."""
-    if torch.cuda.is_available():
-        pytest.skip("there is no interpreter beside a GPU")
-    for module in (dispatch, triton_backend):
-        monkeypatch.setattr(module, "specialized_obstacle", lambda *_: None)
-    emulated(programs=3)
-    plan.cache_clear()
-    yield
-    plan.cache_clear()
 
 
 class Operands:
@@ -153,6 +119,29 @@ def test_every_rank(emulated, form, transposed, r):
     emulated()
     Operands(40, 72, 48, r, transposed=transposed).check(form, TILE)
     Operands(40, 72, 48, r, transposed=transposed).check(form, replace(TILE, COOPERATIVE=False))
+
+
+def _check_sum(config, m, n, Ks, *, adapters, tolerance=TOLERANCE, **kwargs):
+    """sum_i x_i w_i of members of these K, with h b of rank 24 or without."""
+    members = [Operands(m, n, k, 24, **kwargs) for k in Ks]
+    xs, ws, b = [o.x for o in members], [o.w for o in members], members[0].b
+    h = torch.randn(m, 24).to(b.device, b.dtype)
+    exact = sum(x.double() @ w.double() for x, w in zip(xs, ws, strict=True))
+    if adapters:
+        exact += h.double() @ b.double()
+    got = specialized_group(config, xs, ws, *((h, b) if adapters else (None, None)))
+    error = ((got.double() - exact).norm() / exact.norm()).item()
+    assert error < tolerance, error
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("config", SMALL)
+def test_a_sum_of_products(emulated, config, transposed, adapters, seed):
+    for Ks in ((40, 72), (136, 16, 24)):
+        emulated(seed, programs=3)
+        _check_sum(config, 70, 136, Ks, adapters=adapters, transposed=transposed)
 
 
 @pytest.mark.parametrize("programs", [2, 3, 5, 8, 13])
@@ -383,6 +372,16 @@ def test_every_configuration_on_a_gpu(device, config, form, transposed):
     o = Operands(*shape, transposed=transposed, device=device, dtype=torch.bfloat16)
     for _ in range(2):
         o.check(form, config, 8 * TOLERANCE)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("config", _all_tiles(), ids=str)
+def test_a_sum_of_products_on_a_gpu(device, config, adapters):
+    kwargs = {"transposed": False, "device": device, "dtype": torch.bfloat16}
+    for Ks in ((1096, 256), (4096, 1024, 72)):
+        _check_sum(config, 2900, 3208, Ks, adapters=adapters, tolerance=8 * TOLERANCE, **kwargs)
 
 
 @pytest.mark.gpu
