@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .files import write_atomically
-from .inject import has_peft_layers, inject, is_linear, match_modules, per_layer
+from .inject import has_peft_layers, inject, is_linear, match_modules, match_paths, per_layer
 from .linear import FusedLoRALinear
 from .multi_linear import FusedMultiLoRALinear
 from .multi_model import add_adapter, can_adapt, layers_with
@@ -93,6 +93,7 @@ def save_adapter(
             that differ in dropout or rsLoRA, which PEFT's format has one value for.
         OSError: the folder cannot be made or written.
     """
+    model = _inner(model)
     layers = _layers(model, adapter_name)
     if not layers:
         if has_peft_layers(model):
@@ -110,13 +111,14 @@ def save_adapter(
     tensors = {}
     for path, layer in saved.items():
         for name, tensor in layer.tensors().items():
-            tensors[_key(path, name)] = tensor.cpu().contiguous()
+            # Copies: of tensors that share memory safetensors writes none.
+            tensors[_key(path, name)] = tensor.detach().cpu().clone().contiguous()
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(
         folder / WEIGHTS_NAME, lambda to: save_file(tensors, to, metadata={"format": "pt"})
     )
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_atomically(folder / CONFIG_NAME, lambda to: Path(to).write_text(text))
 
 
@@ -146,6 +148,7 @@ def load_adapter(
             computation and is not supported (the field is named), or does not fit the model. The
             model is unchanged then.
     """
+    model = _inner(model)
     if adapter_name is not None:
         _load_named(model, Path(directory), adapter_name, quantize)
         return
@@ -179,14 +182,11 @@ def load_adapter(
     config = read_config(folder / CONFIG_NAME)
     tensors = _read_weights(folder)
     options = {k: config[k] for k in ("exclude_modules", "rank_pattern", "alpha_pattern")}
-    linears = {
-        path: module
-        for path, module in model.named_modules()
-        if is_linear(module) or isinstance(module, FusedLoRALinear)
-    }
+    linears: dict[str, Any] = layers
     if layers:
         ranks = {path: layer.r for path, layer in layers.items()}
     else:
+        linears = {path: m for path, m in model.named_modules() if is_linear(m)}
         matched = match_modules(model, config["target_modules"], config["exclude_modules"])
         paths = [path for path in matched if path in linears]
         if not paths:
@@ -287,6 +287,23 @@ def _named(layer: FusedMultiLoRALinear, name: str, lora_dropout: float) -> _Name
     return _Named(A, B, *numbers, lora_dropout)
 
 
+# Of torch.compile, checkpoint_wrapper and FSDP1: parts of a path that the model itself has not.
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
+
+def _own(path: str) -> str:
+    """A module's path in the model without wrappers."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+
+
+def _inner(model: Any) -> Any:
+    """The model in DistributedDataParallel or DataParallel, or in a compiled one."""
+    wrapped = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while isinstance(model, wrapped) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, wrapped) else model._orig_mod
+    return model
+
+
 def _layers(model: object, adapter_name: str | None = None) -> dict[str, Any]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
@@ -299,8 +316,8 @@ def _layers(model: object, adapter_name: str | None = None) -> dict[str, Any]:
         # Layers that had an adapter before have its dropout; PEFT's format has one for all.
         dropout = max((layer.lora_dropout for layer in found.values()), default=0.0)
         _check_one_path(model, found.values())
-        return {path: _named(layer, adapter_name, dropout) for path, layer in found.items()}
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, FusedLoRALinear)}
+        return {_own(path): _named(layer, adapter_name, dropout) for path, layer in found.items()}
+    layers = {_own(path): m for path, m in model.named_modules() if isinstance(m, FusedLoRALinear)}
     _check_one_path(model, layers.values())
     return layers
 
@@ -366,7 +383,11 @@ def _config(
 ) -> dict[str, object]:
     """The fields of PEFT's LoraConfig that these layers set."""
     ranks = {path: layer.lora_A.shape[0] for path, layer in saved.items()}
-    alphas = {path: layer.lora_alpha for path, layer in saved.items()}
+    # Plain numbers: NumPy's are no JSON.
+    alphas = {
+        path: alpha if isinstance(alpha := layer.lora_alpha, int) else float(alpha)
+        for path, layer in saved.items()
+    }
     r, lora_alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     name = getattr(getattr(model, "config", None), "name_or_path", None)
     return {
@@ -392,11 +413,10 @@ def _config(
 def _target_modules(model: nn.Module, layers: dict[str, Any]) -> list[str] | str:
     """The shortest form by which PEFT matches these layers and no other module."""
     names = sorted({path.rpartition(".")[2] for path in layers})
-    paths = [path for path, _ in model.named_modules()]
+    paths = [_own(path) for path, _ in model.named_modules(remove_duplicate=False)]
     for targets in (names, sorted(layers)):
-        if set(match_modules(model, targets, None)) == set(layers):
+        if set(match_paths("target_modules", targets, paths)) == set(layers):
             return targets
-    assert set(layers) <= set(paths)
     return "|".join(re.escape(path) for path in sorted(layers))
 
 

@@ -54,6 +54,11 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
+def all_are_hooked() -> bool:
+    """Whether there are hooks on every module, which a fused layer's parts would not run."""
+    return bool(nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
 def check_unhooked(name: str, module: nn.Module) -> None:
     """ValueError if the module, which is to be replaced, has hooks that nobody would run then."""
     if is_hooked(module):

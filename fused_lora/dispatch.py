@@ -373,6 +373,17 @@ def part_config(
     )
 
 
+def tiles_of(call: Call, strategy: Strategy, direction: Direction) -> tuple[TileConfig | None, ...]:
+    """What a table may choose for the launch that makes y; None where it is cuBLAS's."""
+    if strategy == "library":
+        return (None,)
+    # In the forward, dropout is on x where h is made, and the launch that makes y has none.
+    masks = call.dropout and (direction == "dx" or strategy.endswith("one_pass"))
+    device = device_info(call.device)
+    tiles = tunable(KINDS[strategy], call.r, call.dtype.itemsize, masks, device)
+    return tuple(c for c in tiles if strategy != "skinny" or call.M <= c.BLOCK_M)
+
+
 def _choose(
     call: Call, direction: Direction, form: Form = "layer"
 ) -> tuple[Strategy, TileConfig | None]:
@@ -381,9 +392,11 @@ def _choose(
     if call.quantized is not None and _by_model(call, direction, form) == "in_loop":
         return "in_loop", None  # the tables are of plain weights: of what follows a scratch
     found = tables.table(device.name).get(table_key(call, direction))
-    known = found is not None and found.strategy in _TAKES[form]
-    if found is not None and known and found.strategy in predicted_seconds(call, device):
-        return found.strategy, found.config
+    if found is not None and found.strategy in _TAKES[form]:
+        possible = found.strategy in predicted_seconds(call, device)
+        tiles = (None, *tiles_of(call, found.strategy, direction))  # None: the default one
+        if possible and found.config in tiles:
+            return found.strategy, found.config
     return _by_model(call, direction, form), None
 
 
@@ -410,9 +423,10 @@ def _auto_avoids_kernels(call: Call) -> str | None:
 def better_apart(x: Tensor, dropout: bool, backend: Backend) -> bool:
     """Whether `lora_linear` for each member of a group is faster than the group.
 
-    For few rows: a group saves reads of x, which are nothing then, and its Python takes longer (on
-    the kernels' path at M 1, three members, 135 us a call instead of 80; on a CPU 0.80 of the
-    speed). On a CPU with dropout, whose masks a group draws twice (0.76 of the speed at M 512).
+    For few rows: a group saves reads of x, which are nothing then (on a CPU it has 0.80 of the
+    speed), and launches more in the forward. From how many rows on it pays on a GPU, none has
+    measured (`benchmarks.groups`). On a CPU with dropout, whose masks a group draws twice (0.76 of
+    the speed at M 512).
     """
     if backend == "triton":  # asked for
         return False
@@ -706,10 +720,12 @@ def _strategy_obstacle(
             return f"no tensor descriptors: {obstacle}"
     if strategy in seconds:
         return None
+    if call.M * call.N * call.K == 0:
+        return "there is nothing to compute"
     if strategy == "in_loop":
         return "W0 is not quantised"
     if strategy == "skinny":
-        return f"M = {call.M} is over {MAX_SKINNY_M}" if call.M else "there is nothing to compute"
+        return f"M = {call.M} is over {MAX_SKINNY_M}"
     if call.dropout and strategy.endswith("one_pass"):
         return "it would draw each dropout decision once per tile"
     if tma and call.dtype.itemsize != 2:

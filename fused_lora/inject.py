@@ -258,7 +258,7 @@ def per_layer(
     """The number for each path, by PEFT's rule for rank_pattern and alpha_pattern."""
     values = dict.fromkeys(paths, default)
     for key, value in reversed(list(pattern.items())):  # the first match counts, so it comes last
-        for path in _match(name, rf"(.*\.)?({key})", paths):
+        for path in match_paths(name, rf"(.*\.)?({key})", paths):
             values[path] = value
     return values
 
@@ -273,14 +273,14 @@ def match_modules(
     if target_modules == "all-linear":
         matched = _without_output_head(model, modules)
     else:
-        matched = _match("target_modules", target_modules, list(modules))
+        matched = match_paths("target_modules", target_modules, list(modules))
     if exclude_modules is None:
         return matched
-    excluded = set(_match("exclude_modules", exclude_modules, matched))
+    excluded = set(match_paths("exclude_modules", exclude_modules, matched))
     return [path for path in matched if path not in excluded]
 
 
-def _match(name: str, patterns: object, paths: list[str]) -> list[str]:
+def match_paths(name: str, patterns: object, paths: list[str]) -> list[str]:
     """The paths that PEFT would match: a regular expression in full, or a list of suffixes."""
     if isinstance(patterns, str):
         try:

@@ -315,7 +315,7 @@ class FusedLoRALinear(nn.Module):
         call, magnitude = self._arguments(), self.lora_magnitude_vector
         adapter = (call.lora_A, call.lora_B)
         found = explain(x, call.weight, *adapter, magnitude=magnitude, **call.options())
-        if self.shared_input is not None:
+        if self.shared_input is not None and self.shared_input.pays(x, self.backend):
             members = len(self.shared_input.members)
             found.reasons["group"] = (
                 f"one of {members} layers that are computed together when they are called one "
@@ -379,10 +379,10 @@ class FusedLoRALinear(nn.Module):
         quantised one again. Returns the error that this makes, ||Q(W) - W|| / ||W|| over the merged
         W, and 0 where nothing is requantised. Raises ValueError if there is nothing to requantise.
         """
-        if requantize and not isinstance(self.weight, QuantizedWeight):
-            raise ValueError("requantize: the layer's weight is not quantised")
         if self.merged:
             return 0.0
+        if requantize and not isinstance(self.weight, QuantizedWeight):
+            raise ValueError("requantize: the layer's weight is not quantised")
         if isinstance(self.weight, QuantizedWeight):
             return self._merge_quantized(self.weight, requantize)
         product = self._product(self.lora_A, self.lora_B)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +36,26 @@ def _source(model: str) -> tuple[str, dict[str, Any]]:
     return model, {}
 
 
+@contextlib.contextmanager
+def _loading(model: str) -> Iterator[None]:
+    """Whatever damaged files make transformers and safetensors raise, as a ValueError."""
+    try:
+        yield
+    except (OSError, ValueError):  # what they raise for files that are not there, or no config
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"model: {model}: cannot be loaded ({type(error).__name__}: {error})"
+        ) from error
+
+
 def load_tokenizer(model: str) -> Any:
     """The tokenizer of ``model``; see `load_model`."""
     from transformers import AutoTokenizer
 
     source, options = _source(model)
-    return AutoTokenizer.from_pretrained(source, **options)
+    with _loading(model):
+        return AutoTokenizer.from_pretrained(source, **options)
 
 
 def load_config(model: str) -> Any:
@@ -47,14 +63,16 @@ def load_config(model: str) -> Any:
     from transformers import AutoConfig
 
     source, options = _source(model)
-    return AutoConfig.from_pretrained(source, **options)
+    with _loading(model):
+        return AutoConfig.from_pretrained(source, **options)
 
 
 def load_model(model: str, dtype: torch.dtype | str, device: torch.device) -> nn.Module:
     """A transformers causal language model with its weights in ``dtype`` ("auto": as stored).
 
     ``model``: "smollm2", a .gguf file, a folder, or a name on the Hub. Nothing is unpickled and no
-    code from the model is run. Raises OSError if it is not there or has no safetensors.
+    code from the model is run. Raises OSError if it is not there or has no safetensors, ValueError
+    if its files are damaged or weights are missing.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -64,7 +82,12 @@ def load_model(model: str, dtype: torch.dtype | str, device: torch.device) -> nn
     gguf = "gguf_file" in options
     if not gguf:
         options["use_safetensors"] = True  # the other format is a pickle
-    loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    options["output_loading_info"] = True
+    loaded: Any
+    with _loading(model):
+        loaded, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    if missing := sorted(info["missing_keys"]):  # they would be random numbers
+        raise ValueError(f"model: {model}: has no {missing[0]} ({len(missing)} weights missing)")
     if gguf:
         # Its weights are plain tensors by now; it is to be saved as such, and to be found again.
         loaded.hf_quantizer = None

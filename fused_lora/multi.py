@@ -139,7 +139,6 @@ def lora_linear_multi(
     and any values of ``adapter_indices`` are the same graph; another number of segments, or others
     of their indices, is another one.
     """
-    threshold = dropout_threshold(dropout_p)
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError("lora_linear_multi: torch.func's transforms are not supported")
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
@@ -158,13 +157,13 @@ def lora_linear_multi(
             adapter_indices,
             segments,
             bias,
-            threshold,
+            dropout_threshold(dropout_p),
             backend,
         )
     found = checked(
         x, weight, lora_As, lora_Bs, scalings, adapter_indices, segments, bias, dropout_p, backend
     )
-    x, bias, layer = found.x, found.bias, found.layer
+    x, bias, layer, threshold = found.x, found.bias, found.layer, dropout_threshold(dropout_p)
     seed = _draw_seed(x.device, backend) if threshold else None
     trains = found.known.needs_grad or x.requires_grad or (bias is not None and bias.requires_grad)
     # Of forward-mode AD too: the Function refuses what plain kernels would give no tangent.

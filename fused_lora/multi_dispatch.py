@@ -141,7 +141,7 @@ def _checked_call(
     """The call as its largest adapter alone would be; each kind of adapter is checked once."""
     try:
         key = (_facts(x), _facts(weight), None if bias is None else _facts(bias), dropout)
-    except AttributeError:
+    except (AttributeError, RuntimeError):  # not a tensor, or nested ones: the checks say which
         key = None
     if key in known.calls:
         return known.calls[key]

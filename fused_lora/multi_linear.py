@@ -116,6 +116,11 @@ class FusedMultiLoRALinear(nn.Module):
         self.scaling: dict[str, float] = {}
         self._route: _Route | None = None
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is outside of any `route`."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._route = None
+
     def add_adapter(
         self,
         name: str,
@@ -329,7 +334,8 @@ def route(
     For models whose forward passes x alone. As in PEFT, an adapter that a layer does not have is
     none there, if another layer has it. The backward pass may be outside, unless activation
     checkpointing runs the forward again in it. One thread's at a time: calls of other threads
-    follow it too (a generation, a checkpoint's second forward).
+    follow it too (a generation, a checkpoint's second forward). A generation by beams repeats each
+    sample ``num_beams`` times: so does ``adapter_names`` for it.
 
         with route(model, segments=[("german", 700), ("french", 324)]):
             loss = model(packed).loss

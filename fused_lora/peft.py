@@ -238,8 +238,9 @@ def fuse(
         backend: as for `lora_linear`.
         groups: compute the projections that share their input (q, k, v; gate, up) together, in the
             model families where they are known to: Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma2 and
-            Gemma3. See `fused_lora.sharing` for how; `lora_linear_group` for what it saves. Under
-            torch.compile, and for up to 64 rows, each is computed on its own.
+            Gemma3. See `fused_lora.sharing` for how; `lora_linear_group` for what it saves, and
+            what a backward pass through one of them alone needs. Under torch.compile, and for up to
+            64 rows, each is computed on its own.
 
     Raises:
         TypeError: model is no module.

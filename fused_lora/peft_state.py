@@ -100,6 +100,8 @@ def usual(layer: Any, x: object) -> Arguments | None:
     elif type(dropout) is not nn.Identity:
         return None
     hooked = checks.is_hooked
+    if checks.all_are_hooked():
+        return None
     if hooked(base) or hooked(A) or hooked(B) or hooked(dropout):
         return None
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
@@ -239,6 +241,8 @@ def look(layer: Any, mixed: Sequence[str] | None = None) -> State | str:
         return "its base weight requires a gradient"
     if checks.is_hooked(base):
         return "its base layer has hooks"
+    if checks.all_are_hooked():
+        return "there are hooks on all modules"
     As, Bs = modules["lora_A"]._modules, modules["lora_B"]._modules
     dropouts, variants = modules["lora_dropout"]._modules, layer.lora_variant
     backend: Backend = getattr(layer, "fused_lora_backend", "auto")  # not fused yet

@@ -49,6 +49,8 @@ class Settings:
             self._check_integer(name, 1)
         self._check_integer("seq_len", 2)
         self._check_integer("seed", 0)
+        if self.seed >= 2**31:  # of PyTorch's 64 bits a step's number and the process take 32
+            raise ValueError(f"seed: got {self.seed}, wanted less than 2^31")
         checks.check_number("lr", self.lr)
         if self.lr <= 0:
             raise ValueError(f"lr: got {self.lr}, wanted more than 0")

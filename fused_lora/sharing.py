@@ -5,7 +5,9 @@ call computes all three and returns its own output; the others are handed out wh
 called with the very same tensor in the very same state. Whatever differs by then (another tensor, a
 changed version of it or of a weight, another adapter, scaling, mode, stream, autocast or gradient
 mode) is computed anew, as if nothing had been prepared: only time can be lost, never correctness.
-But what is written through ``.data`` between two of the calls has no version, and is not seen.
+But what is written through ``.data`` between two of the calls has no version, and is not seen; and
+the outputs are one node of the graph: a backward pass through one of them alone frees what the
+others need, unless it is told to retain the graph (losses of single layers: ``groups=False``).
 
 One set of prepared outputs is kept a thread: until it has been handed out, or, should an exception
 come between, until the thread's next group or `forget`. Nothing of the model's own code, hooks or

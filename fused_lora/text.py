@@ -33,7 +33,7 @@ def read_documents(data: str, tokenizer: Any) -> list[str]:
         raise ValueError(f"data: {path}: is not UTF-8 text: {error}") from None
     if path.suffix != ".jsonl":
         return [text]
-    lines = enumerate(text.splitlines(), start=1)
+    lines = enumerate(text.split("\n"), start=1)  # a string may have the other separators in it
     return [_document(f"data: {path}:{n}", line, tokenizer) for n, line in lines if line.strip()]
 
 
@@ -43,13 +43,23 @@ def _document(where: str, line: str, tokenizer: Any) -> str:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: is not JSON: {error}") from None
     if isinstance(record, dict) and isinstance(record.get("text"), str):
-        return str(record["text"])
+        return _unicode(where, record["text"])
     if isinstance(record, dict) and "messages" in record:
         try:
-            return str(tokenizer.apply_chat_template(record["messages"], tokenize=False))
+            text = str(tokenizer.apply_chat_template(record["messages"], tokenize=False))
         except Exception as error:  # jinja's, transformers' and lookups' own
             raise ValueError(f'{where}: "messages" do not fit the chat template: {error}') from None
+        return _unicode(where, text)
     raise ValueError(f'{where}: wanted an object with a string "text" or a list "messages"')
+
+
+def _unicode(where: str, text: str) -> str:
+    """The text; ValueError if it has halves of characters ("\\ud800"), which tokenizers refuse."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: is not Unicode text: {error}") from None
+    return text
 
 
 def token_blocks(documents: list[str], tokenizer: Any, length: int) -> Tensor:

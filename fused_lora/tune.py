@@ -53,22 +53,14 @@ def shape(text: str) -> tuple[int, int, int]:
 def candidates(call: dispatch.Call, product: Product) -> Iterator[Candidate]:
     """Every strategy and tile that can take the call; for dx, its N and K are swapped already."""
     device = device_info(call.device)
-    if product in dispatch.PARTS:
-        for config in tunable(
-            dispatch.PARTS[product], call.r, call.dtype.itemsize, call.dropout, device
-        ):
+    if product == "h" or product == "grads":
+        kind, itemsize = dispatch.PARTS[product], call.dtype.itemsize
+        for config in tunable(kind, call.r, itemsize, call.dropout, device):
             yield None, config
         return
     for strategy in dispatch.predicted_seconds(call, device):
-        if strategy == "library":
-            yield strategy, None
-            continue
-        kind = dispatch.KINDS[strategy]
-        # In the forward, dropout is on x where h is made, and the launch that makes y has none.
-        dropout = call.dropout and (product == "dx" or strategy.endswith("one_pass"))
-        for config in tunable(kind, call.r, call.dtype.itemsize, dropout, device):
-            if strategy != "skinny" or config.BLOCK_M >= call.M:
-                yield strategy, config
+        for tile in dispatch.tiles_of(call, strategy, product):
+            yield strategy, tile
 
 
 def _candidates(call: dispatch.Call, product: Product, by_hand: bool) -> list[Candidate]:

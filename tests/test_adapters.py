@@ -42,6 +42,34 @@ def _adapted(**options):
 
 X = torch.randn(5, 8, dtype=torch.float64)
 
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_what_wraps_a_model_is_not_in_its_adapters_names(tmp_path, wrap):
+    model = _adapted()
+    save_adapter(wrap(model), tmp_path)
+    load_adapter(other := _base(), tmp_path)
+    assert torch.equal(other.eval()(X), model(X))
+
+
+def test_a_compiled_part_is_not_in_the_names_either(tmp_path):
+    model, other = _adapted(target_modules=["2.q_proj", "2.o_proj"]), _base()
+    expected = model(X)
+    model[2] = torch.compile(model[2], backend="eager")
+    save_adapter(model, tmp_path)
+    load_adapter(other, tmp_path)
+    assert torch.equal(other.eval()(X), expected)
+    load_adapter(model, tmp_path)
+
+
+def test_adapters_that_share_a_matrix_and_alphas_of_numpy(tmp_path):
+    numpy = pytest.importorskip("numpy")
+    model = _adapted(lora_alpha=numpy.float32(6), target_modules=["0.q_proj", "2.q_proj"])
+    model[2].q_proj.lora_A = model[0].q_proj.lora_A
+    save_adapter(model, tmp_path)
+    load_adapter(other := _base(), tmp_path)
+    assert torch.equal(other.eval()(X), model(X))
+
+
 OPTIONS = {
     "names": {},
     "one path": {"target_modules": ["0.q_proj"]},

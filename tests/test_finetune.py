@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,9 +195,11 @@ def test_documents(tmp_path, model_dir):
 
     tokenizer = load_tokenizer(str(model_dir))
     lines = [{"text": "the layer"}, {"messages": [{"role": "user", "content": "the input"}]}]
+    lines.append({"text": "a\u2028b\x85c"})  # separators of lines, but for JSON
     path = tmp_path / "d.jsonl"
-    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
-    assert read_documents(str(path), tokenizer) == ["the layer", "the input "]
+    text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    path.write_text(text + "\n\n", encoding="utf-8")
+    assert read_documents(str(path), tokenizer) == ["the layer", "the input ", lines[2]["text"]]
     blocks = token_blocks(["the layer", "the input"], tokenizer, 3)
     assert blocks.shape == (2, 3)
     assert (blocks[:, -1] == tokenizer.eos_token_id).all()
@@ -210,6 +213,7 @@ BAD_DATA = {
     "no text": (b'{"text": "a"}\n{"body": 1}', 'd.jsonl:2: wanted an object with a string "text"'),
     "messages of another form": (b'{"messages": 3}', "d.jsonl:1: .messages. do not fit"),
     "not UTF-8": (b"\xff\xfe", "is not UTF-8"),
+    "not Unicode": (b'{"text": "\\ud800"}', "d.jsonl:1: is not Unicode text"),
     "too short": (b'{"text": "the layer"}', "makes 0 blocks of 16 tokens"),
 }
 
@@ -404,3 +408,40 @@ def test_the_real_model(tmp_path):
     assert run.history.held_out_before < 6  # it is a trained model
     difference, effect = run.compare_with_peft()
     assert difference < effect / 100
+
+
+def _truncated(folder):
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:3000])
+
+
+def _of_another_size(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"hidden_size": 2 * config["hidden_size"]})
+    )
+
+
+def _without_a_weight(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("model.layers.0.mlp.down_proj.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_truncated, "cannot be loaded .SafetensorError"),
+        (_of_another_size, "cannot be loaded .RuntimeError"),
+        (_without_a_weight, r"has no model.layers.0.mlp.down_proj.weight .1 weights missing"),
+    ],
+)
+def test_a_damaged_model_is_not_trained(model_dir, tmp_path, damage, message):
+    from fused_lora.models import load_model
+
+    folder = tmp_path / "model"
+    shutil.copytree(model_dir, folder)
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        load_model(str(folder), "auto", torch.device("cpu"))

@@ -13,6 +13,7 @@ from torch import nn
 from fused_lora import (
     FusedLoRAGroup,
     FusedLoRALinear,
+    dispatch,
     explain_group,
     lora_linear,
     lora_linear_group,
@@ -545,6 +546,31 @@ def test_explain(launches):
     with pytest.raises(ValueError, match="member 1: .*got r = 513, wanted at most"):
         explain_group(*tensors, backend="triton")
     assert launches == []
+
+
+def test_explain_says_which_member_goes_to_pytorch(monkeypatch):
+    monkeypatch.setattr(dispatch, "_auto_avoids_kernels", lambda call: None)
+    dispatch.plan.cache_clear()
+    As, Bs = (
+        [torch.randn(r, 6) for r in (2, 513)],
+        [torch.randn(n, r) for n, r in ((5, 2), (3, 513))],
+    )
+    said = str(explain_group(GOOD["x"], GOOD["weights"], As, Bs))
+    dispatch.plan.cache_clear()
+    assert "triton: not taken: lora_A: got r = 513, wanted at most 512 (member 1)" in said
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_explain_says_how_dx_is_made(monkeypatch, dropout_p):
+    monkeypatch.setattr(dispatch, "_choose", lambda call, direction, form: ("ws_split", None))
+    problems = _group(70, 72, [(80, 8), (40, 8)], dtype=torch.float16)
+    kinds = ("weight", "lora_A", "lora_B")
+    tensors = [[getattr(p, kind) for p in problems] for kind in kinds]
+    ps = [dropout_p, dropout_p]
+    found = explain_group(problems[0].x, *tensors, dropout_ps=ps, backend="triton")
+    assert found.strategy_dx == "ws_split"
+    assert ("and one for each member's h B" in found.reasons["dx"]) == bool(dropout_p)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])

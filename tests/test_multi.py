@@ -654,6 +654,13 @@ BAD = {
         TypeError,
         "adapter_indices: got list, wanted a tensor or a list of integers",
     ),
+    "x nested": (
+        INDICES | {"x": torch.nested.nested_tensor([torch.randn(4, 6), torch.randn(3, 6)])},
+        TypeError,
+        "x: got layout nested",
+    ),
+    "dropout infinite": (INDICES | {"dropout_p": float("inf")}, ValueError, "dropout_p: got inf"),
+    "dropout a text": (INDICES | {"dropout_p": "0.1"}, TypeError, "dropout_p: got str"),
     "indices nested": (
         INDICES | {"adapter_indices": [[0, 1], [0, 1]]},
         TypeError,

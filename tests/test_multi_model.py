@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
 
@@ -210,6 +211,19 @@ def test_multi_route_is_one_threads_at_a_time():
             y = other.submit(torch.no_grad()(generate)).result()
             torch.testing.assert_close(y, generate())
         torch.testing.assert_close(other.submit(serve).result(), inner)
+
+
+def test_multi_a_copy_made_in_route_is_outside_of_it():
+    model = nn.Sequential(nn.Linear(8, 8))
+    for name in ("a", "b"):
+        add_adapter(model, name, 2, 4, ["0"])
+    with route(model, adapter_names="b"):
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for other in copies:
+        with pytest.raises(ValueError, match="wanted one"):
+            other(torch.randn(3, 8))
+        with route(other, adapter_names="a"):
+            other(torch.randn(3, 8))
 
 
 def test_multi_route_names_what_is_wrong():

@@ -470,6 +470,19 @@ def _subclass(model):
     model.base_model.model.up.base_layer.__class__ = _Frozen
 
 
+def test_hooks_on_all_modules_still_run():
+    model, x = _model(), torch.randn(5, 12)
+    fuse(model)
+    seen = []
+    hook = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m)))
+    model(x)
+    hook.remove()
+    assert nn.Linear in seen
+    seen.clear()
+    model(x)
+    assert not seen
+
+
 def _base_hook(model):
     model.base_model.model.up.base_layer.register_forward_hook(lambda *a: None)
 

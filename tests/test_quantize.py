@@ -903,6 +903,9 @@ def test_other_arguments_of_nf4_int8_and_fp8():
         inject(nn.Sequential(nn.Linear(64, 4)), 2, 4, ["0"], quantize="nf3")
     with pytest.raises(ValueError, match="requantize: the layer's weight is not quantised"):
         FusedLoRALinear(4, 4).merge(requantize=True)
+    merged = FusedLoRALinear.from_linear(nn.Linear(64, 4), r=2, quantize="nf4")
+    merged.merge()
+    assert merged.merge(requantize=True) == 0.0  # nothing happens to a merged one
     q = quantize_nf4(w)
     with pytest.raises(ValueError, match="x: got shape"):
         lora_linear(torch.randn(3, 63), q, torch.randn(2, 64), torch.randn(4, 2), scaling=1.0)
