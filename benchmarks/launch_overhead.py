@@ -86,7 +86,7 @@ def kernel_path(
     decided = {
         "kernel_obstacle": lambda call: None,
         "_auto_avoids_kernels": lambda call: None,
-        "_choose": lambda call, direction, form: (strategy, None),
+        "_choose": lambda call, form: (strategy, None),
     }
     vars(dispatch).update(decided)
     dispatch.forget_plans()

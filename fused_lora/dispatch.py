@@ -25,8 +25,6 @@ from .kernels.configs import (
     computed,
     for_odd_rows,
     is_odd_rank,
-    is_specialized,
-    is_tma,
     is_transposed,
     padded,
     ship,
@@ -73,17 +71,29 @@ _LATENCY = 0.7e-6  # seconds that a load from a busy memory takes: an estimate
 # lanes at 1.7 GHz. Counted, not measured.
 _DECODED = 2.4e12
 
-# The launch that makes y.
-KINDS: dict[Strategy, Kind] = {
-    "one_pass": "one_pass",
-    "split": "second",
-    "tma_one_pass": "tma_one_pass",
-    "tma_split": "tma_second",
-    "one_launch": "tma_produced",
-    "ws_split": "ws_second",
-    "ws_one_launch": "ws_produced",
-    "skinny": "skinny",
-    "in_loop": "quantized",
+
+class Way(NamedTuple):
+    """What a strategy is, besides fast or slow."""
+
+    kind: Kind | None = None  # of the launch that makes y; None: cuBLAS's product
+    h: Literal["before", "same launch", "same pass"] = "before"  # where it is made
+    by_hand: bool = False  # in Gluon
+    # What reads through tensor descriptors becomes this where a tensor cannot have one. Then rows
+    # begin anywhere, where cuBLAS is better still than a kernel that loads element by element.
+    without_tma: Strategy | None = None
+
+
+WAYS: dict[Strategy, Way] = {
+    "one_pass": Way("one_pass", "same pass"),
+    "split": Way("second"),
+    "library": Way(),
+    "tma_one_pass": Way("tma_one_pass", "same pass", without_tma="one_pass"),
+    "tma_split": Way("tma_second", without_tma="library"),
+    "one_launch": Way("tma_produced", "same launch", without_tma="library"),
+    "ws_split": Way("ws_second", by_hand=True, without_tma="library"),
+    "ws_one_launch": Way("ws_produced", "same launch", by_hand=True, without_tma="library"),
+    "skinny": Way("skinny", "same launch"),
+    "in_loop": Way("quantized"),
 }
 # What is made by one kernel and tuned by itself.
 PARTS: dict[Product, Kind] = {"h": "plain", "grads": "grad"}
@@ -98,15 +108,6 @@ _TAKES: dict[Form, tuple[Strategy, ...]] = {
 # What is chosen between while no table says more, but for Hopper, where that is all: no other GPU
 # has measured the rest.
 _BY_MODEL: tuple[Strategy, ...] = ("one_pass", "split", "skinny", "in_loop", "library")
-# What a strategy that reads through tensor descriptors becomes where a tensor cannot have one. Then
-# rows begin anywhere, where cuBLAS is better still than a kernel that loads element by element.
-WITHOUT_TMA: dict[Strategy, Strategy] = {
-    "tma_one_pass": "one_pass",
-    "tma_split": "library",
-    "one_launch": "library",
-    "ws_split": "library",
-    "ws_one_launch": "library",
-}
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ class Call:
     # No subclasses (DTensor, quantised weights of others, ...), no lazily negated z.conj().imag
     plain_tensors: bool
     quantized: Layout | None = None  # W0's, if it is a QuantizedWeight
+    direction: Direction = "forward"  # for dx, N and K are the other way round: see `transposed`
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,69 @@ def specialized_obstacle(on: torch.device, device: DeviceInfo) -> str | None:
     return gluon_problem()
 
 
+def _masks_y(call: Call) -> bool:
+    """Whether the launch that makes y drops h B; the forward drops x, where h is made."""
+    return call.dropout and call.direction == "dx"
+
+
+def obstacle(call: Call, strategy: Strategy, device: DeviceInfo) -> str | None:
+    """Why a strategy cannot take a call, whatever its operands are like; None if it can."""
+    way, itemsize = WAYS[strategy], call.dtype.itemsize
+    if rounds_input(call) and strategy != "in_loop":
+        return "x is to be rounded to fp8, which only in_loop does"
+    if call.M * call.N * call.K == 0 and strategy not in ("split", "library"):
+        return "there is nothing to compute"
+    if strategy == "in_loop" and call.quantized is None:
+        return "W0 is not quantised"
+    if strategy == "skinny" and call.M > MAX_SKINNY_M:
+        return f"M = {call.M} is over {MAX_SKINNY_M}"
+    if way.by_hand and (why := specialized_obstacle(call.device, device)):
+        return why
+    if way.without_tma is not None:
+        if itemsize != 2:
+            return f"its kernel takes 16-bit products, not {call.dtype}"
+        if device.capability < 90:
+            return "the GPU is older than compute capability 9.0"
+        if call.N * itemsize % TMA_ALIGNMENT or call.K * itemsize % TMA_ALIGNMENT:
+            return f"no tensor descriptors: rows are no multiples of {TMA_ALIGNMENT} bytes"
+    if why := _rank_obstacle(way, call.r):
+        return why
+    if call.dropout and way.h == "same pass":
+        return "it would draw each dropout decision once per tile"
+    if way.by_hand and (_masks_y(call) or (call.dropout and way.h == "same launch")):
+        return "its kernel draws no dropout decisions"
+    if way.kind and not ship(way.kind, call.r, itemsize, _masks_y(call), device):
+        return f"h's accumulator for r = {call.r} does not fit a tile"
+    return None
+
+
+def _rank_obstacle(way: Way, r: int) -> str | None:
+    if way.without_tma is not None and not way.by_hand and is_odd_rank(r):  # by hand it is padded
+        return f"lora_A: got r = {r}, wanted at most {MIN_DOT} or a multiple of it"
+    return None
+
+
+def no_descriptors(strategy: Strategy, x: Tensor, w: Tensor, a: Tensor) -> str | None:
+    """Why the copy engine cannot read x [M, K], w [K, N], a [K, r]; None if it can or need not."""
+    way = WAYS[strategy]
+    if way.without_tma is None:
+        return None
+    why = _rank_obstacle(way, a.shape[1])
+    if why is None and (why := tma_obstacle(x, w, None if way.h == "before" else a)):
+        why = f"no tensor descriptors: {why}"
+    return why
+
+
+def runs_as(
+    strategy: Strategy, config: TileConfig | None, x: Tensor, w: Tensor, a: Tensor
+) -> tuple[Strategy, TileConfig | None]:
+    """A strategy and its tile; or what it becomes for x, w and a that have no descriptors."""
+    instead = WAYS[strategy].without_tma
+    if instead is None or no_descriptors(strategy, x, w, a) is None:
+        return strategy, config
+    return instead, None
+
+
 def ceilings(device: DeviceInfo) -> tuple[float, float]:
     """Operations and bytes a second that the model counts with."""
     known = (found for gpu, found in CEILINGS.items() if gpu in device.name)
@@ -281,66 +346,45 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
         tile, gemm = product("fp8", N)
         return {"in_loop": max(gemm / (2 if native else 1), loading(tile, moved)) + 2 * _LAUNCH}
 
-    def base(kind: Kind) -> float:
-        tile, gemm = product(kind, N)
-        return max(gemm, loading(tile, moved))
-
-    tile = choose_config("second", M, N, r, itemsize, False, device)
-    cublas = max(2 * computed(tile, M, N, device) * K / flops, loading(tile, moved))
-    seconds: dict[Strategy, float] = {
-        "split": base("second") + read_x + _LAUNCH,
-        "library": cublas + read_x + touch_y + 2 * _LAUNCH,
-    }
-    for strategy, kind in KINDS.items():
-        # The launch of ws_split has no dropout: its forward drops where h is made.
-        masks = call.dropout and strategy != "ws_split"
-        if strategy in ("split", "in_loop") or not ship(kind, r, itemsize, masks, device):
-            continue
-        if is_specialized(kind) and specialized_obstacle(call.device, device):
-            continue
-        if strategy in WITHOUT_TMA and (
-            (N * itemsize) % TMA_ALIGNMENT
-            or (K * itemsize) % TMA_ALIGNMENT
-            or (is_tma(kind) and is_odd_rank(r))
-        ):
-            continue
-        if strategy in ("one_pass", "tma_one_pass"):
-            tile, gemm = product(kind, N)
-            gemm *= 1 + padded(r) / tile.BLOCK_N
-            seconds[strategy] = max(gemm, loading(tile, moved))
-        elif strategy in ("tma_split", "ws_split"):
-            seconds[strategy] = base(kind) + read_x + _LAUNCH
-        elif strategy in ("one_launch", "ws_one_launch"):
-            seconds[strategy] = base(kind) + read_x
-        elif strategy == "skinny" and M <= MAX_SKINNY_M:
-            tile = choose_config(kind, M, N, r, itemsize, False, device)
+    def time(strategy: Strategy) -> float:
+        way = WAYS[strategy]
+        if way.kind is None:
+            tile = choose_config("second", M, N, r, itemsize, False, device)
+            gemm = 2 * computed(tile, M, N, device) * K / flops
+            return max(gemm, loading(tile, moved)) + read_x + touch_y + 2 * _LAUNCH
+        if strategy == "skinny":
+            tile = choose_config(way.kind, M, N, r, itemsize, False, device)
             splits = split_k(tile, N, K, r, device)
             parts = 2 * 4 * M * (N + r) * splits
-            seconds[strategy] = loading(tile, moved + parts, -(-K // splits)) + _LAUNCH
-    if call.quantized is not None:
-        code_bytes = 0.5 if call.quantized.format in ("nf4", "fp4") else 1.0
-        scratch = N * K * (code_bytes + itemsize) / bandwidth + _LAUNCH
-        seconds = {strategy: time + scratch for strategy, time in seconds.items()}
-        tile, gemm = product("quantized", N, call.dropout)
-        saved = N * K * (itemsize - code_bytes)
-        decoding = -(-M // tile.BLOCK_M) * N * K / _DECODED
-        seconds["in_loop"] = max(gemm, loading(tile, moved - saved)) + read_x + _LAUNCH + decoding
-    return seconds
+            return loading(tile, moved + parts, -(-K // splits)) + _LAUNCH
+        if strategy == "in_loop":
+            tile, gemm = product(way.kind, N, call.dropout)
+            decoding = -(-M // tile.BLOCK_M) * N * K / _DECODED
+            saved = N * K * (itemsize - code_bytes)
+            return max(gemm, loading(tile, moved - saved)) + read_x + _LAUNCH + decoding
+        tile, gemm = product(way.kind, N)
+        if way.h == "same pass":
+            return max(gemm * (1 + padded(r) / tile.BLOCK_N), loading(tile, moved))
+        making_h = read_x + (_LAUNCH if way.h == "before" else 0)
+        return max(gemm, loading(tile, moved)) + making_h
+
+    code_bytes = 0.5 if call.quantized and call.quantized.format in ("nf4", "fp4") else 1.0
+    scratch = N * K * (code_bytes + itemsize) / bandwidth + _LAUNCH if call.quantized else 0.0
+    possible = [s for s in WAYS if obstacle(call, s, device) is None]
+    return {s: time(s) + (0.0 if s == "in_loop" else scratch) for s in possible}
 
 
-def _model_chooses(strategy: Strategy, call: Call, direction: Direction) -> bool:
+def _model_chooses(strategy: Strategy, call: Call) -> bool:
     """Whether the model may choose a strategy that no table has measured."""
     if call.device.type != "cuda" or device_info(call.device).capability != 90:
         return strategy in _BY_MODEL
-    # With a mask to draw one_launch has lost to tma_split and ws_split on every shape on an H200;
-    # and ws_split has no mask for h B: there it becomes tma_split.
-    lost = ("one_launch", "ws_split") if direction == "dx" else ("one_launch",)
-    return not (call.dropout and strategy in lost)
+    # With a mask to draw it has lost to tma_split and ws_split on every shape on an H200.
+    return not (call.dropout and strategy == "one_launch")
 
 
-def _by_model(call: Call, direction: Direction, form: Form = "layer") -> Strategy:
+def _by_model(call: Call, form: Form = "layer") -> Strategy:
     seconds = predicted_seconds(call, device_info(call.device))
-    known = (s for s in seconds if s in _TAKES[form] and _model_chooses(s, call, direction))
+    known = (s for s in seconds if s in _TAKES[form] and _model_chooses(s, call))
     return min(known, key=seconds.__getitem__)
 
 
@@ -373,37 +417,32 @@ def part_config(
     )
 
 
-def tiles_of(call: Call, strategy: Strategy, direction: Direction) -> tuple[TileConfig | None, ...]:
+def tiles_of(call: Call, strategy: Strategy) -> tuple[TileConfig | None, ...]:
     """What a table may choose for the launch that makes y; None where it is cuBLAS's."""
-    if strategy == "library":
+    kind, device = WAYS[strategy].kind, device_info(call.device)
+    if kind is None:
         return (None,)
-    # In the forward, dropout is on x where h is made, and the launch that makes y has none.
-    masks = call.dropout and (direction == "dx" or strategy.endswith("one_pass"))
-    device = device_info(call.device)
-    tiles = tunable(KINDS[strategy], call.r, call.dtype.itemsize, masks, device)
+    tiles = tunable(kind, call.r, call.dtype.itemsize, _masks_y(call), device)
     return tuple(c for c in tiles if strategy != "skinny" or call.M <= c.BLOCK_M)
 
 
-def _choose(
-    call: Call, direction: Direction, form: Form = "layer"
-) -> tuple[Strategy, TileConfig | None]:
+def _choose(call: Call, form: Form = "layer") -> tuple[Strategy, TileConfig | None]:
     """The table's choice, else the model's."""
     device = device_info(call.device)
-    if call.quantized is not None and _by_model(call, direction, form) == "in_loop":
+    if call.quantized is not None and _by_model(call, form) == "in_loop":
         return "in_loop", None  # the tables are of plain weights: of what follows a scratch
-    found = tables.table(device.name).get(table_key(call, direction))
+    found = tables.table(device.name).get(table_key(call, call.direction))
     if found is not None and found.strategy in _TAKES[form]:
-        possible = found.strategy in predicted_seconds(call, device)
-        tiles = (None, *tiles_of(call, found.strategy, direction))  # None: the default one
-        if possible and found.config in tiles:
+        tiles = (None, *tiles_of(call, found.strategy))  # None: the default one
+        if obstacle(call, found.strategy, device) is None and found.config in tiles:
             return found.strategy, found.config
-    return _by_model(call, direction, form), None
+    return _by_model(call, form), None
 
 
 def transposed(call: Call) -> Call:
     """The call as its input gradient sees it. Gradients are not rounded to fp8."""
     layout = call.quantized and replace(call.quantized, activations=None)
-    return replace(call, N=call.K, K=call.N, quantized=layout)
+    return replace(call, N=call.K, K=call.N, quantized=layout, direction="dx")
 
 
 def rounds_input(call: Call) -> bool:
@@ -436,15 +475,15 @@ def better_apart(x: Tensor, dropout: bool, backend: Backend) -> bool:
 @functools.lru_cache(maxsize=4096)
 def plan(call: Call, backend: Backend, form: Form = "layer") -> Plan:
     """The decision for ``call``; raises the obstacle if "triton" was asked for and stands."""
-    obstacle = kernel_obstacle(call) if backend != "torch" else None
-    if backend == "triton" and obstacle is not None:
-        raise type(obstacle)(f'backend="triton" cannot take this call: {obstacle}')
-    if backend == "torch" or obstacle or (backend == "auto" and _auto_avoids_kernels(call)):
+    problem = kernel_obstacle(call) if backend != "torch" else None
+    if backend == "triton" and problem is not None:
+        raise type(problem)(f'backend="triton" cannot take this call: {problem}')
+    if backend == "torch" or problem or (backend == "auto" and _auto_avoids_kernels(call)):
         few = call.device.type == "cpu" and call.M <= FEW_ROWS and call.quantized is None
         return Plan("torch", "library", "library", composed=few)
-    strategy, config = _choose(call, "forward", form)
+    strategy, config = _choose(call, form)
     # DoRA's input gradient is a layer's.
-    strategy_dx, config_dx = _choose(transposed(call), "dx", "layer" if form == "dora" else form)
+    strategy_dx, config_dx = _choose(transposed(call), "layer" if form == "dora" else form)
     return Plan("triton", strategy, strategy_dx, config, config_dx)
 
 
@@ -615,15 +654,6 @@ def _as_products(operands: Operands, dtype: torch.dtype) -> tuple[Operands, Oper
     return (x, weight.t(), lora_A.t()), (g, weight, lora_B)
 
 
-def _possible(
-    call: Call, strategy: Strategy, seconds: dict[Strategy, float], matrices: Operands
-) -> Strategy:
-    """The strategy, or what the kernel path makes of it where there can be no descriptors."""
-    if strategy in WITHOUT_TMA and _strategy_obstacle(call, strategy, seconds, matrices):
-        return WITHOUT_TMA[strategy]
-    return strategy
-
-
 def why_torch(call: Call, backend: Backend) -> object:
     """What sends a call to PyTorch; None if the kernels take it."""
     if backend == "torch":
@@ -656,22 +686,20 @@ def explain_call(
     found = tables.table(device.name).get(table_key(call, "forward"))
     reasons["torch"] = "not taken: the kernels take this call"
     of_y, of_dx = _as_products(operands, call.dtype)
-    taken = _possible(call, chosen.strategy, seconds, of_y)
-    backward = transposed(call)
-    seconds_dx = predicted_seconds(backward, device)
-    taken_dx = _possible(backward, chosen.strategy_dx, seconds_dx, of_dx)
+    taken, _ = runs_as(chosen.strategy, None, *of_y)
+    taken_dx, _ = runs_as(chosen.strategy_dx, None, *of_dx)
     for strategy in get_args(Strategy):
-        obstacle = _strategy_obstacle(call, strategy, seconds, of_y)
+        why_not = no_descriptors(strategy, *of_y) or obstacle(call, strategy, device)
         if form == "dora" and strategy not in _TAKES[form]:
-            obstacle = obstacle or "its launch has no column scale, which DoRA needs"
-        if obstacle:
-            reasons[strategy] = f"not taken: {obstacle}"
+            why_not = why_not or "its launch has no column scale, which DoRA needs"
+        if why_not:
+            reasons[strategy] = f"not taken: {why_not}"
             continue
         verdict = "taken" if strategy == taken else "not taken"
         why = f"predicted {seconds[strategy] * 1e6:.1f} us"
         if found is not None and strategy == found.strategy:
             why += f", measured {found.seconds * 1e6:.1f} us on this GPU"
-        elif not _model_chooses(strategy, call, "forward"):
+        elif not _model_chooses(strategy, call):
             why += "; taken only where a tuned table says so"
         reasons[strategy] = f"{verdict}: {why}"
     flops, bandwidth = ceilings(device)
@@ -695,43 +723,3 @@ def describe_quantized(call: Call, backend: str, in_loop: bool) -> str:
     if in_loop:
         return f"{format}, tiles become values in the K loop"
     return f"{format}, turned into values once, in a scratch tensor"
-
-
-def _strategy_obstacle(
-    call: Call,
-    strategy: Strategy,
-    seconds: dict[Strategy, float],
-    matrices: Operands,
-) -> str | None:
-    """Why a strategy cannot take the call; None if it can."""
-    if rounds_input(call) and strategy != "in_loop":
-        return "x is to be rounded to fp8, which only in_loop does"
-    device = device_info(call.device)
-    by_hand = strategy in KINDS and is_specialized(KINDS[strategy])
-    if by_hand and (obstacle := specialized_obstacle(call.device, device)):
-        return obstacle
-    tma = by_hand or (strategy in KINDS and is_tma(KINDS[strategy]))
-    if tma and not by_hand and is_odd_rank(call.r):
-        return f"lora_A: got r = {call.r}, wanted at most {MIN_DOT} or a multiple of it"
-    if tma:
-        x, w, a = matrices
-        obstacle = tma_obstacle(x, w, None if strategy in ("tma_split", "ws_split") else a)
-        if obstacle:
-            return f"no tensor descriptors: {obstacle}"
-    if strategy in seconds:
-        return None
-    if call.M * call.N * call.K == 0:
-        return "there is nothing to compute"
-    if strategy == "in_loop":
-        return "W0 is not quantised"
-    if strategy == "skinny":
-        return f"M = {call.M} is over {MAX_SKINNY_M}"
-    if call.dropout and strategy.endswith("one_pass"):
-        return "it would draw each dropout decision once per tile"
-    if tma and call.dtype.itemsize != 2:
-        return f"its kernel takes 16-bit products, not {call.dtype}"
-    if by_hand and call.dropout:
-        return "its kernel draws no dropout decisions"
-    if tma and device.capability < 90:
-        return "the GPU is older than compute capability 9.0"
-    return f"h's accumulator for r = {call.r} does not fit a tile"

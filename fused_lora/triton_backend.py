@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import WITHOUT_TMA, Plan, group_dx, part_config, specialized_obstacle
-from .kernels.configs import Kind, TileConfig, choose_config, is_odd_rank, tma_obstacle
+from .dispatch import Plan, group_dx, part_config, runs_as
+from .kernels.configs import Kind, TileConfig, choose_config
 from .kernels.device import device_info
 from .kernels.dropout import Dropout
 from .kernels.expand import add_lora
@@ -26,9 +26,6 @@ from .kernels.quantized import QuantizedMatrix, dequantize
 from .kernels.skinny import skinny
 from .quantize import QuantizedWeight
 from .tables import Strategy
-
-# What a hand-scheduled strategy becomes where its kernel does not run, or would draw dropout.
-BY_COMPILER: dict[Strategy, Strategy] = {"ws_split": "tma_split", "ws_one_launch": "one_launch"}
 
 
 def _config(
@@ -51,30 +48,6 @@ def _operand(weight: Tensor | QuantizedWeight) -> Tensor | QuantizedMatrix:
 def _values(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """W0 itself, or what a quantised one stands for in a scratch tensor."""
     return weight if isinstance(weight, Tensor) else dequantize(weight.matrix(), dtype)
-
-
-def _possible(
-    strategy: Strategy,
-    config: TileConfig | None,
-    x: Tensor,
-    w: Tensor,
-    a: Tensor | None,
-    dropout: Dropout | None,
-    on_y: Dropout | None,
-    r: int,
-) -> tuple[Strategy, TileConfig | None]:
-    """A strategy and its tile, or what it becomes where it does not run or has no descriptors."""
-    if strategy in BY_COMPILER and (
-        (dropout if strategy == "ws_one_launch" else on_y)
-        or specialized_obstacle(x.device, device_info(x.device))
-    ):
-        strategy, config = BY_COMPILER[strategy], None
-    a_read = None if strategy in ("tma_split", "ws_split") else a
-    # What is scheduled by hand pads what it reads of odd ranks.
-    odd_rank = strategy not in BY_COMPILER and is_odd_rank(r)
-    if strategy in WITHOUT_TMA and (odd_rank or tma_obstacle(x, w, a_read)):
-        strategy, config = WITHOUT_TMA[strategy], None
-    return strategy, config
 
 
 def lora_gemm(
@@ -106,7 +79,7 @@ def lora_gemm(
     if isinstance(w, Tensor):
         if dora is not None:
             strategy, config = "one_pass" if strategy == "one_pass" else "split", None
-        strategy, config = _possible(strategy, config, x, w, a, dropout, on_y, r)
+        strategy, config = runs_as(strategy, config, x, w, a)
         if strategy == "one_pass":
             config = config or _config("one_pass", x, N, r, dropout, dora is not None)
             return gemm_one_pass(
@@ -123,6 +96,7 @@ def lora_gemm(
         if strategy == "ws_one_launch":
             from .kernels.specialized import specialized_produced  # Gluon: not in every Triton
 
+            assert dropout is None, "its kernel draws no decisions"
             config = config or _config("ws_produced", x, N, r, None)
             return specialized_produced(config, x, w, a, b, bias=bias, scale=scaling)
         if strategy == "skinny":
@@ -171,6 +145,7 @@ def _add_lora(
     if strategy == "ws_split":
         from .kernels.specialized import specialized_add_lora
 
+        assert dropout is None, "its kernel draws no decisions"
         config = config or _config("ws_second", x, N, r, None)
         return specialized_add_lora(config, x, w, h, b, bias=bias)
     config = config or _config("second", x, N, r, dropout, dora is not None)
@@ -275,11 +250,12 @@ def forward_group(
         config = _tile_of_h(x, h.shape[1], None)
         gemm_scaled(config, x, stack_rows(lora_As, x.dtype).t(), scale=scalings[0], out=h)
     ys = []
-    for weight, B, bias, h_i, plan in zip(weights, lora_Bs, biases, hs, plans, strict=True):
+    members = zip(weights, lora_As, lora_Bs, biases, hs, plans, strict=True)
+    for weight, A, B, bias, h_i, plan in members:
         w = (_operand(weight) if plan.strategy == "in_loop" else _values(weight, x.dtype)).t()
         way = plan.strategy, plan.config
         if isinstance(w, Tensor):
-            way = _possible(*way, x, w, None, None, None, len(B.t()))
+            way = runs_as(*way, x, w, A.t())
         ys.append(_add_lora(x, w, h_i, B.t(), bias, None, *way))
         del w  # a scratch, before the next one is there
     return ys, h

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import dispatch, tables
 from .device_time import median_seconds
-from .kernels.configs import TileConfig, is_specialized, tunable
+from .kernels.configs import TileConfig, tunable
 from .kernels.device import device_guard, device_info
 from .kernels.dropout import Dropout, dropout_threshold
 from .tables import Choice, Product, Strategy
@@ -51,7 +51,7 @@ def shape(text: str) -> tuple[int, int, int]:
 
 
 def candidates(call: dispatch.Call, product: Product) -> Iterator[Candidate]:
-    """Every strategy and tile that can take the call; for dx, its N and K are swapped already."""
+    """Every strategy and tile that can take the call; for dx, it is transposed already."""
     device = device_info(call.device)
     if product == "h" or product == "grads":
         kind, itemsize = dispatch.PARTS[product], call.dtype.itemsize
@@ -59,7 +59,7 @@ def candidates(call: dispatch.Call, product: Product) -> Iterator[Candidate]:
             yield None, config
         return
     for strategy in dispatch.predicted_seconds(call, device):
-        for tile in dispatch.tiles_of(call, strategy, product):
+        for tile in dispatch.tiles_of(call, strategy):
             yield strategy, tile
 
 
@@ -68,7 +68,7 @@ def _candidates(call: dispatch.Call, product: Product, by_hand: bool) -> list[Ca
     return [
         (strategy, config)
         for strategy, config in candidates(call, product)
-        if (strategy in dispatch.KINDS and is_specialized(dispatch.KINDS[strategy])) == by_hand
+        if (strategy is not None and dispatch.WAYS[strategy].by_hand) == by_hand
     ]
 
 

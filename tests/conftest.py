@@ -145,10 +145,9 @@ def everywhere(emulated: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -
     """The hand-scheduled strategies run, in the emulator, and the others in the interpreter."""
     if torch.cuda.is_available():
         pytest.skip("there is no interpreter beside a GPU")
-    from fused_lora import dispatch, triton_backend
+    from fused_lora import dispatch
 
-    for module in (dispatch, triton_backend):
-        monkeypatch.setattr(module, "specialized_obstacle", lambda *_: None)
+    monkeypatch.setattr(dispatch, "specialized_obstacle", lambda *_: None)
     emulated(programs=3)
     dispatch.plan.cache_clear()
     yield

@@ -563,7 +563,7 @@ def test_explain_says_which_member_goes_to_pytorch(monkeypatch):
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_explain_says_how_dx_is_made(monkeypatch, dropout_p):
-    monkeypatch.setattr(dispatch, "_choose", lambda call, direction, form: ("ws_split", None))
+    monkeypatch.setattr(dispatch, "_choose", lambda call, form: ("ws_split", None))
     problems = _group(70, 72, [(80, 8), (40, 8)], dtype=torch.float16)
     kinds = ("weight", "lora_A", "lora_B")
     tensors = [[getattr(p, kind) for p in problems] for kind in kinds]

@@ -244,18 +244,20 @@ def test_a_strategy_by_the_oracle(launches, strategy, kernels, m, r, adapter_dty
 
 
 @pytest.mark.usefixtures("everywhere")
-@pytest.mark.parametrize(
-    ("strategy", "forward", "dx"),
-    [
-        ("ws_split", "specialized_add_lora", "persistent_add_lora"),
-        ("ws_one_launch", "persistent_produced", "persistent_produced"),
-    ],
-)
-def test_dropout_goes_to_the_kernels_that_draw_it(launches, strategy, forward, dx):
-    """In the forward of ws_split it is drawn where h is made."""
+def test_dropout_of_the_forward_is_drawn_where_h_is_made(launches):
     p = problem(37, 72, 136, 8, dtype=torch.float16, dropout_p=0.3)
-    check(run(fused(Plan("triton", strategy, strategy)), p), p)
-    assert [name for name in launches if name != "gemm_scaled"] == [forward, dx, "lora_grads"]
+    check(run(fused(Plan("triton", "ws_split", "tma_split")), p), p)
+    of_y = [name for name in launches if name != "gemm_scaled"]
+    assert of_y == ["specialized_add_lora", "persistent_add_lora", "lora_grads"]
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("strategies", [("ws_one_launch", "split"), ("split", "ws_split")])
+def test_dropout_is_never_forgotten(strategies):
+    """No call is planned so, where the kernel would have to draw it."""
+    p = problem(37, 72, 136, 8, dtype=torch.float16, dropout_p=0.3)
+    with pytest.raises(AssertionError, match="draws no decisions"):
+        run(fused(Plan("triton", *strategies)), p)
 
 
 @pytest.mark.usefixtures("everywhere")
@@ -269,7 +271,7 @@ def test_tensors_without_a_descriptor(launches, strategy):
 @pytest.mark.usefixtures("everywhere")
 def test_a_strategy_in_a_compiled_function(launches, monkeypatch):
     """Its launch is inside the registered operators: tracing does not see it."""
-    monkeypatch.setattr(dispatch, "_choose", lambda call, direction, form: ("ws_one_launch", None))
+    monkeypatch.setattr(dispatch, "_choose", lambda call, form: ("ws_one_launch", None))
     p = problem(20, 72, 136, 8, dtype=torch.float16)
 
     def call(p):
@@ -293,17 +295,19 @@ def test_the_model_takes_it_on_hopper(monkeypatch):
     _on(monkeypatch, H100)
     seconds = predicted_seconds(CALL, H100)
     assert seconds["ws_split"] < seconds["tma_split"]
-    assert dispatch._by_model(CALL, "forward") == "ws_one_launch"
+    assert dispatch._by_model(CALL) == "ws_one_launch"
     monkeypatch.setattr(dispatch, "specialized_obstacle", lambda *_: "no Gluon")
-    assert dispatch._by_model(CALL, "forward") == "one_launch"
+    assert dispatch._by_model(CALL) == "one_launch"
 
 
 def test_candidates_of_tuning(monkeypatch):
     """The launch of ws_split has no dropout, which the forward does not need: it is in h's."""
+    _on(monkeypatch, H100)
     monkeypatch.setattr(tune, "device_info", lambda device: H100)
     dropped = replace(CALL, dropout=True)
 
     def strategies(call, direction):
+        call = replace(call, direction=direction)
         found = {strategy for strategy, _ in tune.candidates(call, direction)}
         return {strategy for strategy in found if strategy.startswith("ws_")}
 
