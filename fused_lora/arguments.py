@@ -31,22 +31,18 @@ class Arguments(NamedTuple):
         }
 
     def tensors(self) -> list[Tensor]:
-        weight, scaling = self.weight, self.scaling
-        tensors: list[Tensor] = [weight] if isinstance(weight, Tensor) else [*weight.parameters()]
-        tensors += self.lora_A, self.lora_B
-        tensors += (t for t in (self.bias, scaling) if isinstance(t, Tensor))
+        W, bias = self.weight, self.bias
+        tensors: list[Tensor] = [W] if isinstance(W, Tensor) else [*W.parameters()]
+        tensors += (self.lora_A, self.lora_B) if bias is None else (self.lora_A, self.lora_B, bias)
         return tensors
 
     def same(self, other: Arguments) -> bool:
         """The same tensors (not equal ones) and the same numbers."""
-        same_tensors = (
+        return (
             self.weight is other.weight
             and self.lora_A is other.lora_A
             and self.lora_B is other.lora_B
+            and self.scaling == other.scaling
             and self.bias is other.bias
+            and self[5:] == other[5:]
         )
-        a, b = self.scaling, other.scaling
-        same_scaling = a is b or (
-            not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
-        )
-        return same_tensors and same_scaling and self[5:] == other[5:]

@@ -125,6 +125,7 @@ class Call:
     plain_tensors: bool
     quantized: Layout | None = None  # W0's, if it is a QuantizedWeight
     direction: Direction = "forward"  # for dx, N and K are the other way round: see `transposed`
+    adapter_dtypes: tuple[torch.dtype, ...] = ()  # A's and B's: no choice depends on them
 
 
 @dataclass(frozen=True)
@@ -536,6 +537,7 @@ def _describe(
             for t in tensors
         ),
         quantized=quantized,
+        adapter_dtypes=(lora_A.dtype, lora_B.dtype),
     )
 
 
@@ -558,35 +560,11 @@ _calls: dict[tuple[object, ...], Call] = {}  # a checked call by the facts about
 _MAX_CALLS = 4096
 
 
-class Replayed(NamedTuple):
-    """All of a layer's call that its launches depend on, but addresses and strides."""
+def replays_of(shape: torch.Size, *layers: Decision) -> Replays | None:
+    """Shared by all calls that these facts are all of, but for addresses and strides.
 
-    call: Call
-    plan: Plan
-    dtypes: tuple[torch.dtype | None, ...]  # of W0's parts, A, B and the bias
-    scaling: float
-    threshold: int
-
-    @classmethod
-    def of(
-        cls,
-        call: Call,
-        chosen: Plan,
-        weight: Tensor | QuantizedWeight,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        bias: Tensor | None,
-        scaling: float,
-        threshold: int,
-    ) -> Replayed:
-        parts = (weight,) if isinstance(weight, Tensor) else weight._parameters.values()
-        tensors = (*parts, lora_A, lora_B, bias)
-        dtypes = tuple(None if t is None else t.dtype for t in tensors)
-        return cls(call, chosen, dtypes, scaling, threshold)
-
-
-def replays_of(shape: torch.Size, *layers: Replayed) -> Replays | None:
-    """Shared by all calls that have them in common; None where there is nothing to replay."""
+    None where there is nothing to replay.
+    """
     for layer in layers:
         # tf32 is a setting of torch, and not of the call.
         if layer.plan.backend == "torch" or layer.call.dtype == torch.float32:
@@ -595,7 +573,7 @@ def replays_of(shape: torch.Size, *layers: Replayed) -> Replays | None:
 
 
 @functools.lru_cache(maxsize=1024)  # 20 KB each, with both directions
-def _replays(shape: torch.Size, layers: tuple[Replayed, ...]) -> Replays:
+def _replays(shape: torch.Size, layers: tuple[Decision, ...]) -> Replays:
     from .kernels.replay import Replays
 
     return Replays()

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import backends, checks, dora_ops, ops, torch_backend
+from .arguments import Arguments
 from .autocast import autocast
 from .autograd import LoRALinearFunction
 from .dispatch import (
@@ -18,7 +19,6 @@ from .dispatch import (
     Decision,
     Explanation,
     Form,
-    Replayed,
     checked_call,
     explain_call,
     plan,
@@ -89,30 +89,32 @@ def lora_linear(
         TypeError, ValueError: an argument is of the wrong kind, shape, dtype, device or range.
         RuntimeError: ``backend="triton"`` where the kernels cannot run.
     """
+    return call_layer(x, Arguments(weight, lora_A, lora_B, scaling, bias, dropout_p, backend))
+
+
+def call_layer(x: Tensor, given: Arguments) -> Tensor:
+    """`lora_linear` of what a layer passes on."""
     observed = _observed()
     if not observed:
-        member = weight, lora_A, lora_B, scaling, bias, dropout_p
-        known = recall("lora_linear", x, (member,), backend)
+        known: Decision | None = recall("lora_linear", x, (given,))
         if known is not None:
-            return _run(known, x, weight, lora_A, lora_B, bias)
-    given = (x, weight, bias)
-    x, weight, bias = autocast(x, weight, bias)
-    options = (scaling, dropout_p, backend)
+            return _run(known, x, given)
+    cast, weight, bias = autocast(x, given.weight, given.bias)
+    layer = given._replace(weight=weight, bias=bias)
     if _distributed() and isinstance(weight, Tensor):
         from . import parallel
 
-        _check_options(weight, *options)
-        x = parallel.arrived(x)
-        if parallel.has_dtensor(x, weight, lora_A, lora_B, bias):
-            layout = parallel.Layout.of(x, weight, lora_A, lora_B, bias)
-            x, weight, lora_A, lora_B, bias = layout.to_local(x, weight, lora_A, lora_B, bias)
-            shard = layout.shard
-            y = _on_device(
-                x, weight, lora_A, lora_B, bias, *options, observed=observed, shard=shard
-            )
+        _check_options(weight, layer.scaling, layer.dropout_p, layer.backend)
+        cast = parallel.arrived(cast)
+        tensors = (cast, weight, layer.lora_A, layer.lora_B, bias)
+        if parallel.has_dtensor(*tensors):
+            layout = parallel.Layout.of(*tensors)
+            cast, weight, lora_A, lora_B, bias = layout.to_local(*tensors)
+            layer = layer._replace(weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
+            y = _on_device(cast, layer, observed=observed, shard=layout.shard)
             return layout.from_local(y)
-    own = x is given[0] and weight is given[1] and bias is given[2]
-    return _on_device(x, weight, lora_A, lora_B, bias, *options, observed=observed, own=own)
+    own = cast is x and weight is given.weight and bias is given.bias
+    return _on_device(cast, layer, observed=observed, own=own)
 
 
 def base_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
@@ -131,37 +133,23 @@ def _distributed() -> bool:
 
 
 def _on_device(
-    x: Tensor,
-    weight: Weight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    backend: Backend,
-    *,
-    observed: bool,
-    own: bool = False,
-    shard: int | None = None,
+    x: Tensor, layer: Arguments, *, observed: bool, own: bool = False, shard: int | None = None
 ) -> Tensor:
     """One device's part: bare autograd in plain eager mode, operators for everything else.
 
     ``own``: whether these are the caller's own tensors, which may come again. ``shard``: which part
     of the logical x this one is. Each part gets a dropout mask of its own.
     """
+    weight, lora_A, lora_B, scaling, bias, dropout_p, backend = layer
     _check_options(weight, scaling, dropout_p, backend)
     threshold = dropout_threshold(dropout_p)
     if not observed:
         call = checked_call(x, weight, lora_A, lora_B, bias, threshold > 0)
         decision = Decision(call, plan(call, backend), float(scaling), threshold)
         if own and call.plain_tensors:
-            of = Replayed.of(
-                call, decision.plan, weight, lora_A, lora_B, bias, decision.scaling, threshold
-            )
-            known = decision._replace(replays=replays_of(x.shape, of))
-            member = weight, lora_A, lora_B, scaling, bias, dropout_p
-            remember(known, "lora_linear", x, (member,), backend)
-        return _run(decision, x, weight, lora_A, lora_B, bias, shard)
+            known = decision._replace(replays=replays_of(x.shape, decision))
+            remember(known, "lora_linear", x, (layer,))
+        return _run(decision, x, layer, shard)
     checks.check_tensors(x, weight, lora_A, lora_B, bias)
     check_frozen(weight)
     seed = _draw_seed(x.device, backend, shard or 0) if threshold else None
@@ -173,15 +161,8 @@ def _on_device(
     return y
 
 
-def _run(
-    decision: Decision,
-    x: Tensor,
-    weight: Weight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    shard: int | None = None,
-) -> Tensor:
+def _run(decision: Decision, x: Tensor, layer: Arguments, shard: int | None = None) -> Tensor:
+    weight, lora_A, lora_B, _, bias, _, _ = layer
     call, chosen, scaling, threshold, replays = decision
     if chosen.composed and shard is None:
         assert isinstance(weight, Tensor)

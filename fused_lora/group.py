@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import backends, checks
+from .arguments import Arguments
 from .autocast import autocast
 from .autograd import Codes, alias
 from .dispatch import (
     Backend,
     Call,
+    Decision,
     Explanation,
     Plan,
-    Replayed,
     better_apart,
     checked_call,
     describe_quantized,
@@ -31,9 +32,9 @@ from .functional import (
     _check_options,
     _fold_scaling,
     _observed,
+    call_layer,
     draw_seeds,
     is_recorded,
-    lora_linear,
 )
 from .group_ops import dropouts_of, lora_linear_group_op, plans_of_all
 from .kernels.configs import MAX_GROUP
@@ -189,32 +190,23 @@ def lora_linear_group(
     The members are one node of the graph: a backward pass through one output alone frees what the
     others need too, unless it is told to retain the graph.
     """
-    return call_group(x, _members(weights, lora_As, lora_Bs, scalings, biases, dropout_ps), backend)
+    lists = (weights, lora_As, lora_Bs, scalings, biases, dropout_ps)
+    return call_group(x, _members(*lists, backend))
 
 
-class Member(NamedTuple):
-    """A layer of a group, as `arguments.Arguments` begins."""
-
-    weight: Weight
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
-    bias: Tensor | None
-    dropout_p: float
-
-
-def call_group(x: Tensor, members: Sequence[Member], backend: Backend) -> tuple[Tensor, ...]:
-    """`lora_linear_group` of as many lists as there should be."""
+def call_group(x: Tensor, members: Sequence[Arguments]) -> tuple[Tensor, ...]:
+    """`lora_linear_group` of what layers of one backend pass on."""
     if not _observed():
-        known: _Decision | None = recall("lora_linear_group", x, members, backend)
+        known: _Decision | None = recall("lora_linear_group", x, members)
         if known is not None:
-            return _run(known, x, members, backend)
+            return _run(known, x, members)
     if _special((x, *(part for member in members for part in member[:3]))):
-        return _apart(x, members, backend)
+        return _apart(x, members)
     if torch.compiler.is_compiling():
-        return _traced(x, members, backend)
-    x_cast, cast, calls, plans = _checked(x, members, backend)
-    decision = _Decision(better_apart(x, any(call.dropout for call in calls), backend), plans)
+        return _traced(x, members)
+    x_cast, cast, calls, plans = _checked(x, members)
+    apart = better_apart(x, any(call.dropout for call in calls), members[0].backend)
+    decision = _Decision(apart, plans)
     own = x_cast is x and all(
         ours.weight is given.weight and ours.bias is given.bias
         for ours, given in zip(cast, members, strict=True)
@@ -222,20 +214,20 @@ def call_group(x: Tensor, members: Sequence[Member], backend: Backend) -> tuple[
     if own and all(call.plain_tensors for call in calls):
         replays = {} if decision.apart else _replays(x, members, calls, plans)
         known = decision._replace(replays=replays)
-        remember(known, "lora_linear_group", x, members, backend)
-    return _run(decision, x_cast, cast, backend)
+        remember(known, "lora_linear_group", x, members)
+    return _run(decision, x_cast, cast)
 
 
 def _replays(
-    x: Tensor, members: Sequence[Member], calls: Sequence[Call], plans: Sequence[Plan]
+    x: Tensor, members: Sequence[Arguments], calls: Sequence[Call], plans: Sequence[Plan]
 ) -> dict[int, Replays | None]:
     """By the first member of each group."""
     # A replay has all of its memory at a time, and a group one scratch of a W0 after another.
     if any(call.quantized for call in calls):
         return {}
     layers = [
-        Replayed.of(call, chosen, W, A, B, bias, float(s), dropout_threshold(p))
-        for call, chosen, (W, A, B, s, bias, p) in zip(calls, plans, members, strict=True)
+        Decision(call, chosen, float(member.scaling), dropout_threshold(member.dropout_p))
+        for call, chosen, member in zip(calls, plans, members, strict=True)
     ]
     starts = range(0, len(layers), MAX_GROUP)
     return {i: replays_of(x.shape, *layers[i : i + MAX_GROUP]) for i in starts}
@@ -249,17 +241,16 @@ class _Decision(NamedTuple):
     replays: Mapping[int, Replays | None] = {}  # by the first member of each group
 
 
-def _run(
-    decision: _Decision, x: Tensor, members: Sequence[Member], backend: Backend
-) -> tuple[Tensor, ...]:
+def _run(decision: _Decision, x: Tensor, members: Sequence[Arguments]) -> tuple[Tensor, ...]:
     """x and members as autocast would have them."""
     if decision.apart:
-        return _apart(x, members, backend)
+        return _apart(x, members)
     ys: tuple[Tensor, ...] = ()
     for first in range(0, len(members), MAX_GROUP):
         part = members[first : first + MAX_GROUP]
-        weights, As, Bs, scalings, biases, ps = map(list, zip(*part, strict=True))
+        weights, As, Bs, scalings, biases, ps, _ = map(list, zip(*part, strict=True))
         scalings, thresholds = [*map(float, scalings)], [*map(dropout_threshold, ps)]
+        backend = members[0].backend
         seeds = draw_seeds(len(part), x.device, backend) if any(thresholds) else None
         plans, replays = decision.plans[first : first + MAX_GROUP], decision.replays.get(first)
         if is_recorded():
@@ -273,11 +264,8 @@ def _run(
     return ys
 
 
-def _apart(x: Tensor, members: Sequence[Member], backend: Backend) -> tuple[Tensor, ...]:
-    return tuple(
-        lora_linear(x, W, A, B, scaling=s, bias=bias, dropout_p=p, backend=backend)
-        for W, A, B, s, bias, p in members
-    )
+def _apart(x: Tensor, members: Sequence[Arguments]) -> tuple[Tensor, ...]:
+    return tuple(call_layer(x, member) for member in members)
 
 
 def _members(
@@ -287,7 +275,8 @@ def _members(
     scalings: float | Sequence[float],
     biases: Sequence[Tensor | None] | None,
     dropout_ps: Sequence[float] | None,
-) -> list[Member]:
+    backend: Backend,
+) -> list[Arguments]:
     n = len(weights) if hasattr(weights, "__len__") else 0
     lists: dict[str, Any] = {
         "weights": weights,
@@ -304,19 +293,21 @@ def _members(
             raise ValueError(f"{name}: got {len(values)}, wanted {n}, one for each of weights")
     if n == 0:
         raise ValueError("weights: got none, wanted at least one member")
-    return [Member(*values) for values in zip(*lists.values(), strict=True)]
+    rows = zip(*lists.values(), strict=True)
+    return [Arguments(W, A, B, s, bias, p, backend) for W, A, B, s, bias, p in rows]
 
 
 def _checked(
-    x: Tensor, members: Sequence[Member], backend: Backend
-) -> tuple[Tensor, list[Member], list[Call], tuple[Plan, ...]]:
+    x: Tensor, members: Sequence[Arguments]
+) -> tuple[Tensor, list[Arguments], list[Call], tuple[Plan, ...]]:
     """x and the members as autocast would have them, each one's call, and the decision for all."""
-    cast: list[Member] = []
+    cast: list[Arguments] = []
     calls: list[Call] = []
     plans: list[Plan] = []
     x_cast = x
     for i, member in enumerate(members):
         try:
+            backend = member.backend
             _check_options(member.weight, member.scaling, member.dropout_p, backend)
             x_cast, W, bias = autocast(x_cast, member.weight, member.bias)
             dropout = dropout_threshold(member.dropout_p) > 0
@@ -343,8 +334,8 @@ def explain_group(
 
     Takes and raises what it does; computes nothing.
     """
-    members = _members(weights, lora_As, lora_Bs, scalings, biases, dropout_ps)
-    _, cast, calls, plans = _checked(x, members, backend)
+    members = _members(weights, lora_As, lora_Bs, scalings, biases, dropout_ps, backend)
+    _, cast, calls, plans = _checked(x, members)
     on_kernels = plans[0].backend == "triton"
     way: str = "library"
     if on_kernels:
@@ -371,7 +362,7 @@ def explain_group(
 
 
 def _describe(
-    members: Sequence[Member], calls: Sequence[Call], on_kernels: bool, way: str
+    members: Sequence[Arguments], calls: Sequence[Call], on_kernels: bool, way: str
 ) -> dict[str, str]:
     """What a group does at once."""
     h = "one product for all members: x is read once"
@@ -398,10 +389,11 @@ def _special(tensors: Sequence[Any]) -> bool:
     )
 
 
-def _traced(x: Tensor, members: Sequence[Member], backend: Backend) -> tuple[Tensor, ...]:
+def _traced(x: Tensor, members: Sequence[Arguments]) -> tuple[Tensor, ...]:
     """By the registered operator, as `lora_linear` does it."""
     cast = []
-    for W, A, B, s, bias, p in members:
+    backend = members[0].backend
+    for W, A, B, s, bias, p, _ in members:
         _check_options(W, s, p, backend)
         x, W, bias = autocast(x, W, bias)
         checks.check_tensors(x, W, A, B, bias)

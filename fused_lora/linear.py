@@ -12,7 +12,7 @@ from . import checks, foreign
 from .arguments import Arguments
 from .dispatch import Backend, Explanation
 from .dora import over_norm
-from .functional import base_linear, dora_linear, explain, lora_linear
+from .functional import base_linear, call_layer, dora_linear, explain
 from .initial import check_init, initial_values
 from .lookup import parameters
 from .quantize import Format, QuantizedWeight, Quantizer, quantize
@@ -285,16 +285,7 @@ class FusedLoRALinear(nn.Module):
             shared = self.shared_input.output(self, x, call)
             if shared is not None:
                 return shared
-        return lora_linear(
-            x,
-            call.weight,
-            call.lora_A,
-            call.lora_B,
-            scaling=call.scaling,
-            bias=call.bias,
-            dropout_p=call.dropout_p,
-            backend=call.backend,
-        )
+        return call_layer(x, call)
 
     def _arguments(self) -> Arguments:
         weight, lora_A, lora_B, bias = parameters(self, "weight", "lora_A", "lora_B", "bias")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import backends
 from .differentiable import differentiable
-from .dispatch import Backend, Plan, Replayed, checked_call, plan, replays_of
+from .dispatch import Backend, Decision, Plan, checked_call, plan, replays_of
 from .kernels.dropout import Dropout
 from .packing import unpack
 from .quantize import QuantizedWeight
@@ -40,8 +40,7 @@ def _plan(
     call = checked_call(x, weight, lora_A, lora_B, bias, dropout is not None)
     chosen = plan(call, cast(Backend, backend))
     threshold = 0 if dropout is None else dropout.threshold
-    of = Replayed.of(call, chosen, weight, lora_A, lora_B, bias, scaling, threshold)
-    return chosen, replays_of(x.shape, of)
+    return chosen, replays_of(x.shape, Decision(call, chosen, scaling, threshold))
 
 
 @torch.library.custom_op("fused_lora::lora_linear", mutates_args=())

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from . import checks, sharing
 from .arguments import Arguments
 from .dispatch import Backend, Explanation
-from .functional import dora_linear, explain, lora_linear
+from .functional import call_layer, dora_linear, explain
 from .multi import explain_multi, lora_linear_multi
 from .peft_state import (
     State,
@@ -56,7 +56,7 @@ class _FusedForward:
         call = None if args or kwargs else usual(self, x)
         if call is not None:
             shared = _shared(self, x, call)
-            return _lora(x, call) if shared is None else shared
+            return call_layer(x, call) if shared is None else shared
         names = kwargs.get("adapter_names")
         ours = not args and (not kwargs or (len(kwargs) == 1 and names is not None))
         found = look(self, names) if ours else ""
@@ -123,22 +123,9 @@ def _quantized(layer: Any, state: State, x: Tensor) -> Tensor:
 
 def _fused(state: State, x: Tensor, call: Arguments) -> Tensor:
     if state.magnitude is None:
-        return _lora(x, call)
+        return call_layer(x, call)
     adapter = (call.lora_A, call.lora_B, state.magnitude)
     return dora_linear(x, call.weight, *adapter, **call.options())
-
-
-def _lora(x: Tensor, call: Arguments) -> Tensor:
-    return lora_linear(
-        x,
-        call.weight,
-        call.lora_A,
-        call.lora_B,
-        scaling=call.scaling,
-        bias=call.bias,
-        dropout_p=call.dropout_p,
-        backend=call.backend,
-    )
 
 
 def _shared(layer: Any, x: Tensor, call: Arguments | None) -> Tensor | None:

@@ -7,7 +7,7 @@ memory, and a look at every attribute of every tensor takes 10 us then, warm 3.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,10 @@ from .guards import Sizes, guards_of
 from .lookup import parameters
 from .quantize import QuantizedWeight
 
+if TYPE_CHECKING:
+    from .arguments import Arguments
+
 Weight = Tensor | QuantizedWeight
-Member = tuple[Weight, Tensor, Tensor, float, Tensor | None, float]  # as group.py has them
 
 _MAX_CALLS = 4096
 _MAX_SHAPES = 32  # of x for each of the calls
@@ -42,12 +44,10 @@ def forget() -> None:
     _known.clear()
 
 
-def _key(
-    caller: str, x: Tensor, members: Sequence[Member], backend: str
-) -> tuple[object, ...] | None:
+def _key(caller: str, x: Tensor, members: Sequence[Arguments]) -> tuple[object, ...] | None:
     """What may take turns: else each would make the other's guards anew."""
-    parts: list[object] = [caller, x.ndim, x.requires_grad, backend]
-    for weight, lora_A, _, scaling, bias, dropout_p in members:
+    parts: list[object] = [caller, x.ndim, x.requires_grad, members[0].backend]
+    for weight, lora_A, _, scaling, bias, dropout_p, _ in members:
         if not (type(scaling) in _NUMBERS and type(dropout_p) in _NUMBERS):  # True is 1.0
             return None
         parts += id(weight), id(lora_A), bias is None, scaling, dropout_p
@@ -62,20 +62,20 @@ def _facts(weight: Weight) -> tuple[Tensor, object]:
     return codes, (weight.layout, weight.dtype, weight.shape, type(weight))
 
 
-def _looked_at(x: Tensor, members: Sequence[Member]) -> tuple[list[Tensor], list[object]]:
+def _looked_at(x: Tensor, members: Sequence[Arguments]) -> tuple[list[Tensor], list[object]]:
     """What guards look at, and the facts about every W0."""
     tensors, facts = [x], []
-    for weight, lora_A, lora_B, _, bias, _ in members:
+    for weight, lora_A, lora_B, _, bias, _, _ in members:
         W, fact = _facts(weight)
         facts.append(fact)
         tensors += (W, lora_A, lora_B) if bias is None else (W, lora_A, lora_B, bias)
     return tensors, facts
 
 
-def recall(caller: str, x: Tensor, members: Sequence[Member], backend: str) -> Any:
+def recall(caller: str, x: Tensor, members: Sequence[Arguments]) -> Any:
     """What `remember` keeps of a call like this one; None if there is nothing."""
     try:
-        key = _key(caller, x, members, backend)
+        key = _key(caller, x, members)
         known = None if key is None else _known.get(key)
         if known is None:
             return None
@@ -93,17 +93,15 @@ def recall(caller: str, x: Tensor, members: Sequence[Member], backend: str) -> A
         return None
 
 
-def remember(
-    decision: object, caller: str, x: Tensor, members: Sequence[Member], backend: str
-) -> None:
+def remember(decision: object, caller: str, x: Tensor, members: Sequence[Arguments]) -> None:
     """Keeps the decision for `recall`, until `forget`. No tensor is kept alive.
 
-    ``caller``: whose decision it is; ``members``: its layers, all on x.
+    ``caller``: whose decision it is; ``members``: its layers, all on x and of one backend.
     """
-    key = _key(caller, x, members, backend)
+    key = _key(caller, x, members)
     tensors, facts = _looked_at(x, members)
     # A W0 that requires a gradient is refused where one is asked for.
-    if key is None or any(_facts(weight)[0].requires_grad for weight, *_ in members):
+    if key is None or any(_facts(m.weight)[0].requires_grad for m in members):
         return
     sizes: Sizes = [[*[None] * (x.ndim - 1), x.shape[-1]], *(list(t.shape) for t in tensors[1:])]
     guards = guards_of(tensors, sizes, [[None] * t.ndim for t in tensors])

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from .arguments import Arguments
 from .autocast import autocast_enabled
 from .dispatch import Backend, better_apart
-from .group import Member, call_group
+from .group import call_group
 
 # transformers' families whose attention calls q_proj, k_proj and v_proj, and whose MLP gate_proj
 # and up_proj, one after another with the same tensor.
@@ -150,8 +150,7 @@ class SharedInput:
         if not _fit(x, calls):
             return None
         mode, versions = _mode(x), [_versions(call) for call in calls]
-        members = [Member(*call[:6]) for call in calls]
-        first, *others = call_group(x, members, calls[0].backend)
+        first, *others = call_group(x, calls)
         prepared = zip(others, calls[1:], versions[1:], strict=True)
         outputs = dict(zip(self.members[1:], prepared, strict=True))
         _local.prepared = _Prepared(self, weakref.ref(x), mode, outputs)

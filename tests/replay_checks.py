@@ -21,7 +21,6 @@ from fused_lora import (
     lora_linear,
     lora_linear_group,
     quantize_nf4,
-    triton_backend,
 )
 from fused_lora.kernels import replay
 from fused_lora.kernels.configs import choose_config
@@ -72,7 +71,7 @@ def named(launches, tensors):
 
 class Layer:
     def __init__(self, strategy, *, dropout_p=0.0, bias=False, adapters=torch.bfloat16):
-        launch_overhead.kernel_path(strategy)
+        launch_overhead.kernel_path("split" if strategy == "codes" else strategy)
         plain = torch.randn(N, K).bfloat16()
         self.weight = quantize_nf4(plain) if strategy in ("in_loop", "codes") else plain
         self.A = torch.randn(R, K, dtype=adapters, requires_grad=True)
@@ -355,7 +354,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     driver.set_active(launch_overhead.StandIn())
     if dispatch.gluon_problem() is None:
-        triton_backend.specialized_obstacle = lambda *_: None
+        dispatch.specialized_obstacle = lambda *_: None
         STRATEGIES += "ws_split", "ws_one_launch"
     for strategy, backward in product(STRATEGIES, (False, True)):
         check_replays(Layer(strategy), (48,), backward)
@@ -372,6 +371,9 @@ if __name__ == "__main__":
         check_replays(Group(plain), (70,), backward)
         check_replays(Group(plain, (2.0, 1.0, 2.0), bias=True), (5, 14), backward)
         check_replays(Group(plain, dropout_p=0.1, adapters=torch.float32), (70,), backward)
+        if "ws_split" in STRATEGIES:
+            check_replays(Group(["ws_split"] * 3), (70,), backward)
+            check_replays(Group(["ws_split"] * 3, dropout_p=0.1), (70,), backward)
     check_quantised_groups()
     check_compiled_layers()
     check_compiled_autograd()

@@ -73,13 +73,14 @@ def _assert_same(got, expected, **tolerance):
 def calls(monkeypatch):
     """How many layers took the fused path since the last look."""
     seen = []
-    for name in ("lora_linear", "dora_linear"):
+
+    def watch(name, dropout_p):
         real = getattr(fused_peft, name)
-        monkeypatch.setattr(
-            fused_peft,
-            name,
-            lambda *a, real=real, **k: seen.append(k["dropout_p"]) or real(*a, **k),
-        )
+        watched = lambda *a, **k: seen.append(dropout_p(*a, **k)) or real(*a, **k)  # noqa: E731
+        monkeypatch.setattr(fused_peft, name, watched)
+
+    watch("call_layer", lambda x, call: call.dropout_p)
+    watch("dora_linear", lambda *_, dropout_p, **__: dropout_p)
     return seen
 
 

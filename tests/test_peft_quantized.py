@@ -19,6 +19,7 @@ from peft.tuners.lora import layer as peft_lora  # noqa: E402
 
 import fused_lora.peft as fused_peft  # noqa: E402
 from fused_lora import QuantizedWeight, inject, peft_state, quantize_nf4, sharing  # noqa: E402
+from fused_lora.arguments import Arguments  # noqa: E402
 from fused_lora.peft import fuse, unfuse  # noqa: E402
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -119,15 +120,15 @@ def calls(monkeypatch):
         real = getattr(module, name)
 
         def watched(*args, **kwargs):
-            members = args[1] if isinstance(args[1], list) else [args[1:]]
-            weights = [weight for weight, *_ in members]
+            members = args[1] if isinstance(args[1], list) else [args[1]]
+            weights = [m.weight if isinstance(m, Arguments) else m for m in members]
             if any(isinstance(weight, QuantizedWeight) for weight in weights):
                 seen.append(number(weights))
             return real(*args, **kwargs)
 
         monkeypatch.setattr(module, name, watched)
 
-    watch(fused_peft, "lora_linear", lambda _: "lora_linear")
+    watch(fused_peft, "call_layer", lambda _: "lora_linear")
     watch(fused_peft, "dora_linear", lambda _: "dora_linear")
     watch(sharing, "call_group", len)
     return seen

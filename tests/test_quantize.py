@@ -735,9 +735,9 @@ def fused_calls(monkeypatch):
     import fused_lora.peft as fused_peft
 
     seen = []
-    real = fused_peft.lora_linear
+    real = fused_peft.call_layer
     monkeypatch.setattr(
-        fused_peft, "lora_linear", lambda *a, **k: seen.append(a[1].layout.format) or real(*a, **k)
+        fused_peft, "call_layer", lambda x, c: seen.append(c.weight.layout.format) or real(x, c)
     )
     return seen
 

@@ -163,7 +163,7 @@ def calls(monkeypatch):
         real = getattr(fused_peft, name)
         monkeypatch.setattr(fused_peft, name, lambda *a, **k: seen.append(1) or real(*a, **k))
 
-    watch("lora_linear")
+    watch("call_layer")
     watch("dora_linear")
     return seen
 
