@@ -9,18 +9,21 @@ from torch import Tensor
 
 from . import backends
 from .dispatch import Plan
-from .kernels.dropout import Dropout
+from .kernels.dropout import dropout_of
 from .quantize import QuantizedWeight
 
 if TYPE_CHECKING:
     from .kernels.replay import Replays
 
 
-def raise_second_derivative(name: str) -> NoReturn:
-    """The RuntimeError that second derivatives of the function ``name`` get."""
+def raise_second_derivative(name: str, reference: str | None = None) -> NoReturn:
+    """The RuntimeError that second derivatives of the function ``name`` get.
+
+    ``reference``: the function in reference.py that has them, where it has another name.
+    """
     raise RuntimeError(
         f"{name}: its gradients cannot be differentiated again (create_graph=True); "
-        f"fused_lora.reference.{name}'s can"
+        f"fused_lora.reference.{reference or name}'s can"
     )
 
 
@@ -89,7 +92,7 @@ class LoRALinearFunction(torch.autograd.Function):
         mask, or on PyTorch's path ``seed`` is the mask [M, K], bool; None is no dropout. ``plan``:
         from `dispatch.plan`. ``replays``: of calls that differ in the tensors alone.
         """
-        dropout = Dropout(seed, threshold) if seed is not None else None
+        dropout = dropout_of(seed, threshold)
         needs_x, _, needs_A, needs_B = ctx.needs_input_grad[:4]
         operands = (x, weight, lora_A, lora_B, bias)
         y, h = backends.forward(*operands, scaling, dropout, plan, need_h=needs_B, replays=replays)
@@ -113,7 +116,7 @@ class LoRALinearFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise_second_derivative("lora_linear")
         x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
-        dropout = Dropout(seed, ctx.threshold) if seed is not None else None
+        dropout = dropout_of(seed, ctx.threshold)
         dx, dA, dB = backends.backward(
             g,
             x,

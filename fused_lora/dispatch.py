@@ -15,12 +15,14 @@ from torch import Tensor
 
 from . import checks, recall, tables
 from .kernels.configs import (
+    ALIGNED,
     MAX_RANK,
     MAX_SKINNY_M,
     MIN_DOT,
     TMA_ALIGNMENT,
     Kind,
     TileConfig,
+    cdiv,
     choose_config,
     computed,
     for_odd_rows,
@@ -321,11 +323,11 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
     M, N, K, r = call.M, call.N, call.K, call.r
     itemsize = call.dtype.itemsize
     flops, bandwidth = ceilings(device)
-    odd = bool(N % MIN_DOT or K % MIN_DOT)
+    odd = bool(N % ALIGNED or K % ALIGNED)
 
     def loading(tile: TileConfig, moved: float, K: int = K) -> float:
         """Seconds to move ``moved`` bytes, by programs that go through K of the reduction."""
-        waiting = _LATENCY * -(-K // tile.BLOCK_K) / (tile.num_stages - 1)
+        waiting = _LATENCY * cdiv(K, tile.BLOCK_K) / (tile.num_stages - 1)
         return max(moved / bandwidth, waiting)
 
     def product(kind: Kind, N: int, dropout: bool = False) -> tuple[TileConfig, float]:
@@ -357,10 +359,10 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
             tile = choose_config(way.kind, M, N, r, itemsize, False, device)
             splits = split_k(tile, N, K, r, device)
             parts = 2 * 4 * M * (N + r) * splits
-            return loading(tile, moved + parts, -(-K // splits)) + _LAUNCH
+            return loading(tile, moved + parts, cdiv(K, splits)) + _LAUNCH
         if strategy == "in_loop":
             tile, gemm = product(way.kind, N, call.dropout)
-            decoding = -(-M // tile.BLOCK_M) * N * K / _DECODED
+            decoding = cdiv(M, tile.BLOCK_M) * N * K / _DECODED
             saved = N * K * (itemsize - code_bytes)
             return max(gemm, loading(tile, moved - saved)) + read_x + _LAUNCH + decoding
         tile, gemm = product(way.kind, N)

@@ -25,7 +25,7 @@ from .dispatch import (
     replays_of,
 )
 from .dora import DoRALinearFunction, weight_norm
-from .kernels.dropout import Dropout, dropout_threshold
+from .kernels.dropout import dropout_of, dropout_threshold
 from .packing import pack
 from .quantize import QuantizedWeight
 from .recall import recall, remember
@@ -174,7 +174,7 @@ def _run(decision: Decision, x: Tensor, layer: Arguments, shard: int | None = No
         seed = _draw_seed(x.device, chosen.backend, shard or 0)
     y: Tensor
     if not is_recorded():
-        dropout = None if seed is None else Dropout(seed, threshold)
+        dropout = dropout_of(seed, threshold)
         operands = (x, weight, lora_A, lora_B, bias)
         y, _ = backends.forward(*operands, scaling, dropout, chosen, need_h=False, replays=replays)
         return y

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from . import backends, checks
 from .arguments import Arguments
 from .autocast import autocast
-from .autograd import Codes, alias
+from .autograd import Codes, alias, raise_second_derivative
 from .dispatch import (
     Backend,
     Call,
@@ -92,10 +92,7 @@ class LoRALinearGroupFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients in the order of forward's arguments."""
         if torch.is_grad_enabled():  # see LoRALinearFunction
-            raise RuntimeError(
-                "lora_linear_group: its gradients cannot be differentiated again "
-                "(create_graph=True); fused_lora.reference.lora_linear's can"
-            )
+            raise_second_derivative("lora_linear_group", "lora_linear")
         n = len(ctx.scalings)
         x, h, seeds, *tensors = ctx.saved_tensors
         weights, As, Bs, _ = _in_four([*tensors, *[None] * n], n)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from . import checks, multi_backends, multi_ops
 from .adapter_set import check_lists
 from .autocast import autocast
-from .autograd import Codes, alias
+from .autograd import Codes, alias, raise_second_derivative
 from .dispatch import Backend, Explanation, describe_quantized, explain_call
 from .functional import (
     Weight,
@@ -23,7 +23,7 @@ from .functional import (
     check_frozen,
     has_tangent,
 )
-from .kernels.dropout import Dropout, dropout_threshold
+from .kernels.dropout import Dropout, dropout_of, dropout_threshold
 from .kernels.rows import AdapterLayout, RowGroups
 from .multi_backends import Adapted, MultiPlan
 from .multi_dispatch import checked, predicted_extra
@@ -57,7 +57,7 @@ class LoRALinearMultiFunction(torch.autograd.Function):
         """``adapters``: every A, then every B; ``layout``: where they lie, if that is known."""
         number = len(scalings)
         As, Bs = adapters[:number], adapters[number:]
-        dropout = None if seed is None else Dropout(seed, threshold)
+        dropout = dropout_of(seed, threshold)
         layer = Adapted(weight, As, Bs, scalings, dropout, rows, layout)
         need = ctx.needs_input_grad
         needs_A, needs_B = any(need[_TENSORS : _TENSORS + number]), any(need[_TENSORS + number :])
@@ -77,15 +77,12 @@ class LoRALinearMultiFunction(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of forward's arguments."""
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "lora_linear_multi: its gradients cannot be differentiated again "
-                "(create_graph=True)"
-            )
+            raise_second_derivative("lora_linear_multi", "lora_linear")
         x, weight, h, seed, *adapters = ctx.saved_tensors
         quantized, scalings, threshold, rows, plan, layout = ctx.rest
         number, need = len(scalings), ctx.needs_input_grad
         As, Bs = adapters[:number], adapters[number:]
-        dropout = None if seed is None else Dropout(seed, threshold)
+        dropout = dropout_of(seed, threshold)
         weight = weight if quantized is None else quantized.unchanged()
         layer = Adapted(weight, As, Bs, scalings, dropout, rows, layout).unpacked()
         dx, dAs, dBs = multi_backends.backward(g, x, layer, h, plan, need_dx=need[0])

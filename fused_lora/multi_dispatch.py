@@ -24,7 +24,7 @@ from .dispatch import (
     transposed,
 )
 from .functional import Weight, _check_options, _distributed
-from .kernels.configs import padded
+from .kernels.configs import cdiv, padded
 from .kernels.device import device_info
 from .kernels.dropout import dropout_threshold
 from .multi_backends import Adapted, MultiPlan, Strategy
@@ -51,7 +51,7 @@ def predicted_extra(call: Call, groups: int) -> dict[Strategy, float]:
     gemm = 2 * call.M * call.N * call.K / flops
     if gemm == 0:
         return {"split": 0.0, "expand": 0.0}
-    tiles = -(-call.M // _TILE_M)
+    tiles = cdiv(call.M, _TILE_M)
     pieces_per_tile = (tiles + groups) / tiles
     touch_y = 2 * call.dtype.itemsize * call.M * call.N / bandwidth
     adapters = _UNPIPELINED * pieces_per_tile * padded(call.r) / call.K

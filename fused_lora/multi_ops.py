@@ -16,7 +16,7 @@ from torch import Tensor
 from . import multi_backends
 from .dispatch import Backend
 from .functional import Weight
-from .kernels.dropout import Dropout
+from .kernels.dropout import dropout_of
 from .multi_backends import Adapted, MultiPlan
 from .multi_dispatch import checked
 from .packing import unpack
@@ -50,7 +50,7 @@ def _decided(
         threshold / 2**16,
         cast(Backend, backend),
     )
-    dropout = None if seed is None else Dropout(seed, threshold)
+    dropout = dropout_of(seed, threshold)
     return found.layer._replace(dropout=dropout), found.plan
 
 

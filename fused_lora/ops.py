@@ -19,7 +19,7 @@ from torch import Tensor
 from . import backends
 from .differentiable import differentiable
 from .dispatch import Backend, Decision, Plan, checked_call, plan, replays_of
-from .kernels.dropout import Dropout
+from .kernels.dropout import Dropout, dropout_of
 from .packing import unpack
 from .quantize import QuantizedWeight
 
@@ -59,7 +59,7 @@ def lora_linear_op(
 ) -> tuple[Tensor, Tensor]:
     """`lora_linear` with the dropout seed given. h [M, r] comes out empty unless it is needed."""
     (W,) = unpack(weight, spec)
-    dropout = None if seed is None else Dropout(seed, threshold)
+    dropout = dropout_of(seed, threshold)
     options = (scaling, dropout)
     chosen, replays = _plan(x, W, lora_A, lora_B, bias, *options, backend)
     y, h = backends.forward(
@@ -104,7 +104,7 @@ def lora_linear_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx [..., K], dA [r, K] and dB [N, r]; those that are not needed come out empty."""
     (W,) = unpack(weight, spec)
-    dropout = None if seed is None else Dropout(seed, threshold)
+    dropout = dropout_of(seed, threshold)
     # g has y's M and dtype, which with the weights is all that the forward's plan depended on.
     like_x = g.new_empty(1).expand(*g.shape[:-1], W.shape[1])
     options = (scaling, dropout)

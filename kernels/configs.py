@@ -43,6 +43,7 @@ MAX_RANK = 512
 MAX_ONE_PASS_RANK = 64
 MAX_GROUP = 3  # members of one launch: its code is as long as they are many
 MIN_DOT = 16  # tl.dot takes no smaller side
+ALIGNED = 16  # Triton knows of strides and sizes whether they are multiples of it
 MAX_SKINNY_M = 64
 MAX_SPLIT_K = 8  # in skinny.py: the sum is unrolled, and compiled once for each
 TMA_ALIGNMENT = 16  # bytes
@@ -416,7 +417,7 @@ def is_odd(*matrices: torch.Tensor) -> bool:
     """
     for matrix in matrices:
         outer, inner = matrix.stride()
-        if any(stride > 1 and stride % MIN_DOT for stride in (outer, inner)):
+        if any(stride > 1 and stride % ALIGNED for stride in (outer, inner)):
             return True
         if matrix.data_ptr() % 16 or (1 not in (outer, inner) and max(outer, inner) > 0):
             return True
@@ -427,7 +428,7 @@ def is_odd_rank(r: int) -> bool:
     """Whether ranks are loaded one by one, and more than one tile of them: in persistent.py they
     spill then.
     """
-    return r > MIN_DOT and r % MIN_DOT != 0
+    return r > MIN_DOT and r % ALIGNED != 0
 
 
 def computed(config: TileConfig, M: int, N: int, device: DeviceInfo) -> int:

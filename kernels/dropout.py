@@ -25,6 +25,16 @@ class Dropout(NamedTuple):
         return keep_scale(self.threshold)
 
 
+def dropout_of(seed: torch.Tensor | None, threshold: int) -> Dropout | None:
+    """None without a seed."""
+    return None if seed is None else Dropout(seed, threshold)
+
+
+def seed_of(dropout: Dropout | None) -> torch.Tensor | None:
+    """What a kernel gets for its seed."""
+    return None if dropout is None else dropout.seed
+
+
 def scale_and_threshold(dropout: Dropout | None) -> tuple[float, int]:
     """What a kernel gets of it besides the seed; it reads neither where there is none."""
     return (dropout.keep_scale, dropout.threshold) if dropout else (1.0, 0)

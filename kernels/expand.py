@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .configs import TileConfig, cdiv, padded
 from .device import device_guard
-from .dropout import Dropout
+from .dropout import Dropout, scale_and_threshold, seed_of
 from .gemm import dot_precision
 from .launch import Launcher
 from .tiles import add_product, keep_mask, tile_places
@@ -98,9 +98,9 @@ def add_lora(
     with device_guard(y):
         _launch_add_lora(
             (tiles, 1, 1),
-            (y, h, b, dropout.seed if dropout else None),
+            (y, h, b, seed_of(dropout)),
             (M, N, R, y.stride(0), h.stride(0), *b.stride()),
-            (dropout.keep_scale, dropout.threshold) if dropout else (1.0, 0),
+            scale_and_threshold(dropout),
             PRECISION=dot_precision(y.dtype),
             **meta,
         )

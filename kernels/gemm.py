@@ -31,9 +31,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import MIN_DOT, TileConfig, cdiv, for_odd_rows, is_odd, may_be_odd, padded
+from .configs import ALIGNED, MIN_DOT, TileConfig, cdiv, for_odd_rows, is_odd, may_be_odd, padded
 from .device import device_guard
-from .dropout import Dropout
+from .dropout import Dropout, scale_and_threshold, seed_of
 from .launch import Launcher
 from .pieces import MAX_BLOCK_R, add_pieces
 from .quantized import FP8_BLOCK, QuantizedMatrix, add_fp8_product, fp8_input, load_weight
@@ -292,7 +292,7 @@ def _launch(
         return y
     w_strides = (0, 0) if isinstance(w, QuantizedMatrix) else w.stride()
     a_strides = a.stride() if a is not None else (0, 0)
-    few_ranks = R % MIN_DOT != 0
+    few_ranks = R % ALIGNED != 0
     if may_be_odd(config, x.dtype.itemsize) and quantized is None:
         narrow = a is None and h is None and dropout is None and config.BLOCK_N <= 32  # no spills
         if not narrow and is_odd(*(t for t in (x, w, a, y) if isinstance(t, torch.Tensor))):
@@ -324,7 +324,7 @@ def _launch(
                 y,
                 dora.scale if dora else None,
                 dora.z if dora else None,
-                dropout.seed if dropout else None,
+                seed_of(dropout),
                 multi.rows.order if multi else None,
                 pieces.table if pieces else None,
                 pieces.tile_first if pieces else None,
@@ -397,7 +397,7 @@ def gemm_add_lora(
 
     ``w`` may be a `QuantizedMatrix` [K, N].
     """
-    scale = dropout.keep_scale if dropout else 1.0
+    scale, _ = scale_and_threshold(dropout)
     return _launch(config, x, w, bias=bias, h=h, b=b, scale=scale, dropout=dropout, dora=dora)
 
 
@@ -413,7 +413,7 @@ def gemm_add_multi(
 ) -> torch.Tensor:
     """y = x w + D o (h b) + bias with each row's own b; h [M, max r] has positions for rows."""
     b = (multi.adapters.lora_As if multi.use_A else multi.adapters.lora_Bs)[0]
-    scale = dropout.keep_scale if dropout else 1.0
+    scale, _ = scale_and_threshold(dropout)
     return _launch(config, x, w, bias=bias, h=h, b=b, scale=scale, dropout=dropout, multi=multi)
 
 

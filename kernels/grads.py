@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .configs import FP_FUSION, TileConfig, cdiv, is_odd
 from .device import device_guard, device_info
-from .dropout import Dropout, scale_and_threshold
+from .dropout import Dropout, scale_and_threshold, seed_of
 from .gemm import dot_precision
 from .launch import Launcher
 from .tiles import keep_mask
@@ -248,7 +248,7 @@ def _launch(
                 first.q,
                 first.l,
                 partial,
-                dropout.seed if dropout else None,
+                seed_of(dropout),
                 second.q if second is not None else None,
                 second.l if second is not None else None,
                 partial2,

@@ -15,9 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import MIN_DOT, TileConfig, cdiv, for_odd_rows, is_odd, padded
+from .configs import ALIGNED, MIN_DOT, TileConfig, cdiv, for_odd_rows, is_odd, padded
 from .device import device_guard
-from .dropout import Dropout
+from .dropout import Dropout, seed_of
 from .gemm import GROUP_M, dot_precision
 from .launch import Launcher
 from .tiles import add_product, grouped_tile, keep_mask, tile_places
@@ -158,10 +158,10 @@ def gemm_group(
     BLOCK_R = min(padded(max(h.shape[1] for h in hs)), config.BLOCK_K)
     if is_odd(*xs, *ws, y):
         config = for_odd_rows(config, y.dtype.itemsize)
-    if any(h.shape[1] % MIN_DOT for h in hs) or is_odd(*hs, *bs):  # as in gemm.py
+    if any(h.shape[1] % ALIGNED for h in hs) or is_odd(*hs, *bs):  # as in gemm.py
         BLOCK_R = MIN_DOT
     tiles = cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N)
-    seeds = tuple(d.seed if d else None for d in dropouts)
+    seeds = tuple(map(seed_of, dropouts))
     with device_guard(y):
         _launch_group(
             (tiles, 1, 1),

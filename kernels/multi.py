@@ -27,9 +27,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import FP_FUSION, MIN_DOT, TileConfig, cdiv, for_odd_rows, is_odd, padded
+from .configs import ALIGNED, FP_FUSION, TileConfig, cdiv, for_odd_rows, is_odd, padded
 from .device import device_guard, device_info
-from .dropout import Dropout, scale_and_threshold
+from .dropout import Dropout, scale_and_threshold, seed_of
 from .gemm import dot_precision
 from .launch import Launcher
 from .pieces import load_adapter, load_piece
@@ -300,7 +300,7 @@ def shrink(
     """
     M, K = x.shape
     w = (adapters.lora_As if use_A else adapters.lora_Bs)[0]
-    if is_odd(x) or K % MIN_DOT:  # K: of the adapters, which are contiguous
+    if is_odd(x) or K % ALIGNED:  # K: of the adapters, which are contiguous
         config = for_odd_rows(config, x.dtype.itemsize)
     table = rows.pieces(config.BLOCK_M).table
     tiles_r = cdiv(adapters.max_rank, config.BLOCK_N)
@@ -323,7 +323,7 @@ def shrink(
                     table,
                     adapters.entries,
                     adapters.scalings,
-                    dropout.seed if dropout else None,
+                    seed_of(dropout),
                 ),
                 (K, k_per_split, *x.stride(), *h.stride()[:2]),
                 scale_and_threshold(dropout),
@@ -368,7 +368,7 @@ def expand(
                     rows.order,
                     table,
                     adapters.entries,
-                    dropout.seed if dropout else None,
+                    seed_of(dropout),
                 ),
                 (N, h.shape[0], *h.stride()[:2]),
                 scale_and_threshold(dropout),
@@ -424,7 +424,7 @@ def multi_grads(
                         rows.order,
                         pieces.table,
                         adapters.entries,
-                        dropout.seed if dropout else None,
+                        seed_of(dropout),
                     ),
                     (C, *q.stride(), l.stride(0), stride),
                     scale_and_threshold(dropout),

@@ -46,7 +46,7 @@ from triton.runtime import driver
 
 from .configs import MAX_CHUNK_R, TileConfig, cdiv, is_transposed, padded
 from .device import device_guard, device_info
-from .dropout import Dropout, scale_and_threshold
+from .dropout import Dropout, scale_and_threshold, seed_of
 from .gemm import dot_precision
 from .launch import Launcher, Tiled, hearing
 from .tiles import grouped_tile, keep_mask
@@ -499,7 +499,7 @@ def _launch(
                 h,
                 b,
                 sync,
-                dropout.seed if dropout else None,
+                seed_of(dropout),
             ),
             (
                 M,

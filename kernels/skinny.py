@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .configs import FP_FUSION, TileConfig, cdiv, padded, split_k
 from .device import device_guard, device_info
-from .dropout import Dropout
+from .dropout import Dropout, scale_and_threshold, seed_of
 from .gemm import dot_precision
 from .launch import Launcher
 from .tiles import keep_mask
@@ -218,7 +218,7 @@ def skinny(
         return y, h
     if dropout and drop_x:
         scale *= dropout.keep_scale
-    seed, threshold = (dropout.seed, dropout.threshold) if dropout else (None, 0)
+    seed, (keep_scale, threshold) = seed_of(dropout), scale_and_threshold(dropout)
     tiles = cdiv(N, config.BLOCK_N) + cdiv(R, config.BLOCK_N)
     splits = split_k(config, N, K, R, device_info(x.device))
     k_per_split = cdiv(K, splits * config.BLOCK_K) * config.BLOCK_K  # whole tiles
@@ -240,7 +240,7 @@ def skinny(
             (cdiv(N, SUM_BLOCK_N), 1, 1),
             (partial, bias, h, b, y, None if drop_x else seed),
             (M, N, R, stride_bias, *b.stride()),
-            (scale, dropout.keep_scale if dropout else 1.0, threshold),
+            (scale, keep_scale, threshold),
             SPLIT_K=SPLIT_K,
             BLOCK_M=config.BLOCK_M,
             BLOCK_N=SUM_BLOCK_N,
