@@ -6,6 +6,7 @@ from . import interrupt as interrupt  # isort: skip  # before all that takes lon
 from . import flops, reference
 from .attention import FusedLoRAAttention
 from .autograd import LoRALinearFunction
+from .disable import disable_adapter
 from .dispatch import Explanation
 from .functional import dora_linear, explain, lora_linear
 from .group import FusedLoRAGroup, LoRALinearGroupFunction, explain_group, lora_linear_group
@@ -35,6 +36,7 @@ __all__ = [
     "QuantizedWeight",
     "add_adapter",
     "delete_adapter",
+    "disable_adapter",
     "dora_linear",
     "explain",
     "explain_group",

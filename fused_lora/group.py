@@ -449,6 +449,8 @@ def _why_alone(modules: Sequence[nn.Module]) -> str | None:
         return "the layers differ in their backend"
     if any(layer.lora_magnitude_vector is not None for layer in layers):
         return "a layer has DoRA"
+    if any(layer.disabled for layer in layers):
+        return "a layer's adapter is disabled"
     return "a layer has hooks" if any(checks.is_hooked(layer) for layer in layers) else None
 
 

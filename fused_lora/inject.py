@@ -75,8 +75,8 @@ def inject(
     """Replaces matching `nn.Linear`s with `FusedLoRALinear`s in place and freezes everything else.
 
     Args:
-        model: any module. Its weights are shared, not copied ("pissa", "olora" and ``quantize``
-            make new ones).
+        model: any module. Its weights are shared, not copied ("pissa", "olora", "loftq" and
+            ``quantize`` make new ones).
         target_modules: PEFT's rules. A list of names matches a module whose path is a name or ends
             in "." + name; a string is a regular expression for the whole path, or "all-linear" for
             every `nn.Linear` but the output head (`get_output_embeddings`, where there is one).
@@ -184,7 +184,7 @@ def inject(
 
 def _arguments(layer: FusedLoRALinear, x: Tensor) -> Arguments | None:
     """What the layer passes to `lora_linear` for any x; None if it does something else."""
-    return None if layer.merged or layer.use_dora else layer._arguments()
+    return None if layer.merged or layer.disabled or layer.use_dora else layer._arguments()
 
 
 @torch.no_grad()

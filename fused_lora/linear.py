@@ -119,8 +119,8 @@ class FusedLoRALinear(nn.Module):
         """A layer over ``linear``'s own weight and bias: the storage is shared, not copied.
 
         The parameters are new objects, so that ``linear``'s ``requires_grad`` stays as it is. The
-        initialisations that change the base weight ("pissa", "olora") give the layer a new one and
-        never write into ``linear``'s.
+        initialisations that change the base weight ("pissa", "olora", "loftq") give the layer a new
+        one and never write into ``linear``'s.
 
         Args:
             linear: an `nn.Linear`; bitsandbytes' Linear4bit or Linear8bitLt; an `nn.Linear` that
@@ -187,7 +187,7 @@ class FusedLoRALinear(nn.Module):
         self.scaling = self.scaling_of(lora_alpha, r, use_rslora)
         self.init_lora_weights = init_lora_weights
         self.backend: Backend = backend
-        self.merged = False
+        self.merged = self.disabled = False
         if isinstance(weight, QuantizedWeight):
             self.weight = weight
         else:
@@ -276,6 +276,8 @@ class FusedLoRALinear(nn.Module):
                     "adapter, or eval() to run the merged weight"
                 )
             return base_linear(x, self.weight, self.bias)
+        if self.disabled:  # by `disable_adapter`
+            return base_linear(x, self.weight, self.bias)
         call = self._arguments()
         if self.use_dora:  # not the magnitude, which nn.Module takes 0.4 us to find
             assert self.lora_magnitude_vector is not None
@@ -287,6 +289,11 @@ class FusedLoRALinear(nn.Module):
                 return shared
         return call_layer(x, call)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is outside of any `disable_adapter`."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.disabled = False
+
     def _arguments(self) -> Arguments:
         weight, lora_A, lora_B, bias = parameters(self, "weight", "lora_A", "lora_B", "bias")
         dropout_p = self.lora_dropout if self.training else 0.0
@@ -297,8 +304,9 @@ class FusedLoRALinear(nn.Module):
 
         `fused_lora.explain` with the layer's own tensors; raises what that does.
         """
-        if self.merged:
-            reasons = {"library": "taken: the adapter is merged into the weight"}
+        if self.merged or self.disabled:
+            why = "merged into the weight" if self.merged else "disabled"
+            reasons = {"library": f"taken: the adapter is {why}"}
             if isinstance(self.weight, QuantizedWeight):
                 how = "turned into values once, in a scratch tensor"
                 reasons["quantised W0"] = f"{self.weight.layout.format}, {how}"

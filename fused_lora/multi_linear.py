@@ -115,11 +115,12 @@ class FusedMultiLoRALinear(nn.Module):
         self.use_rslora: dict[str, bool] = {}
         self.scaling: dict[str, float] = {}
         self._route: _Route | None = None
+        self.disabled = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy is outside of any `route`."""
+        """A copy is outside of any `route` and `disable_adapter`."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._route = None
+        self._route, self.disabled = None, False
 
     def add_adapter(
         self,
@@ -182,6 +183,8 @@ class FusedMultiLoRALinear(nn.Module):
         One of the three, or none inside `route`, which then says it. Raises what
         `lora_linear_multi` does.
         """
+        if self.disabled:  # by `disable_adapter`
+            return base_linear(x, self.weight, self.bias)
         rows = self._rows(x, adapter_names, adapter_indices, segments)
         if not self.lora_A:  # nothing but "__base__" passed
             return base_linear(x, self.weight, self.bias)
@@ -200,10 +203,13 @@ class FusedMultiLoRALinear(nn.Module):
 
         `explain_multi` with the layer's own tensors; raises what that does, computes nothing.
         """
-        rows = self._rows(x, adapter_names, adapter_indices, segments)
-        if not self.lora_A:
-            reasons = {"library": "taken: F.linear, as the layer has no adapter"}
+        if self.disabled or not self.lora_A:
+            why = "its adapters are disabled" if self.disabled else "the layer has no adapter"
+            if not self.disabled:
+                self._rows(x, adapter_names, adapter_indices, segments)
+            reasons = {"library": f"taken: F.linear, as {why}"}
             return Explanation("torch", "library", "library", reasons)
+        rows = self._rows(x, adapter_names, adapter_indices, segments)
         options = self._options() | rows
         return explain_multi(x, *self._tensors(), **options)
 

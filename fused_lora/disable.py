@@ -1,0 +1,42 @@
+"""Switching a model's adapters off for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch import nn
+
+from .linear import FusedLoRALinear
+from .multi_linear import FusedMultiLoRALinear
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Inside, the model's layers are their frozen base layers: as `PeftModel.disable_adapter`.
+
+    For what needs the model before and after training at once (DPO's reference), or a comparison:
+
+        with torch.no_grad(), disable_adapter(model):
+            reference = model(tokens).logits
+
+    It is a state of the layers, for all threads. Of a layer whose base weight is a residual
+    ("pissa", "olora", "loftq") that is what is left. Activation checkpointing runs the forward
+    again in the backward pass, which has to be inside too, then.
+
+    Raises TypeError if model is no module, ValueError if it has no adapters of ours or merged ones.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
+    kinds = (FusedLoRALinear, FusedMultiLoRALinear)
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
+    if not layers:
+        raise ValueError("model: has no adapters of fused_lora's; PEFT's models have their own")
+    for path, layer in layers.items():
+        if isinstance(layer, FusedLoRALinear) and layer.merged:
+            raise ValueError(f"model: {path or 'the layer'} is merged; call unmerge() first")
+    with ExitStack() as stack:
+        for layer in layers.values():
+            stack.callback(setattr, layer, "disabled", layer.disabled)
+            layer.disabled = True
+        yield
