@@ -214,7 +214,8 @@ def _operands(kind: Kind, dtype: str, r: int, dropout: bool) -> list[tuple[str, 
     if kind in ("grad", "multi_grad"):
         return [(dtype, False, False)]  # reads neither
     if is_specialized(kind):  # other dtypes are copied into it
-        return [(dtype, False, False)] * (kind != "ws_group") + [(dtype, True, False)]
+        forward = [(dtype, False, False)] * (kind != "ws_group")
+        return forward + [(dtype, True, False)] + [(dtype, False, True)] * (kind == "ws_second")
     sampled = r == 16 and dtype != "fp32" and not is_tma(kind) and kind != "skinny"
     if kind == "group":
         return [("fp32", True, False)] + [(dtype, True, False)] * sampled
@@ -415,6 +416,8 @@ def _specialized_source(case: Case) -> tuple[Any, dict[str, str], dict[str, obje
     }
     if case.kind == "ws_group":  # of as many members as a launch takes
         pointers |= {f"{name}{i}_desc": pointers[f"{name}_desc"] for name in "xw" for i in (2, 3)}
+    if case.dora:
+        pointers |= {"z_desc": pointers["y_desc"], "col_scale_ptr": "*fp32"}
     if case.kind == "ws_produced":
         pointers["a_desc"] = descriptor(BLOCK_K, BLOCK_K, forward)
         pointers |= {"h_ptr": f"*{case.dtype}", "sync_ptr": "*i32"}

@@ -104,7 +104,7 @@ PARTS: dict[Product, Kind] = {"h": "plain", "grads": "grad"}
 Form = Literal["layer", "dora", "part"]
 _TAKES: dict[Form, tuple[Strategy, ...]] = {
     "layer": get_args(Strategy),
-    "dora": ("one_pass", "split", "in_loop"),
+    "dora": ("one_pass", "split", "ws_split", "in_loop"),
     "part": ("split", "in_loop", "library", "tma_split", "ws_split"),
 }
 # What is chosen between while no table says more, but for Hopper, where that is all: no other GPU
@@ -274,13 +274,20 @@ def no_descriptors(strategy: Strategy, x: Tensor, w: Tensor, a: Tensor) -> str |
 
 
 def runs_as(
-    strategy: Strategy, config: TileConfig | None, x: Tensor, w: Tensor, a: Tensor
+    strategy: Strategy,
+    config: TileConfig | None,
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    form: Form = "layer",
 ) -> tuple[Strategy, TileConfig | None]:
     """A strategy and its tile; or what it becomes for x, w and a that have no descriptors."""
+    if strategy not in _TAKES[form]:
+        return "split", None
     instead = WAYS[strategy].without_tma
     if instead is None or no_descriptors(strategy, x, w, a) is None:
         return strategy, config
-    return instead, None
+    return instead if instead in _TAKES[form] else "split", None
 
 
 def ceilings(device: DeviceInfo) -> tuple[float, float]:
@@ -420,12 +427,13 @@ def part_config(
     )
 
 
-def tiles_of(call: Call, strategy: Strategy) -> tuple[TileConfig | None, ...]:
+def tiles_of(call: Call, strategy: Strategy, form: Form = "layer") -> tuple[TileConfig | None, ...]:
     """What a table may choose for the launch that makes y; None where it is cuBLAS's."""
     kind, device = WAYS[strategy].kind, device_info(call.device)
     if kind is None:
         return (None,)
-    tiles = tunable(kind, call.r, call.dtype.itemsize, _masks_y(call), device)
+    itemsize, dora = call.dtype.itemsize, form == "dora"
+    tiles = tunable(kind, call.r, itemsize, _masks_y(call), device, dora)
     return tuple(c for c in tiles if strategy != "skinny" or call.M <= c.BLOCK_M)
 
 
@@ -436,7 +444,7 @@ def _choose(call: Call, form: Form = "layer") -> tuple[Strategy, TileConfig | No
         return "in_loop", None  # the tables are of plain weights: of what follows a scratch
     found = tables.table(device.name).get(table_key(call, call.direction))
     if found is not None and found.strategy in _TAKES[form]:
-        tiles = (None, *tiles_of(call, found.strategy))  # None: the default one
+        tiles = (None, *tiles_of(call, found.strategy, form))  # None: the default one
         if obstacle(call, found.strategy, device) is None and found.config in tiles:
             return found.strategy, found.config
     return _by_model(call, form), None
@@ -616,6 +624,7 @@ def checked_call(
 
 
 Operands = tuple[Any, ...]  # x, W0, A and B, or nothing
+Matrices = tuple[Tensor, Tensor, Tensor]
 
 
 def _as_values(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
@@ -625,7 +634,7 @@ def _as_values(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return torch.empty(weight.shape, dtype=dtype, device="meta")
 
 
-def _as_products(operands: Operands, dtype: torch.dtype) -> tuple[Operands, Operands]:
+def _as_products(operands: Operands, dtype: torch.dtype) -> tuple[Matrices, Matrices]:
     """x, w and a of y = x w + (x a) b, and of dx's product, whose x is the gradient, contiguous."""
     x, weight, lora_A, lora_B = operands
     weight = _as_values(weight, dtype)
@@ -666,7 +675,7 @@ def explain_call(
     found = tables.table(device.name).get(table_key(call, "forward"))
     reasons["torch"] = "not taken: the kernels take this call"
     of_y, of_dx = _as_products(operands, call.dtype)
-    taken, _ = runs_as(chosen.strategy, None, *of_y)
+    taken, _ = runs_as(chosen.strategy, None, *of_y, form=form)
     taken_dx, _ = runs_as(chosen.strategy_dx, None, *of_dx)
     for strategy in get_args(Strategy):
         why_not = no_descriptors(strategy, *of_y) or obstacle(call, strategy, device)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Plan, group_dx, part_config, runs_as
+from .dispatch import Form, Plan, group_dx, part_config, runs_as
 from .kernels.configs import Kind, TileConfig, choose_config
 from .kernels.device import device_info
 from .kernels.dropout import Dropout
@@ -69,17 +69,16 @@ def lora_gemm(
 
     Dropout is on x in h (``drop_x``: the forward) or on h b (the input gradient). ``config``: of
     the launch that makes y; None is `choose_config`'s. "library" is cuBLAS's product, with our h
-    and, where h b is dropped, our launch that adds it. DoRA is in the epilogue of one_pass, split
-    and in_loop.
+    and, where h b is dropped, our launch that adds it. DoRA is in the epilogue of one_pass, split,
+    ws_split and in_loop.
     """
     r, N = b.shape
     on_x, on_y = (dropout, None) if drop_x else (None, dropout)
     if isinstance(w, QuantizedMatrix) and strategy != "in_loop" and not w.takes_fp8:
         w = dequantize(w, x.dtype)
     if isinstance(w, Tensor):
-        if dora is not None:
-            strategy, config = "one_pass" if strategy == "one_pass" else "split", None
-        strategy, config = runs_as(strategy, config, x, w, a)
+        form: Form = "layer" if dora is None else "dora"
+        strategy, config = runs_as(strategy, config, x, w, a, form=form)
         if strategy == "one_pass":
             config = config or _config("one_pass", x, N, r, dropout, dora is not None)
             return gemm_one_pass(
@@ -147,7 +146,7 @@ def _add_lora(
 
         assert dropout is None, "its kernel draws no decisions"
         config = config or _config("ws_second", x, N, r, None)
-        return specialized_add_lora(config, x, w, h, b, bias=bias)
+        return specialized_add_lora(config, x, w, h, b, bias=bias, dora=dora)
     config = config or _config("second", x, N, r, dropout, dora is not None)
     return gemm_add_lora(config, x, w, h, b, bias=bias, dropout=dropout, dora=dora)
 

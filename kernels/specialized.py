@@ -22,6 +22,7 @@ Forms, told apart by which operands are None:
     produced   a and sync given        h is made by this launch, once; see persistent.py
     plain      b None                  y = x W: the base layer alone, to measure against
     group      x2, w2 (x3, w3) given   y = sum_i x_i W_i + h B: dx of layers that share their input
+DoRA (col_scale_ptr given, and z_desc for what is before it) is as in gemm.py.
 In the produced form the loader draws the tickets and posts each item on a board, and before it
 reads a tile of h it waits for its flag. It is never behind its consumers and waits only for earlier
 items, so that persistent.py's argument for progress holds. h is written by plain stores and read by
@@ -54,6 +55,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from . import persistent, tiles
 from .configs import MAX_GROUP, TileConfig, cdiv, is_transposed, padded
 from .device import device_guard, device_info
+from .gemm import ColumnScale
 from .launch import Launcher, Tiled
 
 EPOCH, TICKET, FLAGS = persistent.EPOCH, persistent.TICKET, persistent.FLAGS
@@ -423,7 +425,9 @@ def store_y(y_desc, acc, y_stage, row, col, consumer: gl.constexpr, SUBTILES: gl
 @gluon.jit
 def make_y_tile(
     y_desc,
+    z_desc,
     bias_ptr,
+    col_scale_ptr,
     x_ring,
     w_ring,
     y_stage,
@@ -467,6 +471,12 @@ def make_y_tile(
     )  # fmt: skip
     last = step + steps_k + steps_r - 1
     acc = end_products(acc, last, empty, turns.index(other), STAGES, PARTS)
+    if z_desc is not None:
+        store_y(z_desc, acc, y_stage, row, col, consumer, SUBTILES)
+    if col_scale_ptr is not None:  # loaded late: beside the products there are no registers for it
+        scaled_n = col + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+        col_scale = gl.load(col_scale_ptr + scaled_n, mask=scaled_n < N, other=0.0)
+        acc = acc * col_scale[None, :]
     if bias_ptr is not None:
         acc = acc + bias.to(gl.float32)[None, :]
     store_y(y_desc, acc, y_stage, row, col, consumer, SUBTILES)
@@ -475,7 +485,9 @@ def make_y_tile(
 @gluon.jit
 def consume(
     y_desc,
+    z_desc,
     bias_ptr,
+    col_scale_ptr,
     h_ptr,
     x_ring,
     w_ring,
@@ -559,15 +571,15 @@ def consume(
             if HALVES and item >= whole:
                 if mine:
                     make_y_tile(
-                        y_desc, bias_ptr, x_ring, w_ring, y_stage, ready, empty, turns,
-                        row, col + half * (BLOCK_N // 2), step, steps_k, steps_r, N, stride_bias,
-                        BLOCK_N // 2, BLOCK_K, DEPTH_R, STAGES, PARTS, SUBTILES // 2, AHEAD,
-                        W_TRANSPOSED, consumer,
+                        y_desc, z_desc, bias_ptr, col_scale_ptr, x_ring, w_ring, y_stage,
+                        ready, empty, turns, row, col + half * (BLOCK_N // 2), step, steps_k,
+                        steps_r, N, stride_bias, BLOCK_N // 2, BLOCK_K, DEPTH_R, STAGES, PARTS,
+                        SUBTILES // 2, AHEAD, W_TRANSPOSED, consumer,
                     )  # fmt: skip
             elif mine:
                 make_y_tile(
-                    y_desc, bias_ptr, x_ring, w_ring, y_stage, ready, empty, turns,
-                    row, col, step, steps_k, steps_r, N, stride_bias,
+                    y_desc, z_desc, bias_ptr, col_scale_ptr, x_ring, w_ring, y_stage,
+                    ready, empty, turns, row, col, step, steps_k, steps_r, N, stride_bias,
                     BLOCK_N, BLOCK_K, DEPTH_R, STAGES, PARTS, SUBTILES, AHEAD,
                     W_TRANSPOSED, consumer,
                 )  # fmt: skip
@@ -592,7 +604,9 @@ def lora_specialized_kernel(
     h_desc,
     b_desc,
     y_desc,
+    z_desc,
     bias_ptr,
+    col_scale_ptr,
     h_ptr,
     sync_ptr,
     M,
@@ -663,19 +677,21 @@ def lora_specialized_kernel(
             (
                 consume,
                 (
-                    y_desc, bias_ptr, h_ptr, x_ring, w_ring, y_stage, ready, empty, turns,
-                    board, posted, taken, sync_ptr, epoch, num_m, num_n, num_r, halved,
-                    M, N, K, K2, K3, R, stride_bias, scale, BLOCK_N, BLOCK_K, DEPTH_R, GROUP_M,
-                    STAGES, PARTS, SUBTILES, LEAD, HALVES, W_TRANSPOSED, 0,
+                    y_desc, z_desc, bias_ptr, col_scale_ptr, h_ptr, x_ring, w_ring, y_stage,
+                    ready, empty, turns, board, posted, taken, sync_ptr, epoch,
+                    num_m, num_n, num_r, halved, M, N, K, K2, K3, R, stride_bias, scale,
+                    BLOCK_N, BLOCK_K, DEPTH_R, GROUP_M, STAGES, PARTS,
+                    SUBTILES, LEAD, HALVES, W_TRANSPOSED, 0,
                 ),
             ),
             (
                 consume,
                 (
-                    y_desc, bias_ptr, h_ptr, x_ring, w_ring, y_stage, ready, empty, turns,
-                    board, posted, taken, sync_ptr, epoch, num_m, num_n, num_r, halved,
-                    M, N, K, K2, K3, R, stride_bias, scale, BLOCK_N, BLOCK_K, DEPTH_R, GROUP_M,
-                    STAGES, PARTS, SUBTILES, LEAD, HALVES, W_TRANSPOSED, 1,
+                    y_desc, z_desc, bias_ptr, col_scale_ptr, h_ptr, x_ring, w_ring, y_stage,
+                    ready, empty, turns, board, posted, taken, sync_ptr, epoch,
+                    num_m, num_n, num_r, halved, M, N, K, K2, K3, R, stride_bias, scale,
+                    BLOCK_N, BLOCK_K, DEPTH_R, GROUP_M, STAGES, PARTS,
+                    SUBTILES, LEAD, HALVES, W_TRANSPOSED, 1,
                 ),
             ),
             (
@@ -693,7 +709,7 @@ def lora_specialized_kernel(
     )  # fmt: skip
 
 
-_launch_specialized = Launcher(lora_specialized_kernel, descriptors=10)
+_launch_specialized = Launcher(lora_specialized_kernel, descriptors=11)
 
 
 @functools.cache
@@ -747,6 +763,7 @@ def _launch(
     h: torch.Tensor | None = None,
     b: torch.Tensor | None = None,
     scale: float = 1.0,
+    dora: ColumnScale | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """y, and h where it is made here (a given). ``more``: x_i and w_i of the form for groups."""
     (M, K), N = x.shape, w.shape[1]
@@ -755,6 +772,7 @@ def _launch(
     parts = CONSUMERS.value if config.COOPERATIVE else 1
     rows, BLOCK_N, BLOCK_K = config.BLOCK_M // parts, config.BLOCK_N, config.BLOCK_K
     width = BLOCK_N // 2 if config.HALVES else BLOCK_N  # what is copied of w and b at a time
+    width_y = BLOCK_N // (config.SUBTILES or 1)
     others: list[Tiled | None] = [None] * (2 * MAX_GROUP - 2)
     Ks = [0] * (MAX_GROUP - 1)
     for i, (x_i, w_i) in enumerate(more):
@@ -789,8 +807,10 @@ def _launch(
                 else None,
                 _tiled(_fit(h, x.dtype), rows, BLOCK_K) if h is not None else None,
                 _tiled(_fit(b, x.dtype, turned), BLOCK_K, width, turned) if b is not None else None,
-                _tiled(y, rows, BLOCK_N // (config.SUBTILES or 1)),
+                _tiled(y, rows, width_y),
+                _tiled(dora.z, rows, width_y) if dora and dora.z is not None else None,
                 bias,
+                dora.scale if dora else None,
                 h if a is not None else None,
                 sync,
             ),
@@ -815,9 +835,10 @@ def specialized_add_lora(
     b: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
+    dora: ColumnScale | None = None,
 ) -> torch.Tensor:
-    """`persistent.persistent_add_lora` by specialised warps, without dropout."""
-    return _launch(config, x, w, bias=bias, h=h, b=b)[0]
+    """`persistent.persistent_add_lora` by specialised warps, without dropout, but with DoRA."""
+    return _launch(config, x, w, bias=bias, h=h, b=b, dora=dora)[0]
 
 
 def specialized_produced(

@@ -55,6 +55,25 @@ def _check(p, needs=NEEDS, **options):
 SHAPES = [(1, 5, 7, 1), (33, 70, 45, 4), ((2, 3, 19), 130, 65, 20), (130, 20, 140, 70)]
 
 
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("needs", [NEEDS, ("x", "lora_A", "lora_B")], ids=["all", "no m"])
+@pytest.mark.parametrize(
+    ("shape", "kernel"),
+    [
+        ((37, 72, 136, 8), "specialized_add_lora"),
+        (((2, 70), 264, 64, 20), "specialized_add_lora"),
+        ((9, 13, 11, 3), "gemm_add_lora"),  # no descriptors, and cuBLAS has no scale of columns
+    ],
+)
+def test_in_the_hand_scheduled_kernel(launches, monkeypatch, shape, kernel, needs, bias):
+    choices = {"dora": ("ws_split", None), "layer": ("split", None)}
+    monkeypatch.setattr(dispatch, "_choose", lambda call, form: choices[form])
+    p = _problem(*shape, dtype=torch.float16, adapter_dtype=torch.float32, bias=bias)
+    _check(p, [n for n in needs if bias or n != "bias"], backend="triton")
+    assert next(name for name in launches if name != "gemm_scaled") == kernel
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -17,6 +17,7 @@ from fused_lora.dispatch import Call, Plan, explain_call, plan, predicted_second
 from fused_lora.kernels import persistent, specialized
 from fused_lora.kernels.configs import TileConfig, cdiv, tunable
 from fused_lora.kernels.device import INTERPRETED, SHARED_MEMORY, DeviceInfo
+from fused_lora.kernels.gemm import ColumnScale
 from fused_lora.kernels.specialized import (
     specialized_add_lora,
     specialized_group,
@@ -67,6 +68,13 @@ class Operands:
             given = h.to(self.x.dtype)
             y = specialized_add_lora(config, self.x, self.w, given, self.b, bias=self.bias)
             return [(y, x @ w + given.double() @ b + bias)]
+        if form == "dora":
+            given, scale = h.to(self.x.dtype), self.bias.float().abs() + 0.5
+            dora = ColumnScale(scale, self.x.new_empty(len(x), len(bias)))
+            options = {"bias": self.bias, "dora": dora}
+            y = specialized_add_lora(config, self.x, self.w, given, self.b, **options)
+            z = x @ w + given.double() @ b
+            return [(dora.z, z), (y, z * scale.double() + bias)]
         y, made = specialized_produced(
             config, self.x, self.w, self.a, self.b, bias=self.bias, scale=0.5
         )
@@ -83,7 +91,7 @@ def _all_tiles():
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "dora"])
 @pytest.mark.parametrize("config", _all_tiles(), ids=str)
 def test_every_configuration(emulated, config, form, transposed):
     emulated()
@@ -92,7 +100,7 @@ def test_every_configuration(emulated, config, form, transposed):
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "dora"])
 @pytest.mark.parametrize("config", SMALL)
 def test_orders_of_events(emulated, config, form, transposed, seed):
     """More tiles than programs, in the orders of several seeds."""
@@ -368,7 +376,7 @@ needs_hopper = pytest.mark.skipif(
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "dora"])
 @pytest.mark.parametrize("config", _all_tiles(), ids=str)
 def test_every_configuration_on_a_gpu(device, config, form, transposed):
     """More tiles than multiprocessors, twice: the second launch finds the first one's flags."""
