@@ -12,7 +12,7 @@ pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 import gluon_emulator
 from oracle import check, fused, problem, run
 
-from fused_lora import dispatch, lora_linear, tune
+from fused_lora import dispatch, lora_linear, lora_linear_group, tune
 from fused_lora.dispatch import Call, Plan, explain_call, plan, predicted_seconds
 from fused_lora.kernels import persistent, specialized
 from fused_lora.kernels.configs import TileConfig, cdiv, tunable
@@ -416,3 +416,27 @@ def test_a_strategy_by_the_oracle_on_a_gpu(device, launches, strategy, kernels, 
     p = problem(777, 1032, 2056, 16, dtype=dtype, adapter_dtype=torch.float32, device=device)
     check(run(fused(Plan("triton", strategy, strategy)), p), p)
     assert launches == [*kernels, *kernels, "lora_grads"]
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_a_group_on_a_gpu(device, launches, dropout_p):
+    """dx of q, k and v, by the plan: the sum of what each has on its own, but for roundings."""
+    sizes = [(4096, 16), (1024, 16), (1024, 8)]
+    ps = [problem(2048, n, 4096, r, dtype=torch.bfloat16, device=device) for n, r in sizes]
+    x = ps[0].x.requires_grad_()
+    alone = 0.0
+    for p in ps:
+        y = lora_linear(x, p.weight, p.lora_A, p.lora_B, scaling=p.scaling)
+        (dx,) = torch.autograd.grad(y, x, p.g)
+        alone += dx.double()
+    launches.clear()
+    tensors = [[getattr(p, name) for p in ps] for name in ("weight", "lora_A", "lora_B")]
+    scalings = [p.scaling for p in ps]
+    ys = lora_linear_group(x, *tensors, scalings=scalings, dropout_ps=[dropout_p] * 3)
+    (dx,) = torch.autograd.grad(ys, x, [p.g for p in ps])
+    assert launches.count("specialized_group") == 1
+    assert launches.count("add_lora") == (3 if dropout_p else 0)
+    error = ((dx - alone).norm() / alone.norm()).item()
+    assert error < (1.0 if dropout_p else 0.02)
