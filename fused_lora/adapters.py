@@ -22,7 +22,15 @@ from torch import Tensor, nn
 
 from . import checks
 from .files import write_atomically
-from .inject import has_peft_layers, inject, is_linear, match_modules, match_paths, per_layer
+from .inject import (
+    has_peft_layers,
+    inject,
+    is_linear,
+    match_modules,
+    match_paths,
+    own_path,
+    per_layer,
+)
 from .linear import FusedLoRALinear
 from .multi_linear import FusedMultiLoRALinear
 from .multi_model import add_adapter, can_adapt, layers_with
@@ -287,15 +295,6 @@ def _named(layer: FusedMultiLoRALinear, name: str, lora_dropout: float) -> _Name
     return _Named(A, B, *numbers, lora_dropout)
 
 
-# Of torch.compile, checkpoint_wrapper and FSDP1: parts of a path that the model itself has not.
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
-
-
-def _own(path: str) -> str:
-    """A module's path in the model without wrappers."""
-    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
-
-
 def _inner(model: Any) -> Any:
     """The model in DistributedDataParallel or DataParallel, or in a compiled one."""
     wrapped = (nn.parallel.DistributedDataParallel, nn.DataParallel)
@@ -316,8 +315,8 @@ def _layers(model: object, adapter_name: str | None = None) -> dict[str, Any]:
         # Layers that had an adapter before have its dropout; PEFT's format has one for all.
         dropout = max((layer.lora_dropout for layer in found.values()), default=0.0)
         _check_one_path(model, found.values())
-        return {_own(path): _named(layer, adapter_name, dropout) for path, layer in found.items()}
-    layers = {_own(path): m for path, m in model.named_modules() if isinstance(m, FusedLoRALinear)}
+        return {own_path(p): _named(layer, adapter_name, dropout) for p, layer in found.items()}
+    layers = {own_path(p): m for p, m in model.named_modules() if isinstance(m, FusedLoRALinear)}
     _check_one_path(model, layers.values())
     return layers
 
@@ -368,7 +367,7 @@ def _saved(layer: FusedLoRALinear | _Named) -> _Saved:
 
 
 def _key(path: str, name: str) -> str:
-    return f"{_PREFIX}{path}.{name}{_TENSORS[name]}"
+    return f"{_PREFIX}{own_path(path)}.{name}{_TENSORS[name]}"
 
 
 def _only(name: str, layers: dict[str, Any]) -> Any:
@@ -413,7 +412,7 @@ def _config(
 def _target_modules(model: nn.Module, layers: dict[str, Any]) -> list[str] | str:
     """The shortest form by which PEFT matches these layers and no other module."""
     names = sorted({path.rpartition(".")[2] for path in layers})
-    paths = [_own(path) for path, _ in model.named_modules(remove_duplicate=False)]
+    paths = [own_path(path) for path, _ in model.named_modules(remove_duplicate=False)]
     for targets in (names, sorted(layers)):
         if set(match_paths("target_modules", targets, paths)) == set(layers):
             return targets
@@ -523,7 +522,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: is no safetensors file, or a damaged one: {error}") from None
-    return tensors
+    return {own_path(name): tensor for name, tensor in tensors.items()}
 
 
 def _check_tensors(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
 from .linear import FusedLoRALinear
 from .multi_linear import FusedMultiLoRALinear
+
+_lock = threading.Lock()
 
 
 @contextmanager
@@ -20,9 +23,9 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         with torch.no_grad(), disable_adapter(model):
             reference = model(tokens).logits
 
-    It is a state of the layers, for all threads. Of a layer whose base weight is a residual
-    ("pissa", "olora", "loftq") that is what is left. Activation checkpointing runs the forward
-    again in the backward pass, which has to be inside too, then.
+    It is a state of the layers, for all threads, until the last of them has left. Of a layer whose
+    base weight is a residual ("pissa", "olora", "loftq") that is what is computed. Activation
+    checkpointing runs the forward again in the backward pass, which has to be inside too, then.
 
     Raises TypeError if model is no module, ValueError if it has no adapters of ours or merged ones.
     """
@@ -35,8 +38,14 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     for path, layer in layers.items():
         if isinstance(layer, FusedLoRALinear) and layer.merged:
             raise ValueError(f"model: {path or 'the layer'} is merged; call unmerge() first")
-    with ExitStack() as stack:
-        for layer in layers.values():
-            stack.callback(setattr, layer, "disabled", layer.disabled)
-            layer.disabled = True
+    _count(layers.values(), 1)
+    try:
         yield
+    finally:
+        _count(layers.values(), -1)
+
+
+def _count(layers: Iterable[FusedLoRALinear | FusedMultiLoRALinear], more: int) -> None:
+    with _lock:
+        for layer in layers:
+            layer.disabled += more

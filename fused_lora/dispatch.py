@@ -220,6 +220,9 @@ def specialized_obstacle(on: torch.device, device: DeviceInfo) -> str | None:
     return gluon_problem()
 
 
+_NO_DESCRIPTORS = "no tensor descriptors"
+
+
 def _masks_y(call: Call) -> bool:
     """Whether the launch that makes y drops h B; the forward drops x, where h is made."""
     return call.dropout and call.direction == "dx"
@@ -230,10 +233,10 @@ def obstacle(call: Call, strategy: Strategy, device: DeviceInfo) -> str | None:
     way, itemsize = WAYS[strategy], call.dtype.itemsize
     if rounds_input(call) and strategy != "in_loop":
         return "x is to be rounded to fp8, which only in_loop does"
-    if call.M * call.N * call.K == 0 and strategy not in ("split", "library"):
-        return "there is nothing to compute"
     if strategy == "in_loop" and call.quantized is None:
         return "W0 is not quantised"
+    if call.M * call.N * call.K == 0 and strategy not in ("split", "library"):
+        return "there is nothing to compute"
     if strategy == "skinny" and call.M > MAX_SKINNY_M:
         return f"M = {call.M} is over {MAX_SKINNY_M}"
     if way.by_hand and (why := specialized_obstacle(call.device, device)):
@@ -244,7 +247,7 @@ def obstacle(call: Call, strategy: Strategy, device: DeviceInfo) -> str | None:
         if device.capability < 90:
             return "the GPU is older than compute capability 9.0"
         if call.N * itemsize % TMA_ALIGNMENT or call.K * itemsize % TMA_ALIGNMENT:
-            return f"no tensor descriptors: rows are no multiples of {TMA_ALIGNMENT} bytes"
+            return f"{_NO_DESCRIPTORS}: rows are no multiples of {TMA_ALIGNMENT} bytes"
     if why := _rank_obstacle(way, call.r):
         return why
     if call.dropout and way.h == "same pass":
@@ -269,7 +272,7 @@ def no_descriptors(strategy: Strategy, x: Tensor, w: Tensor, a: Tensor) -> str |
         return None
     why = _rank_obstacle(way, a.shape[1])
     if why is None and (why := tma_obstacle(x, w, None if way.h == "before" else a)):
-        why = f"no tensor descriptors: {why}"
+        why = f"{_NO_DESCRIPTORS}: {why}"
     return why
 
 
@@ -287,7 +290,9 @@ def runs_as(
     instead = WAYS[strategy].without_tma
     if instead is None or no_descriptors(strategy, x, w, a) is None:
         return strategy, config
-    return instead if instead in _TAKES[form] else "split", None
+    if instead not in _TAKES[form]:  # with few ranks A costs less in the same pass
+        instead = "one_pass" if padded(a.shape[1]) == MIN_DOT else "split"
+    return instead, None
 
 
 def ceilings(device: DeviceInfo) -> tuple[float, float]:
@@ -634,7 +639,7 @@ def _as_values(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return torch.empty(weight.shape, dtype=dtype, device="meta")
 
 
-def _as_products(operands: Operands, dtype: torch.dtype) -> tuple[Matrices, Matrices]:
+def as_products(operands: Operands, dtype: torch.dtype) -> tuple[Matrices, Matrices]:
     """x, w and a of y = x w + (x a) b, and of dx's product, whose x is the gradient, contiguous."""
     x, weight, lora_A, lora_B = operands
     weight = _as_values(weight, dtype)
@@ -674,11 +679,13 @@ def explain_call(
     seconds = predicted_seconds(call, device)
     found = tables.table(device.name).get(table_key(call, "forward"))
     reasons["torch"] = "not taken: the kernels take this call"
-    of_y, of_dx = _as_products(operands, call.dtype)
+    of_y, of_dx = as_products(operands, call.dtype)
     taken, _ = runs_as(chosen.strategy, None, *of_y, form=form)
     taken_dx, _ = runs_as(chosen.strategy_dx, None, *of_dx)
     for strategy in get_args(Strategy):
-        why_not = no_descriptors(strategy, *of_y) or obstacle(call, strategy, device)
+        why_not = obstacle(call, strategy, device)
+        if why_not is None or why_not.startswith(_NO_DESCRIPTORS):  # which tensor has none
+            why_not = no_descriptors(strategy, *of_y) or why_not
         if form == "dora" and strategy not in _TAKES[form]:
             why_not = why_not or "its launch has no column scale, which DoRA needs"
         if why_not:

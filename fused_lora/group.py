@@ -19,12 +19,14 @@ from .dispatch import (
     Decision,
     Explanation,
     Plan,
+    as_products,
     better_apart,
     checked_call,
     describe_quantized,
     group_dx,
     plan,
     replays_of,
+    runs_as,
     why_torch,
 )
 from .functional import (
@@ -332,7 +334,7 @@ def explain_group(
     Takes and raises what it does; computes nothing.
     """
     members = _members(weights, lora_As, lora_Bs, scalings, biases, dropout_ps, backend)
-    _, cast, calls, plans = _checked(x, members)
+    x, cast, calls, plans = _checked(x, members)
     on_kernels = plans[0].backend == "triton"
     way: str = "library"
     if on_kernels:
@@ -354,7 +356,14 @@ def explain_group(
         if call.quantized is not None:
             how = describe_quantized(call, plans[i].backend, plans[i].strategy == "in_loop")
             reasons[f"quantised W0 of member {i}"] = how
-    strategies = ", ".join(dict.fromkeys(plan.strategy for plan in plans))
+    ways = [plan.strategy for plan in plans]
+    if on_kernels:
+        operands = [(x, m.weight, m.lora_A, m.lora_B) for m in cast]
+        ways = [
+            runs_as(chosen, None, *as_products(tensors, call.dtype)[0])[0]
+            for chosen, tensors, call in zip(ways, operands, calls, strict=True)
+        ]
+    strategies = ", ".join(dict.fromkeys(ways))
     return Explanation(plans[0].backend, strategies, way, reasons)
 
 

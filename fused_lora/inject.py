@@ -280,6 +280,15 @@ def match_modules(
     return [path for path in matched if path not in excluded]
 
 
+# Of torch.compile, checkpoint_wrapper and FSDP1: parts of a path that the model itself has not.
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
+
+def own_path(path: str) -> str:
+    """A module's path, or that of what is in it, in the model without wrappers."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+
+
 def match_paths(name: str, patterns: object, paths: list[str]) -> list[str]:
     """The paths that PEFT would match: a regular expression in full, or a list of suffixes."""
     if isinstance(patterns, str):
@@ -287,14 +296,13 @@ def match_paths(name: str, patterns: object, paths: list[str]) -> list[str]:
             pattern = re.compile(patterns)
         except re.error as error:
             raise ValueError(f"{name}: {patterns!r} is no regular expression: {error}") from None
-        return [path for path in paths if pattern.fullmatch(path)]
+        return [p for p in paths if pattern.fullmatch(own_path(p)) or pattern.fullmatch(p)]
     if not isinstance(patterns, (list, tuple, set, frozenset)) or not all(
         isinstance(suffix, str) for suffix in patterns
     ):
         raise TypeError(f"{name}: got {patterns!r}, wanted a string or a list of strings")
-    return [
-        path for path in paths if any(path == s or path.endswith("." + s) for s in patterns if s)
-    ]
+    ends = tuple("." + suffix for suffix in patterns if suffix)
+    return [p for p in paths if any(f".{path}".endswith(ends) for path in (own_path(p), p))]
 
 
 def _without_output_head(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:

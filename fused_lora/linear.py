@@ -187,7 +187,8 @@ class FusedLoRALinear(nn.Module):
         self.scaling = self.scaling_of(lora_alpha, r, use_rslora)
         self.init_lora_weights = init_lora_weights
         self.backend: Backend = backend
-        self.merged = self.disabled = False
+        self.merged = False
+        self.disabled = 0  # how often: see `disable_adapter`
         if isinstance(weight, QuantizedWeight):
             self.weight = weight
         else:
@@ -276,7 +277,7 @@ class FusedLoRALinear(nn.Module):
                     "adapter, or eval() to run the merged weight"
                 )
             return base_linear(x, self.weight, self.bias)
-        if self.disabled:  # by `disable_adapter`
+        if self.disabled:
             return base_linear(x, self.weight, self.bias)
         call = self._arguments()
         if self.use_dora:  # not the magnitude, which nn.Module takes 0.4 us to find
@@ -292,7 +293,7 @@ class FusedLoRALinear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy is outside of any `disable_adapter`."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.disabled = False
+        self.disabled = 0
 
     def _arguments(self) -> Arguments:
         weight, lora_A, lora_B, bias = parameters(self, "weight", "lora_A", "lora_B", "bias")
@@ -380,6 +381,8 @@ class FusedLoRALinear(nn.Module):
         """
         if self.merged:
             return 0.0
+        if self.disabled:
+            raise RuntimeError("FusedLoRALinear is disabled: merge outside of disable_adapter")
         if requantize and not isinstance(self.weight, QuantizedWeight):
             raise ValueError("requantize: the layer's weight is not quantised")
         if isinstance(self.weight, QuantizedWeight):

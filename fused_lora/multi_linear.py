@@ -115,12 +115,12 @@ class FusedMultiLoRALinear(nn.Module):
         self.use_rslora: dict[str, bool] = {}
         self.scaling: dict[str, float] = {}
         self._route: _Route | None = None
-        self.disabled = False
+        self.disabled = 0  # how often: see `disable_adapter`
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy is outside of any `route` and `disable_adapter`."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._route, self.disabled = None, False
+        self._route, self.disabled = None, 0
 
     def add_adapter(
         self,
@@ -183,7 +183,7 @@ class FusedMultiLoRALinear(nn.Module):
         One of the three, or none inside `route`, which then says it. Raises what
         `lora_linear_multi` does.
         """
-        if self.disabled:  # by `disable_adapter`
+        if self.disabled:
             return base_linear(x, self.weight, self.bias)
         rows = self._rows(x, adapter_names, adapter_indices, segments)
         if not self.lora_A:  # nothing but "__base__" passed

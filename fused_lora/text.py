@@ -28,7 +28,7 @@ def read_documents(data: str, tokenizer: Any) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"data: {path}: there is no such file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"data: {path}: is not UTF-8 text: {error}") from None
     if path.suffix != ".jsonl":

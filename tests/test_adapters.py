@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-from fused_lora import FusedLoRALinear, add_adapter, inject  # noqa: E402
+from fused_lora import FusedLoRALinear, add_adapter, inject, route  # noqa: E402
 from fused_lora.adapters import load_adapter, save_adapter  # noqa: E402
 
 
@@ -59,6 +60,28 @@ def test_a_compiled_part_is_not_in_the_names_either(tmp_path):
     load_adapter(other, tmp_path)
     assert torch.equal(other.eval()(X), expected)
     load_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("targets", [["q_proj"], ["0.q_proj"], r"0\.[qo]_proj"], ids=str)
+def test_into_a_model_with_wrapped_blocks(tmp_path, targets, named):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    def wrapped():
+        model = _base()
+        model[0] = checkpoint_wrapper(model[0])
+        return model
+
+    model = _adapted(target_modules=targets, rank_pattern={"0.q_proj": 2})
+    save_adapter(model, tmp_path)
+    for other in (wrapped(), _base()):
+        load_adapter(other, tmp_path, **({"adapter_name": "a"} if named else {}))
+        other.eval()
+        with route(other, adapter_names="a") if named else nullcontext():
+            torch.testing.assert_close(other(X), model(X))
+        save_adapter(other, tmp_path / "again", **({"adapter_name": "a"} if named else {}))
+        load_adapter(again := _base(), tmp_path / "again")
+        assert torch.equal(again.eval()(X), model(X))
 
 
 def test_adapters_that_share_a_matrix_and_alphas_of_numpy(tmp_path):

@@ -62,6 +62,23 @@ def test_an_exception_inside_switches_them_on_again():
     assert not model[0].disabled
 
 
+def test_uses_that_overlap():
+    """Two threads' blocks, of which the first to begin is the first to end."""
+    model, x = _model(), torch.randn(5, 64)
+    inject(model, 4, 8, ["0"])
+    expected = _learn(model)(x)
+    first, second = disable_adapter(model), disable_adapter(model)
+    first.__enter__()
+    base = model(x)
+    second.__enter__()
+    first.__exit__(None, None, None)
+    torch.testing.assert_close(model(x), base)
+    with pytest.raises(RuntimeError, match="merge outside of disable_adapter"):
+        model[0].merge()
+    second.__exit__(None, None, None)
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_a_copy_made_inside_is_outside():
     model, x = _model(), torch.randn(5, 64)
     inject(model, 4, 8, ["0"])

@@ -185,7 +185,7 @@ def test_explain_prices_every_strategy(device):
     ceilings = f"ceilings of {flops / 1e12:.0f} TFLOP/s and {bandwidth / 1e12:.1f} TB/s"
     assert explanation.reasons["model"] == ceilings
     single = explain(*[t.float() for t in tensors], backend="triton", bias=None)
-    assert "no tensor descriptors" in single.reasons["one_launch"]
+    assert "takes 16-bit products" in single.reasons["one_launch"]
 
 
 def test_explain_prices_what_only_a_table_would_take(device):

@@ -63,7 +63,8 @@ SHAPES = [(1, 5, 7, 1), (33, 70, 45, 4), ((2, 3, 19), 130, 65, 20), (130, 20, 14
     [
         ((37, 72, 136, 8), "specialized_add_lora"),
         (((2, 70), 264, 64, 20), "specialized_add_lora"),
-        ((9, 13, 11, 3), "gemm_add_lora"),  # no descriptors, and cuBLAS has no scale of columns
+        ((9, 13, 11, 3), "gemm_one_pass"),  # no descriptors, and cuBLAS has no scale of columns
+        ((9, 13, 11, 20), "gemm_add_lora"),
     ],
 )
 def test_in_the_hand_scheduled_kernel(launches, monkeypatch, shape, kernel, needs, bias):
