@@ -120,7 +120,7 @@ def save_adapter(
     for path, layer in saved.items():
         for name, tensor in layer.tensors().items():
             # Copies: of tensors that share memory safetensors writes none.
-            tensors[_key(path, name)] = tensor.detach().cpu().clone().contiguous()
+            tensors[_key(path, name)] = tensor.detach().to("cpu", copy=True).contiguous()
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import torch_backend
 from .autocast import no_autocast
 from .dispatch import Plan
-from .kernels.dropout import Dropout
+from .kernels.dropout import Dropout, seed_of
 from .quantize import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -56,10 +56,6 @@ def _parts_of_all(weights: Sequence[Tensor | QuantizedWeight]) -> Iterable[Tenso
     return itertools.chain.from_iterable(map(_parts, weights))
 
 
-def _seed(dropout: Dropout | None) -> Tensor | None:
-    return None if dropout is None else dropout.seed
-
-
 def _shaped_as(x: Tensor, y: Tensor) -> Tensor:
     """y [M, N] as [..., N], itself: of a view, autograd would refuse changes in place."""
     return y if x.ndim == 2 else y.resize_(*x.shape[:-1], y.shape[-1])
@@ -95,7 +91,7 @@ def forward(
 
     if replays is None:
         return run()
-    operands = (x, *_parts(weight), lora_A, lora_B, bias, _seed(dropout))
+    operands = (x, *_parts(weight), lora_A, lora_B, bias, seed_of(dropout))
     y, h = replays(("forward", need_h), operands, run)
     return y, h
 
@@ -129,7 +125,7 @@ def backward(
 
     if replays is None or torch.compiler.is_compiling():  # compiled autograd traces this
         return run()
-    operands = (g2, x, *_parts(weight), lora_A, lora_B, h, _seed(dropout))
+    operands = (g2, x, *_parts(weight), lora_A, lora_B, h, seed_of(dropout))
     dx, dA, dB = replays(("backward", need_dx), operands, run)
     return dx, dA, dB
 
@@ -205,7 +201,14 @@ def forward_group(
     if replays is None:
         *ys, h = run()
     else:
-        operands = (x, *_parts_of_all(weights), *lora_As, *lora_Bs, *biases, *map(_seed, dropouts))
+        operands = (
+            x,
+            *_parts_of_all(weights),
+            *lora_As,
+            *lora_Bs,
+            *biases,
+            *map(seed_of, dropouts),
+        )
         *ys, h = replays("forward", operands, run)
     return ys, h
 
@@ -247,7 +250,7 @@ def backward_group(
             *lora_As,
             *lora_Bs,
             *hs,
-            *map(_seed, dropouts),
+            *map(seed_of, dropouts),
         )
         dx, *gradients = replays(("backward", need_dx), operands, run)
     return dx, gradients[: len(gs)], gradients[len(gs) :]

@@ -337,17 +337,20 @@ def explain_group(
     x, cast, calls, plans = _checked(x, members)
     on_kernels = plans[0].backend == "triton"
     way: str = "library"
-    if on_kernels:
-        gs = [torch.empty((c.M, c.N), dtype=c.dtype, device="meta") for c in calls]
-        way = group_dx(plans, gs, [member.weight for member in cast], x.device)
+    strategies = [plan.strategy for plan in plans]
     reasons: dict[str, str] = {}
     if on_kernels:
         reasons["torch"] = "not taken: the kernels take every member"
-    for i, call in enumerate(calls):
-        why = None if on_kernels else why_torch(call, backend)
-        if why is not None:
-            reasons["triton"] = f"not taken: {why} (member {i})"
-            break
+        gs = [torch.empty((c.M, c.N), dtype=c.dtype, device="meta") for c in calls]
+        way = group_dx(plans, gs, [member.weight for member in cast], x.device)
+        for i, (member, call) in enumerate(zip(cast, calls, strict=True)):
+            of_y, _ = as_products((x, *member[:3]), call.dtype)
+            strategies[i], _ = runs_as(strategies[i], None, *of_y)
+    else:
+        for i, call in enumerate(calls):
+            if (why := why_torch(call, backend)) is not None:
+                reasons["triton"] = f"not taken: {why} (member {i})"
+                break
     if better_apart(x, any(call.dropout for call in calls), backend):
         reasons["group"] = "not taken: few rows, and on a CPU dropout, are faster each on its own"
     else:
@@ -356,15 +359,8 @@ def explain_group(
         if call.quantized is not None:
             how = describe_quantized(call, plans[i].backend, plans[i].strategy == "in_loop")
             reasons[f"quantised W0 of member {i}"] = how
-    ways = [plan.strategy for plan in plans]
-    if on_kernels:
-        operands = [(x, m.weight, m.lora_A, m.lora_B) for m in cast]
-        ways = [
-            runs_as(chosen, None, *as_products(tensors, call.dtype)[0])[0]
-            for chosen, tensors, call in zip(ways, operands, calls, strict=True)
-        ]
-    strategies = ", ".join(dict.fromkeys(ways))
-    return Explanation(plans[0].backend, strategies, way, reasons)
+    forward = ", ".join(dict.fromkeys(strategies))
+    return Explanation(plans[0].backend, forward, way, reasons)
 
 
 def _describe(

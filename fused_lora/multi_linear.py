@@ -203,13 +203,11 @@ class FusedMultiLoRALinear(nn.Module):
 
         `explain_multi` with the layer's own tensors; raises what that does, computes nothing.
         """
+        rows = {} if self.disabled else self._rows(x, adapter_names, adapter_indices, segments)
         if self.disabled or not self.lora_A:
             why = "its adapters are disabled" if self.disabled else "the layer has no adapter"
-            if not self.disabled:
-                self._rows(x, adapter_names, adapter_indices, segments)
             reasons = {"library": f"taken: F.linear, as {why}"}
             return Explanation("torch", "library", "library", reasons)
-        rows = self._rows(x, adapter_names, adapter_indices, segments)
         options = self._options() | rows
         return explain_multi(x, *self._tensors(), **options)
 

@@ -343,7 +343,7 @@ def _launch(
                 *(b.stride() if b is not None else (0, 0)),
                 y.stride(0),
             ),
-            (scale, dropout.threshold if dropout else 0),
+            (scale, scale_and_threshold(dropout)[1]),
             BLOCK_R=BLOCK_R,
             GROUP_M=GROUP_M,
             EVEN_K=K % config.BLOCK_K == 0,

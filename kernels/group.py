@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .configs import ALIGNED, MIN_DOT, TileConfig, cdiv, for_odd_rows, is_odd, padded
 from .device import device_guard
-from .dropout import Dropout, seed_of
+from .dropout import Dropout, scale_and_threshold, seed_of
 from .gemm import GROUP_M, dot_precision
 from .launch import Launcher
 from .tiles import add_product, grouped_tile, keep_mask, tile_places
@@ -176,8 +176,7 @@ def gemm_group(
                 hs[0].stride(0),
                 tuple(b.stride() for b in bs),
                 # Not among the numbers: what is in a tuple, Triton specialises by.
-                tuple(d.keep_scale if d else 1.0 for d in dropouts),
-                tuple(d.threshold if d else 0 for d in dropouts),
+                *zip(*map(scale_and_threshold, dropouts), strict=True),
             ),
             (),
             BLOCK_R=BLOCK_R,

@@ -164,15 +164,26 @@ def load_product(
     w_ring,
     ready,
     empty,
+    sync_ptr,
+    epoch,
+    first_flag,
     K,
     STAGES: gl.constexpr,
     PARTS: gl.constexpr,
     PIECES: gl.constexpr,
     W_TRANSPOSED: gl.constexpr,
 ):
-    """Loads all of K for x w's tile, from `step` on; the step after it."""
+    """Loads all of K for x w's tile, from `step` on; the step after it.
+
+    With sync_ptr x is an h of this launch: each step of it waits for its PARTS flags.
+    """
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
     for k in range(0, K, BLOCK_K):
+        if sync_ptr is not None:
+            flags = sync_ptr + FLAGS + (first_flag + k // BLOCK_K) * PARTS
+            for part in gl.static_range(PARTS):
+                wait_for(flags + part, epoch)
+            proxy_fence()
         load_step(
             x_desc, w_desc, row, col, k, step,
             x_ring, w_ring, ready, empty, STAGES, PARTS, PIECES, W_TRANSPOSED,
@@ -211,33 +222,25 @@ def load_y_tile(
     W_TRANSPOSED: gl.constexpr,
 ):
     """Loads what a tile of y takes, from `step` on; the step after it."""
-    BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
     step = load_product(
         x_desc, w_desc, row, col, step,
-        x_ring, w_ring, ready, empty, K, STAGES, PARTS, PIECES, W_TRANSPOSED,
+        x_ring, w_ring, ready, empty, None, 0, 0, K, STAGES, PARTS, PIECES, W_TRANSPOSED,
     )  # fmt: skip
     if x2_desc is not None:
         step = load_product(
             x2_desc, w2_desc, row, col, step,
-            x_ring, w_ring, ready, empty, K2, STAGES, PARTS, PIECES, W_TRANSPOSED,
+            x_ring, w_ring, ready, empty, None, 0, 0, K2, STAGES, PARTS, PIECES, W_TRANSPOSED,
         )  # fmt: skip
     if x3_desc is not None:
         step = load_product(
             x3_desc, w3_desc, row, col, step,
-            x_ring, w_ring, ready, empty, K3, STAGES, PARTS, PIECES, W_TRANSPOSED,
+            x_ring, w_ring, ready, empty, None, 0, 0, K3, STAGES, PARTS, PIECES, W_TRANSPOSED,
         )  # fmt: skip
     if b_desc is not None:
-        for r in range(0, R, BLOCK_K):
-            if sync_ptr is not None:
-                flags = sync_ptr + FLAGS + (first_flag + r // BLOCK_K) * PARTS
-                for part in gl.static_range(PARTS):
-                    wait_for(flags + part, epoch)
-                proxy_fence()
-            load_step(
-                h_desc, b_desc, row, col, r, step,
-                x_ring, w_ring, ready, empty, STAGES, PARTS, PIECES, W_TRANSPOSED,
-            )  # fmt: skip
-            step += 1
+        step = load_product(
+            h_desc, b_desc, row, col, step, x_ring, w_ring, ready, empty,
+            sync_ptr, epoch, first_flag, R, STAGES, PARTS, PIECES, W_TRANSPOSED,
+        )  # fmt: skip
     return step
 
 
@@ -301,7 +304,7 @@ def loader(
             if a_desc is not None:
                 step = load_product(
                     x_desc, a_desc, row, column * BLOCK_K, step,
-                    x_ring, w_ring, ready, empty, K, STAGES, PARTS, 1, W_TRANSPOSED,
+                    x_ring, w_ring, ready, empty, None, 0, 0, K, STAGES, PARTS, 1, W_TRANSPOSED,
                 )  # fmt: skip
         else:
             col = (column - num_r) * BLOCK_N
