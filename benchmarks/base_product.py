@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 
 from fused_lora.device_time import median_seconds
-from fused_lora.dispatch import specialized_obstacle
 from fused_lora.kernels import gemm, persistent
 from fused_lora.kernels.configs import Kind, TileConfig, tunable
 from fused_lora.kernels.device import device_info
+from fused_lora.strategies import specialized_obstacle
 from fused_lora.tune import checked_seconds, in_processes, shape
 
 from . import rows

@@ -25,8 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fused_lora import dispatch, lora_linear, quantize_nf4
-from fused_lora.dispatch import Strategy
 from fused_lora.kernels.device import SHARED_MEMORY
+from fused_lora.tables import Strategy
 
 from . import measure
 

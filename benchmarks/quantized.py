@@ -30,7 +30,7 @@ from fused_lora import (
     quantize_nf4,
     reference,
 )
-from fused_lora.dispatch import Strategy
+from fused_lora.tables import Strategy
 
 from .providers import (
     Layer,

@@ -31,12 +31,14 @@ from fused_lora import (
     quantize_fp8,
     quantize_nf4,
 )
-from fused_lora.dispatch import Plan, Strategy, specialized_obstacle
+from fused_lora.dispatch import Plan
 from fused_lora.kernels.configs import MAX_SKINNY_M
 from fused_lora.kernels.device import device_info
 from fused_lora.multi import LoRALinearMultiFunction
 from fused_lora.multi_backends import MultiPlan
 from fused_lora.multi_rows import row_groups
+from fused_lora.strategies import specialized_obstacle
+from fused_lora.tables import Strategy
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -69,17 +71,35 @@ def _layers() -> Iterator[Case]:
     for strategy in ("tma_split", "one_launch", "skinny"):
         special += [(strategy, 0.0), (strategy, 0.3)]
     special += [("library", 0.0)]
-    by_hand: list[tuple[Strategy, float]] = []  # last: a kernel that hangs ends the program
-    if specialized_obstacle(DEVICE, device_info(DEVICE)) is None:
-        by_hand = [("ws_split", 0.0), ("ws_one_launch", 0.0)]
     for shape, dtype, (strategy, p) in chain(
-        product(SHAPES, DTYPES, plain),
-        product(ALIGNED, HALF, special),
-        product(ALIGNED, HALF, by_hand),
+        product(SHAPES, DTYPES, plain), product(ALIGNED, HALF, special)
     ):
         if strategy != "skinny" or shape[0] <= MAX_SKINNY_M:
             name = f"{dtype} M, N, K, r {shape} {strategy} dropout {p}"
             yield name, partial(_layer, shape, dtype, strategy, p)
+
+
+def _by_hand() -> Iterator[Case]:
+    """The hand-scheduled kernel in all of its forms; last: one that hangs ends the program."""
+    if specialized_obstacle(DEVICE, device_info(DEVICE)) is not None:
+        return
+    from hand_scheduled import TOLERANCE, Operands, all_tiles, check_sum
+
+    of: dict[str, Any] = {"transposed": False, "device": DEVICE, "dtype": HALF[0]}
+    first, halves = all_tiles()[0], next(c for c in all_tiles() if c.HALVES)
+    for shape in ALIGNED:
+        for form in ("plain", "second", "produced", "dora"):
+            operands = Operands(*shape, **of)
+            yield f"{form} {shape}", partial(operands.check, form, first, 8 * TOLERANCE)
+        M, N, K, _ = shape
+        for Ks, adapters in product(((K, 136), (K, 136, 64)), (False, True)):
+            options = {"adapters": adapters, "tolerance": 8 * TOLERANCE, **of}
+            name = f"a sum of {len(Ks)} products {shape}, adapters: {adapters}"
+            yield name, partial(check_sum, first, M, N, Ks, **options)
+    shape = (2900, 3208, 72, 24)  # more tiles than multiprocessors, and few in the last round
+    for form in ("second", "produced", "dora"):
+        operands = Operands(*shape, **of)
+        yield f"{form} {shape} by halves", partial(operands.check, form, halves, 8 * TOLERANCE)
 
 
 def _others() -> Iterator[Case]:
@@ -167,7 +187,7 @@ def main() -> int:
     """Runs all cases; returns 1 if a result is wrong."""
     torch.manual_seed(0)
     total = wrong = 0
-    for name, case in chain(_others(), _layers()):
+    for name, case in chain(_others(), _layers(), _by_hand()):
         total += 1
         verdict = "right"
         try:

@@ -7,10 +7,11 @@ from . import flops, reference
 from .attention import FusedLoRAAttention
 from .autograd import LoRALinearFunction
 from .disable import disable_adapter
-from .dispatch import Explanation
+from .explanation import Explanation
 from .functional import dora_linear, explain, lora_linear
-from .group import FusedLoRAGroup, LoRALinearGroupFunction, explain_group, lora_linear_group
-from .inject import InjectReport, inject
+from .group import LoRALinearGroupFunction, explain_group, lora_linear_group
+from .inject import inject
+from .inject_report import InjectReport
 from .linear import FusedLoRALinear
 from .loraplus import lora_plus_param_groups
 from .merge import merge_and_unload
@@ -19,6 +20,7 @@ from .multi_linear import FusedMultiLoRALinear, route
 from .multi_model import add_adapter, delete_adapter
 from .quantize import QuantizedWeight, quantize_fp4, quantize_fp8, quantize_int8, quantize_nf4
 from .schedule import schedule
+from .together import FusedLoRAGroup
 
 __version__ = "0.1.0"
 

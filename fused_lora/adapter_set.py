@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import checks
 from .autocast import autocast_enabled
-from .dispatch import Call, _facts
+from .calls import Call, facts_of
 from .guards import guards_of
 from .kernels.rows import AdapterLayout, adapter_layout, addresses_of
 
@@ -107,7 +107,7 @@ def _make(
     for i, (A, B) in enumerate(zip(lora_As, lora_Bs, strict=True)):
         both = isinstance(A, Tensor) and isinstance(B, Tensor)
         kinds.setdefault(
-            (_facts(A), _facts(B)) if both else i, i
+            (facts_of(A), facts_of(B)) if both else i, i
         )  # others: for the checks to refuse
     layout = None
     if addresses is not None and all(t.ndim and t.is_contiguous() for t in (*lora_As, *lora_Bs)):

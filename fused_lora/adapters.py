@@ -21,64 +21,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import checks
+from .adapter_config import CONFIG_NAME, read_config
 from .files import write_atomically
-from .inject import (
-    has_peft_layers,
-    inject,
-    is_linear,
-    match_modules,
-    match_paths,
-    own_path,
-    per_layer,
-)
+from .inject import inject
 from .linear import FusedLoRALinear
+from .matching import has_peft_layers, is_linear, match_modules, match_paths, own_path, per_layer
 from .multi_linear import FusedMultiLoRALinear
 from .multi_model import add_adapter, can_adapt, layers_with
 from .quantize import Format, Quantizer
 
-CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_MAX_CONFIG_BYTES = 1 << 20
-_MAX_WAYS = 1 << 14  # in which the alternatives of a pattern's groups combine
 # What a layer's tensors are called, in it and, with what follows, in the files.
 _TENSORS = {"lora_A": ".weight", "lora_B": ".weight", "lora_magnitude_vector": ""}
-
-# Fields that we use, and fields that say nothing about the computation.
-_USED = {
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "exclude_modules",
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-}
-_HARMLESS = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "eva_config",
-    "inference_mode",
-    "loftq_config",
-    "lora_ga_config",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",  # means something with use_qalora only
-    "revision",
-    "runtime_config",
-    "task_type",
-}
-# Values under which a field that could change the computation does not. Any other field must be
-# null, false or empty.
-_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "bias": ("none",),
-    # The others change the base weights, which a folder with A and B alone cannot bring back.
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
-}
 
 
 def save_adapter(
@@ -417,97 +372,6 @@ def _target_modules(model: nn.Module, layers: dict[str, Any]) -> list[str] | str
         if set(match_paths("target_modules", targets, paths)) == set(layers):
             return targets
     return "|".join(re.escape(path) for path in sorted(layers))
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The checked config with every field that we use."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise ValueError(f"{path}: has more than {_MAX_CONFIG_BYTES:,} bytes, is no adapter config")
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: got a JSON {type(config).__name__}, wanted an object")
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type: got {config.get('peft_type')!r}, wanted 'LORA'")
-    for field, value in config.items():
-        if field in _USED or field in _HARMLESS:
-            continue
-        neutral = (
-            any(value is v or value == v for v in _NEUTRAL[field])
-            if field in _NEUTRAL
-            else (value is None or value is False or value in ("", [], {}))
-        )
-        if not neutral:
-            raise ValueError(
-                f"{path}: {field}: got {value!r}, which changes the computation and is not "
-                "supported"
-            )
-    defaults: dict[str, Any] = {
-        "lora_alpha": 8,
-        "lora_dropout": 0.0,
-        "use_rslora": False,
-        "use_dora": False,
-        "exclude_modules": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
-    config = defaults | {k: v for k, v in config.items() if v is not None}
-    _check_config(path, config)
-    return config
-
-
-def _check_config(path: Path, config: dict[str, Any]) -> None:
-    for field in ("r", "target_modules"):
-        if field not in config:
-            raise ValueError(f"{path}: {field}: is missing")
-    for field in ("use_rslora", "use_dora"):
-        if not isinstance(config[field], bool):
-            raise ValueError(f"{path}: {field}: got {config[field]!r}, wanted true or false")
-    for field in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config[field], dict):
-            raise ValueError(f"{path}: {field}: got {config[field]!r}, wanted an object")
-    for field in ("target_modules", "exclude_modules"):
-        value = config[field]
-        if isinstance(value, str):
-            _check_pattern(path, value)
-        elif value is not None and not (
-            isinstance(value, list) and all(isinstance(name, str) for name in value)
-        ):
-            raise ValueError(f"{path}: {field}: got {value!r}, wanted a string or a list of them")
-    for pattern in (*config["rank_pattern"], *config["alpha_pattern"]):
-        _check_pattern(path, pattern)
-    try:
-        for r in (config["r"], *config["rank_pattern"].values()):
-            checks.check_rank(r)
-        for alpha in (config["lora_alpha"], *config["alpha_pattern"].values()):
-            checks.check_number("lora_alpha", alpha)
-        checks.check_dropout("lora_dropout", config["lora_dropout"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _check_pattern(path: Path, pattern: str) -> None:
-    """Refuses what could take for ever to match: repeated groups, or too many ways to match."""
-    repetitions = len(re.findall(r"[*+?{]", pattern))
-    ways, bars = 1, [1]  # alternatives of each open group; those outside of any only add up
-    for char in re.sub(r"\\.|\[[^]]*\]", "", pattern):
-        if char == "(":
-            bars.append(1)
-        elif char == "|":
-            bars[-1] += 1
-        elif char == ")" and len(bars) > 1:
-            ways = min(ways * bars.pop(), _MAX_WAYS + 1)
-    # A repetition can end at any character of a path, of which there are some sixty.
-    most = max(4, _MAX_WAYS >> 5 * max(repetitions - 1, 0))
-    if re.search(r"\)[*+?{]", pattern) or repetitions > 4 or ways > most:
-        raise ValueError(
-            f"{path}: got the pattern {pattern!r}, wanted at most four repetitions, none of a "
-            f"group, and at most {_MAX_WAYS} combinations of alternatives, with repetitions fewer"
-        )
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

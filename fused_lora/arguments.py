@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .dispatch import Backend
+from .calls import Backend
 from .quantize import QuantizedWeight
 
 

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks
-from .dispatch import Backend, Explanation
-from .group import explain_together, forward_together
+from .calls import Backend
+from .explanation import Explanation
 from .linear import FusedLoRALinear
+from .together import explain_together, forward_together
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 

@@ -31,18 +31,18 @@ def _kernels() -> ModuleType:
     return importlib.import_module(".triton_backend", __package__)
 
 
-def _as_matrix(t: Tensor) -> Tensor:
+def as_matrix(t: Tensor) -> Tensor:
     """[..., C] -> [M, C], a view wherever the strides allow one; sizes of 0 too."""
     if t.ndim == 2:
         return t
     return t.flatten(0, -2) if t.ndim > 1 else t.unsqueeze(0)
 
 
-def _gradient(g: Tensor, backend: str) -> Tensor:
+def as_gradient(g: Tensor, backend: str) -> Tensor:
     """g as a matrix of values: kernels would read past a wrapper and miss a lazy negation."""
     if backend == "triton" and (type(g) is not Tensor or g.is_neg()):
         g = g.clone()  # of an unfinished collective, only an operator waits for it
-    return _as_matrix(g)
+    return as_matrix(g)
 
 
 def _parts(weight: Tensor | QuantizedWeight | None) -> Iterable[Tensor | None]:
@@ -80,7 +80,7 @@ def forward(
     """
 
     def run() -> tuple[Tensor, Tensor | None]:
-        arguments = (_as_matrix(x), weight, lora_A, lora_B, bias, scaling, dropout)
+        arguments = (as_matrix(x), weight, lora_A, lora_B, bias, scaling, dropout)
         h: Tensor | None
         with no_autocast(x):
             if plan.backend == "triton":
@@ -111,10 +111,10 @@ def backward(
     replays: Replays | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx [..., K], dA and dB for g = dL/dy [..., N]: dA iff x is given, dB iff h is given."""
-    g2 = _gradient(g, plan.backend)
+    g2 = as_gradient(g, plan.backend)
 
     def run() -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x2 = None if x is None else _as_matrix(x)
+        x2 = None if x is None else as_matrix(x)
         arguments = (g2, x2, weight, lora_A, lora_B, h, scaling, dropout)
         with no_autocast(g):
             if plan.backend == "triton":
@@ -147,7 +147,7 @@ def dora_forward(
 
     column_scale: c [N] in fp32 or better.
     """
-    x2 = _as_matrix(x)
+    x2 = as_matrix(x)
     h: Tensor | None
     z: Tensor | None
     with no_autocast(x):
@@ -172,7 +172,7 @@ def dora_backward(
         from .kernels.dora import scale_columns_backward
     else:
         from .torch_backend import scale_columns_backward
-    gs, dot = scale_columns_backward(_gradient(g, plan.backend), column_scale, z)
+    gs, dot = scale_columns_backward(as_gradient(g, plan.backend), column_scale, z)
     return gs.view(g.shape), dot
 
 
@@ -190,7 +190,7 @@ def forward_group(
     """Every y_i [..., N_i], and the scaled h_i side by side [M, sum r_i], in x's dtype."""
 
     def run() -> tuple[Tensor, ...]:
-        arguments = (_as_matrix(x), weights, lora_As, lora_Bs, biases, scalings, dropouts)
+        arguments = (as_matrix(x), weights, lora_As, lora_Bs, biases, scalings, dropouts)
         with no_autocast(x):
             if plans[0].backend == "triton":
                 ys, h = _kernels().forward_group(*arguments, plans)
@@ -228,10 +228,10 @@ def backward_group(
     replays: Replays | None = None,
 ) -> tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]:
     """dx [..., K], the sum over the members, and dA_i iff x is given, dB_i iff h_i is."""
-    gs2 = [_gradient(g, plans[0].backend) for g in gs]
+    gs2 = [as_gradient(g, plans[0].backend) for g in gs]
 
     def run() -> tuple[Tensor | None, ...]:
-        x2 = None if x is None else _as_matrix(x)
+        x2 = None if x is None else as_matrix(x)
         arguments = (gs2, x2, weights, lora_As, lora_Bs, hs, scalings, dropouts)
         with no_autocast(gs[0]):
             if plans[0].backend == "triton":

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from .frozen import FrozenLinear
 from .linear import FusedLoRALinear
-from .multi_linear import FusedMultiLoRALinear
 
 _lock = threading.Lock()
 
@@ -31,8 +31,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
-    kinds = (FusedLoRALinear, FusedMultiLoRALinear)
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, FrozenLinear)}
     if not layers:
         raise ValueError("model: has no adapters of fused_lora's; PEFT's models have their own")
     for path, layer in layers.items():
@@ -45,7 +44,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         _count(layers.values(), -1)
 
 
-def _count(layers: Iterable[FusedLoRALinear | FusedMultiLoRALinear], more: int) -> None:
+def _count(layers: Iterable[FrozenLinear], more: int) -> None:
     with _lock:
         for layer in layers:
             layer.disabled += more

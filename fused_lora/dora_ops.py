@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .calls import Backend, checked_call
 from .differentiable import differentiable
-from .dispatch import Backend, checked_call, plan
+from .dispatch import plan
 from .dora import column_scale, gradients, weight_norm
 from .packing import pack, unpack
 

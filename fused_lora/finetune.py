@@ -24,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapters import CONFIG_NAME, WEIGHTS_NAME, save_adapter
+from .adapter_config import CONFIG_NAME
+from .adapters import WEIGHTS_NAME, save_adapter
 from .files import write_atomically
 from .functional import explain
 from .inject import inject

@@ -14,22 +14,16 @@ from . import backends, checks, dora_ops, ops, torch_backend
 from .arguments import Arguments
 from .autocast import autocast
 from .autograd import LoRALinearFunction
-from .dispatch import (
-    Backend,
-    Decision,
-    Explanation,
-    Form,
-    checked_call,
-    explain_call,
-    plan,
-    replays_of,
-)
+from .calls import Backend, checked_call
+from .dispatch import Decision, plan, replays_of
 from .dora import DoRALinearFunction, weight_norm
+from .explanation import Explanation, explain_call
 from .kernels.dropout import dropout_of, dropout_threshold
 from .packing import pack
 from .quantize import QuantizedWeight
 from .recall import recall, remember
 from .reference import drawn_mask, fp8_activations
+from .strategies import Form
 
 Weight = Tensor | QuantizedWeight
 
@@ -41,7 +35,8 @@ def _is_constant(scaling: float) -> bool:
     return has_static_value(scaling)
 
 
-def _check_options(weight: Weight, scaling: float, dropout_p: float, backend: Backend) -> None:
+def check_options(weight: Weight, scaling: float, dropout_p: float, backend: Backend) -> None:
+    """TypeError or ValueError for what `checks.check_tensors` does not look at."""
     checks.check_backend(backend)
     if not torch.compiler.is_compiling() or _is_constant(scaling):
         checks.check_number("scaling", scaling)
@@ -94,17 +89,17 @@ def lora_linear(
 
 def call_layer(x: Tensor, given: Arguments) -> Tensor:
     """`lora_linear` of what a layer passes on."""
-    observed = _observed()
+    observed = is_observed()
     if not observed:
         known: Decision | None = recall("lora_linear", x, (given,))
         if known is not None:
             return _run(known, x, given)
     cast, weight, bias = autocast(x, given.weight, given.bias)
     layer = given._replace(weight=weight, bias=bias)
-    if _distributed() and isinstance(weight, Tensor):
+    if is_distributed() and isinstance(weight, Tensor):
         from . import parallel
 
-        _check_options(weight, layer.scaling, layer.dropout_p, layer.backend)
+        check_options(weight, layer.scaling, layer.dropout_p, layer.backend)
         cast = parallel.arrived(cast)
         tensors = (cast, weight, layer.lora_A, layer.lora_B, bias)
         if parallel.has_dtensor(*tensors):
@@ -127,7 +122,7 @@ def base_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight.dequantize(x.dtype), bias)
 
 
-def _distributed() -> bool:
+def is_distributed() -> bool:
     """Whether there can be DTensors: their module takes 0.35 s to import."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
@@ -141,7 +136,7 @@ def _on_device(
     of the logical x this one is. Each part gets a dropout mask of its own.
     """
     weight, lora_A, lora_B, scaling, bias, dropout_p, backend = layer
-    _check_options(weight, scaling, dropout_p, backend)
+    check_options(weight, scaling, dropout_p, backend)
     threshold = dropout_threshold(dropout_p)
     if not observed:
         call = checked_call(x, weight, lora_A, lora_B, bias, threshold > 0)
@@ -153,7 +148,7 @@ def _on_device(
     checks.check_tensors(x, weight, lora_A, lora_B, bias)
     check_frozen(weight)
     seed = _draw_seed(x.device, backend, shard or 0) if threshold else None
-    lora_B, scaling = _fold_scaling(lora_B, scaling)
+    lora_B, scaling = fold_scaling(lora_B, scaling)
     compiling = torch.compiler.is_compiling()
     apply: Any = ops.lora_linear_op if compiling else ops.LoRALinearOpFunction.apply
     rest = (*pack(weight), scaling, seed, threshold, backend, _is_trained(lora_B))
@@ -189,7 +184,7 @@ def is_recorded() -> bool:
     return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
-def _observed() -> bool:
+def is_observed() -> bool:
     """Whether the call has to be an operator: somebody traces, transforms or watches it."""
     compiling = torch.compiler.is_compiling()
     transformed = torch._C._are_functorch_transforms_active()
@@ -232,7 +227,7 @@ def _is_trained(tensor: Tensor) -> bool:
     return torch.is_grad_enabled() and (tensor.requires_grad or transformed)
 
 
-def _fold_scaling(lora_B: Tensor, scaling: float) -> tuple[Tensor, float]:
+def fold_scaling(lora_B: Tensor, scaling: float) -> tuple[Tensor, float]:
     """The two for an operator, whose float is a graph's constant: each alpha would recompile."""
     if not torch.compiler.is_compiling() or _is_constant(scaling):
         return lora_B, float(scaling)
@@ -300,8 +295,8 @@ def dora_linear(
     Raises:
         TypeError, ValueError, RuntimeError: as `lora_linear`; TypeError for a DTensor.
     """
-    _check_options(weight, scaling, dropout_p, backend)
-    if _distributed() and isinstance(weight, Tensor):
+    check_options(weight, scaling, dropout_p, backend)
+    if is_distributed() and isinstance(weight, Tensor):
         from . import parallel
 
         x = parallel.arrived(x)
@@ -309,7 +304,7 @@ def dora_linear(
             raise TypeError("x, weight, ...: got a DTensor, which dora_linear does not take yet")
     exact_weight = weight
     x, weight, bias = autocast(x, weight, bias)
-    observed = _observed()
+    observed = is_observed()
     if observed:
         checks.check_tensors(x, weight, lora_A, lora_B, bias)
         check_frozen(weight)
@@ -330,7 +325,7 @@ def dora_linear(
             dropped, exact_weight, lora_A, lora_B, magnitude, scaling=scaling, backend=backend
         )
     if observed:
-        lora_B, scaling = _fold_scaling(lora_B, scaling)
+        lora_B, scaling = fold_scaling(lora_B, scaling)
         packed = pack(weight) if weight is exact_weight else pack(weight, exact_weight)
         compiling = torch.compiler.is_compiling()
         apply: Any = dora_ops.dora_linear_op if compiling else dora_ops.DoRALinearOpFunction.apply
@@ -362,10 +357,10 @@ def explain(
     With ``magnitude`` the same of `dora_linear`. Takes and raises what they do; computes nothing.
     ``print`` the result to read it.
     """
-    _check_options(weight, scaling, dropout_p, backend)
+    check_options(weight, scaling, dropout_p, backend)
     x, weight, bias = autocast(x, weight, bias)
     dropout = dropout_threshold(dropout_p) > 0 and magnitude is None
-    if _distributed() and isinstance(weight, Tensor):
+    if is_distributed() and isinstance(weight, Tensor):
         from . import parallel
 
         tensors = (x, weight, lora_A, lora_B, bias)

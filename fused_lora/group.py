@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,38 +13,25 @@ from . import backends, checks
 from .arguments import Arguments
 from .autocast import autocast
 from .autograd import Codes, alias, raise_second_derivative
-from .dispatch import (
-    Backend,
-    Call,
-    Decision,
-    Explanation,
-    Plan,
-    as_products,
-    better_apart,
-    checked_call,
-    describe_quantized,
-    group_dx,
-    plan,
-    replays_of,
-    runs_as,
-    why_torch,
-)
+from .calls import Backend, Call, as_products, checked_call
+from .dispatch import Decision, Plan, better_apart, group_dx, plan, replays_of, why_torch
+from .explanation import Explanation, describe_quantized
 from .functional import (
     Weight,
-    _check_options,
-    _fold_scaling,
-    _observed,
     call_layer,
+    check_options,
     draw_seeds,
+    fold_scaling,
+    is_observed,
     is_recorded,
 )
 from .group_ops import dropouts_of, lora_linear_group_op, plans_of_all
 from .kernels.configs import MAX_GROUP
 from .kernels.dropout import dropout_threshold
-from .linear import FusedLoRALinear
 from .packing import pack
 from .quantize import QuantizedWeight
 from .recall import recall, remember
+from .strategies import runs_as
 
 if TYPE_CHECKING:
     from .kernels.replay import Replays
@@ -195,7 +182,7 @@ def lora_linear_group(
 
 def call_group(x: Tensor, members: Sequence[Arguments]) -> tuple[Tensor, ...]:
     """`lora_linear_group` of what layers of one backend pass on."""
-    if not _observed():
+    if not is_observed():
         known: _Decision | None = recall("lora_linear_group", x, members)
         if known is not None:
             return _run(known, x, members)
@@ -307,7 +294,7 @@ def _checked(
     for i, member in enumerate(members):
         try:
             backend = member.backend
-            _check_options(member.weight, member.scaling, member.dropout_p, backend)
+            check_options(member.weight, member.scaling, member.dropout_p, backend)
             x_cast, W, bias = autocast(x_cast, member.weight, member.bias)
             dropout = dropout_threshold(member.dropout_p) > 0
             calls.append(checked_call(x_cast, W, member.lora_A, member.lora_B, bias, dropout))
@@ -333,7 +320,13 @@ def explain_group(
 
     Takes and raises what it does; computes nothing.
     """
-    members = _members(weights, lora_As, lora_Bs, scalings, biases, dropout_ps, backend)
+    lists = (weights, lora_As, lora_Bs, scalings, biases, dropout_ps)
+    return explain_members(x, _members(*lists, backend))
+
+
+def explain_members(x: Tensor, members: Sequence[Arguments]) -> Explanation:
+    """`explain_group` of what layers of one backend pass on."""
+    backend = members[0].backend
     x, cast, calls, plans = _checked(x, members)
     on_kernels = plans[0].backend == "triton"
     way: str = "library"
@@ -396,10 +389,10 @@ def _traced(x: Tensor, members: Sequence[Arguments]) -> tuple[Tensor, ...]:
     cast = []
     backend = members[0].backend
     for W, A, B, s, bias, p, _ in members:
-        _check_options(W, s, p, backend)
+        check_options(W, s, p, backend)
         x, W, bias = autocast(x, W, bias)
         checks.check_tensors(x, W, A, B, bias)
-        B, s = _fold_scaling(B, s)
+        B, s = fold_scaling(B, s)
         cast.append((W, A, B, x.new_empty(0) if bias is None else bias, s, dropout_threshold(p)))
     ys: list[Tensor] = []
     for first in range(0, len(cast), MAX_GROUP):
@@ -411,95 +404,3 @@ def _traced(x: Tensor, members: Sequence[Arguments]) -> tuple[Tensor, ...]:
         rest = (*pack(*weights), scalings, seeds, thresholds, backend, need_h)
         ys += lora_linear_group_op(x, As, Bs, biases, *rest)[:-1]
     return tuple(ys)
-
-
-def forward_together(modules: Iterable[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
-    """The modules' outputs for the same x [..., in_features]: `lora_linear_group` where it can be.
-
-    Called one by one if any is no `FusedLoRALinear` (any more), is merged, has DoRA or hooks, or
-    if they differ in their backend.
-    """
-    modules = list(modules)
-    if _why_alone(modules) is not None:
-        return tuple(module(x) for module in modules)
-    weights, options = _together(modules)
-    return lora_linear_group(x, *weights, **options)
-
-
-def explain_together(modules: Mapping[str, nn.Module], x: Tensor) -> Explanation:
-    """Which backend and strategy `forward_together` takes for x, and why."""
-    why = _why_alone(list(modules.values()))
-    if why is None:
-        weights, options = _together(modules.values())
-        return explain_group(x, *weights, **options)
-    adapted = {name: m for name, m in modules.items() if isinstance(m, FusedLoRALinear)}
-    found = {name: layer.explain(x) for name, layer in adapted.items()}
-    if len(found) == len(modules) == 1:
-        return next(iter(found.values()))
-    on_kernels = bool(found) and all(each.backend == "triton" for each in found.values())
-    reasons = {"group": f"not taken: {why}"}
-    for name in modules:
-        reasons[name] = str(found[name]).partition("\n")[0] if name in found else "has no adapter"
-    backend: Any = "triton" if on_kernels else "torch"
-    return Explanation(backend, "one by one", "one by one", reasons)
-
-
-def _why_alone(modules: Sequence[nn.Module]) -> str | None:
-    if len(modules) == 1:
-        return "there is one layer"
-    layers = [m for m in modules if type(m) is FusedLoRALinear and not m.merged]
-    if len(layers) < len(modules):
-        return "not every layer is a FusedLoRALinear that is not merged"
-    if len({layer.backend for layer in layers}) > 1:
-        return "the layers differ in their backend"
-    if any(layer.lora_magnitude_vector is not None for layer in layers):
-        return "a layer has DoRA"
-    if any(layer.disabled for layer in layers):
-        return "a layer's adapter is disabled"
-    return "a layer has hooks" if any(checks.is_hooked(layer) for layer in layers) else None
-
-
-def _together(layers: Iterable[Any]) -> tuple[tuple[list[Any], ...], dict[str, Any]]:
-    """The arguments of `lora_linear_group` that the layers stand for."""
-    layers = list(layers)
-    return (
-        [layer.weight for layer in layers],
-        [layer.lora_A for layer in layers],
-        [layer.lora_B for layer in layers],
-    ), {
-        "scalings": [layer.scaling for layer in layers],
-        "biases": [layer.bias for layer in layers],
-        "dropout_ps": [layer.lora_dropout if layer.training else 0.0 for layer in layers],
-        "backend": layers[0].backend,
-    }
-
-
-class FusedLoRAGroup(nn.ModuleDict):
-    """Layers by name, called together on the input that they share.
-
-        qkv = FusedLoRAGroup({"q_proj": q, "k_proj": k, "v_proj": v})
-        q, k, v = qkv(x)
-
-    An `nn.ModuleDict`: the layers are its submodules under their names, with their own parameters,
-    so that the state dict is theirs. They stay usable on their own.
-
-    Raises TypeError unless all are `FusedLoRALinear`, ValueError unless there is one and all have
-    the same in_features.
-    """
-
-    def __init__(self, layers: Mapping[str, FusedLoRALinear]) -> None:
-        for name, layer in layers.items():
-            if not isinstance(layer, FusedLoRALinear):
-                raise TypeError(f"{name}: got {type(layer).__name__}, wanted a FusedLoRALinear")
-        sizes = {name: layer.in_features for name, layer in layers.items()}
-        if len(set(sizes.values())) != 1:
-            raise ValueError(f"layers: got in_features {sizes}, wanted one number for all")
-        super().__init__(layers)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x [..., in_features] -> the outputs [..., out_features_i] in the order of the names."""
-        return forward_together(self.values(), x)
-
-    def explain(self, x: Tensor) -> Explanation:
-        """Which backend and strategy `forward` takes for x, and why; computes nothing."""
-        return explain_together(dict(self.items()), x)

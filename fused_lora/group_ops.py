@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .dispatch import Backend, Plan, checked_call, plan
+from .calls import Backend, checked_call
+from .dispatch import Plan, plan
 from .kernels.dropout import Dropout
 from .packing import unpack
 from .quantize import QuantizedWeight

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from . import __version__, tables
-from .dispatch import Explanation
+from .explanation import Explanation
 from .functional import explain
-from .inject import InjectReport, inject
+from .inject import inject
+from .inject_report import InjectReport
 from .linear import FusedLoRALinear
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "accelerate", "safetensors")

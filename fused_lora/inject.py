@@ -2,56 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from . import checks, foreign, sharing
+from . import checks, sharing
 from .arguments import Arguments
-from .dispatch import Backend
+from .calls import Backend
+from .frozen import FrozenLinear
+from .inject_report import InjectReport, change, count_parameters, relative
 from .linear import FusedLoRALinear
-from .multi_linear import FusedMultiLoRALinear
-from .quantize import Format, QuantizedWeight, Quantizer, check_format
-
-
-@dataclass(frozen=True)
-class InjectReport:
-    """What `inject` did; ``print`` it to read it."""
-
-    layers: tuple[str, ...]  # paths of the modules that were replaced
-    skipped: dict[str, str]  # paths and targets that were not replaced -> why
-    trainable: int  # parameters of the adapters that were put in
-    total: int  # all parameters, the adapters' included, shared ones counted once
-    adapted: int  # parameters of the replaced weights: what full fine-tuning of them would train
-    groups: tuple[tuple[str, ...], ...] = ()  # paths of layers that are computed together
-    # ||W - W0|| / ||W|| over all weights W that were put into codes W0, or W0 + scaling * B A where
-    # the adapter starts with a part of them; None if there are none.
-    quantization_error: float | None = None
-
-    @property
-    def saved(self) -> float:
-        """Share of the replaced weights' parameters that need not be trained, 0 to 1."""
-        return 1.0 - self.trainable / self.adapted
-
-    def __str__(self) -> str:
-        lines = [
-            f"{len(self.layers)} layers adapted: {self.trainable:,} trainable parameters of "
-            f"{self.total:,} ({self.trainable / self.total:.2%}); instead of {self.adapted:,} "
-            f"in those layers' weights, {self.saved:.1%} saved"
-        ]
-        if self.quantization_error is not None:
-            lines.append(
-                f"  quantised: the weights, with what adapters start with of them, differ from the "
-                f"original ones by {self.quantization_error:.2%} of their norm"
-            )
-        lines += [f"  skipped {path}: {why}" for path, why in self.skipped.items()]
-        lines += sharing.describe_groups(self.groups)
-        return "\n".join(lines)
+from .matching import find_targets, has_peft_layers, is_linear, per_layer
+from .quantize import Format, Quantizer, check_format
 
 
 def inject(
@@ -117,26 +80,12 @@ def inject(
     checks.check_backend(backend)
     if quantize is not None:
         check_format(quantize)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    kinds = (FusedLoRALinear, FusedMultiLoRALinear)
-    adapted = [path for path, module in modules.items() if isinstance(module, kinds)]
+    adapted = [path for path, m in model.named_modules() if isinstance(m, FrozenLinear)]
     if adapted:
         more = len(adapted) - 1
         raise ValueError(f"model: has adapters already, at {adapted[0]} and {more} more")
-    linears = {path for path, module in modules.items() if is_linear(module)}
-
-    matched = match_modules(model, target_modules, exclude_modules)
-    layers = [path for path in matched if path in linears]
-    skipped = why_skipped(modules, matched, layers, target_modules)
-    if not layers:
-        names = sorted({path.rpartition(".")[2] for path in linears})
-        raise ValueError(
-            f"target_modules: {target_modules!r} matches no nn.Linear; wanted some of {names}"
-            + (f"; it does match {skipped}" if skipped else "")
-        )
-
-    for path in layers:
-        checks.check_unhooked(f"model: {path}", modules[path])
+    targets = find_targets(model, target_modules, exclude_modules, is_linear)
+    modules, layers, skipped = targets
     # Built first and put in last, so that a failure leaves the model as it was. A module that is
     # used at several paths stays one module.
     ranks = per_layer("rank_pattern", rank_pattern or {}, r, layers)
@@ -164,8 +113,7 @@ def inject(
             changes += change(linear, layer.weight, start)
     model.requires_grad_(False)
     for path in layers:
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, replacements[modules[path]])
+        model.set_submodule(path, replacements[modules[path]])
     found = tuple(sharing.find_groups(model, (FusedLoRALinear,))) if groups else ()
     for paths in found:
         group = sharing.SharedInput([model.get_submodule(path) for path in paths], _arguments)
@@ -175,7 +123,7 @@ def inject(
         layers=tuple(layers),
         skipped=skipped,
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total=_count(model),
+        total=count_parameters(model),
         adapted=sum(layer.weight.numel() for layer in replacements.values()),
         groups=found,
         quantization_error=relative(changes) if changes else None,
@@ -184,130 +132,4 @@ def inject(
 
 def _arguments(layer: FusedLoRALinear, x: Tensor) -> Arguments | None:
     """What the layer passes to `lora_linear` for any x; None if it does something else."""
-    return None if layer.merged or layer.disabled or layer.use_dora else layer._arguments()
-
-
-@torch.no_grad()
-def change(
-    linear: nn.Module, weight: Tensor | QuantizedWeight, start: Tensor | None = None
-) -> list[tuple[float, float]]:
-    """||W - W0|| and ||W|| if W0 is codes that were made here of W, or of W less ``start``."""
-    if not isinstance(weight, QuantizedWeight):
-        return []
-    if isinstance(linear, nn.Linear) and not foreign.is_quantized(linear):
-        original = linear.weight.float()
-    elif start is None:
-        return []  # taken as it was
-    else:
-        original = foreign.read(linear).dequantize(torch.float32)
-    now = weight.dequantize(torch.float32)
-    if start is not None:
-        now += start
-    return [((now - original).norm().item(), original.norm().item())]
-
-
-def relative(changes: list[tuple[float, float]]) -> float:
-    """The norm of all changes over that of all weights."""
-    changed, size = (math.hypot(*norms) for norms in zip(*changes, strict=True))
-    return changed / size if size else 0.0
-
-
-def why_skipped(
-    modules: Mapping[str, nn.Module],
-    matched: Collection[str],
-    layers: Collection[str],
-    target_modules: str | Collection[str],
-) -> dict[str, str]:
-    """Why what was matched but ``layers`` gets no adapter, and which names match nothing."""
-    skipped = {
-        path: f"is a {type(modules[path]).__name__}, not an nn.Linear"
-        for path in matched
-        if path not in layers
-    }
-    if not isinstance(target_modules, str):
-        for name in target_modules:
-            if not any(path == name or path.endswith("." + name) for path in modules):
-                skipped[name] = "matches no module"
-    return skipped
-
-
-def has_peft_layers(model: nn.Module) -> bool:
-    """Whether PEFT has put adapters in."""
-    return any(type(module).__module__.startswith("peft.tuners") for module in model.modules())
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether `inject` can replace it: an `nn.Linear`, or a quantised one of others."""
-    return type(module) is nn.Linear or foreign.is_quantized(module)
-
-
-def _count(model: nn.Module) -> int:
-    """All parameters; of a quantised weight those that it stands for, not its codes and scales."""
-    quantized = [m for m in model.modules() if isinstance(m, QuantizedWeight)]
-    parts = {p for weight in quantized for p in weight.parameters()}
-    plain = sum(p.numel() for p in model.parameters() if p not in parts)
-    return plain + sum(weight.numel() for weight in quantized)
-
-
-Number = TypeVar("Number", int, float)
-
-
-def per_layer(
-    name: str, pattern: Mapping[str, Number], default: Number, paths: list[str]
-) -> dict[str, Number]:
-    """The number for each path, by PEFT's rule for rank_pattern and alpha_pattern."""
-    values = dict.fromkeys(paths, default)
-    for key, value in reversed(list(pattern.items())):  # the first match counts, so it comes last
-        for path in match_paths(name, rf"(.*\.)?({key})", paths):
-            values[path] = value
-    return values
-
-
-def match_modules(
-    model: nn.Module,
-    target_modules: str | Collection[str],
-    exclude_modules: str | Collection[str] | None,
-) -> list[str]:
-    """The paths of the modules that PEFT's rules match, of any type; see `inject`."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if target_modules == "all-linear":
-        matched = _without_output_head(model, modules)
-    else:
-        matched = match_paths("target_modules", target_modules, list(modules))
-    if exclude_modules is None:
-        return matched
-    excluded = set(match_paths("exclude_modules", exclude_modules, matched))
-    return [path for path in matched if path not in excluded]
-
-
-# Of torch.compile, checkpoint_wrapper and FSDP1: parts of a path that the model itself has not.
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
-
-
-def own_path(path: str) -> str:
-    """A module's path, or that of what is in it, in the model without wrappers."""
-    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
-
-
-def match_paths(name: str, patterns: object, paths: list[str]) -> list[str]:
-    """The paths that PEFT would match: a regular expression in full, or a list of suffixes."""
-    if isinstance(patterns, str):
-        try:
-            pattern = re.compile(patterns)
-        except re.error as error:
-            raise ValueError(f"{name}: {patterns!r} is no regular expression: {error}") from None
-        return [p for p in paths if pattern.fullmatch(own_path(p)) or pattern.fullmatch(p)]
-    if not isinstance(patterns, (list, tuple, set, frozenset)) or not all(
-        isinstance(suffix, str) for suffix in patterns
-    ):
-        raise TypeError(f"{name}: got {patterns!r}, wanted a string or a list of strings")
-    ends = tuple("." + suffix for suffix in patterns if suffix)
-    return [p for p in paths if any(f".{path}".endswith(ends) for path in (own_path(p), p))]
-
-
-def _without_output_head(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
-    """Every linear layer but the one that transformers calls the output embeddings."""
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
-    linear = (path for path, m in modules.items() if m is not head)
-    return [p for p in linear if is_linear(modules[p]) or type(modules[p]) is FusedMultiLoRALinear]
+    return None if layer.merged or layer.disabled or layer.use_dora else layer.arguments()

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import checks, foreign
+from . import checks
 from .arguments import Arguments
-from .dispatch import Backend, Explanation
+from .calls import Backend
 from .dora import over_norm
-from .functional import base_linear, call_layer, dora_linear, explain
+from .explanation import Explanation
+from .frozen import FrozenLinear, read_base
+from .functional import call_layer, dora_linear, explain
 from .initial import check_init, initial_values
 from .lookup import parameters
-from .quantize import Format, QuantizedWeight, Quantizer, quantize
+from .quantize import Format, QuantizedWeight, Quantizer
 from .torch_backend import weight_norm
 
 _ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_A_init", "lora_B_init")
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from .sharing import SharedInput
 
 
-class FusedLoRALinear(nn.Module):
+class FusedLoRALinear(FrozenLinear):
     """y = x W0^T + bias + scaling * (D o x) A^T B^T with W0 and bias frozen, A and B trainable.
 
     Args:
@@ -47,8 +49,7 @@ class FusedLoRALinear(nn.Module):
         backend: "auto", "triton" or "torch", as for `lora_linear`.
 
     Attributes:
-        weight [N, K], bias [N] or None: frozen parameters, named as in `nn.Linear`. The weight may
-            be a `QuantizedWeight` (`from_linear`), which has its own keys in the state dict.
+        weight [N, K], bias [N] or None: see `FrozenLinear`.
         lora_A [r, K], lora_B [N, r]: trainable parameters, and with use_dora
             lora_magnitude_vector m [N] (None without), which starts as the norm itself.
         scaling: float. merged: whether the adapter is added into ``weight``.
@@ -61,8 +62,6 @@ class FusedLoRALinear(nn.Module):
     whose weight is a residual. That of a merged layer is a plain `nn.Linear`'s.
     """
 
-    weight: nn.Parameter | QuantizedWeight
-    bias: nn.Parameter | None
     lora_magnitude_vector: nn.Parameter | None
     lora_A_init: Tensor | None
     lora_B_init: Tensor | None
@@ -136,11 +135,11 @@ class FusedLoRALinear(nn.Module):
         one that its library has not quantised yet, if ``quantize`` is asked of one that is, and for
         "loftq" without it.
         """
-        weight = _base_weight(linear, quantize)
+        weight, bias = read_base(linear, quantize)
         layer = cls.__new__(cls)
         layer._adopt(
             weight,
-            None if isinstance(linear, QuantizedWeight) else linear.bias,
+            bias,
             r,
             lora_alpha,
             lora_dropout,
@@ -167,38 +166,23 @@ class FusedLoRALinear(nn.Module):
         backend: Backend,
         original: Tensor | None = None,  # what a quantised weight was made of just now
     ) -> None:
-        super().__init__()
         checks.check_rank(r)
         checks.check_number("lora_alpha", lora_alpha)
-        checks.check_dropout("lora_dropout", lora_dropout)
-        checks.check_backend(backend)
-        checks.check_dtype("the base weight's dtype", weight.dtype)
+        self._adopt_base(weight, bias, lora_dropout, backend)
         if adapter_dtype is None:
             adapter_dtype = torch.promote_types(weight.dtype, torch.float32)
         checks.check_dtype("adapter_dtype", adapter_dtype)
-        self.out_features, self.in_features = weight.shape
         check_init(init_lora_weights, r, self.out_features, self.in_features)
         if isinstance(init_lora_weights, str) and init_lora_weights.startswith("loftq"):
             _check_loftq(weight, original)
         self.r = r
         self.lora_alpha = lora_alpha
-        self.lora_dropout = float(lora_dropout)
         self.use_rslora = use_rslora
         self.scaling = self.scaling_of(lora_alpha, r, use_rslora)
         self.init_lora_weights = init_lora_weights
-        self.backend: Backend = backend
         self.merged = False
-        self.disabled = 0  # how often: see `disable_adapter`
-        if isinstance(weight, QuantizedWeight):
-            self.weight = weight
-        else:
-            self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         # In a tuple, so that it is no submodule: what a merged layer goes back to.
         self._before_merge: tuple[QuantizedWeight, ...] = ()
-        if bias is None:
-            self.register_parameter("bias", None)
-        else:
-            self.bias = nn.Parameter(bias.detach(), requires_grad=False)
         factory: dict[str, Any] = {"device": weight.device, "dtype": adapter_dtype}
         self.lora_A = nn.Parameter(torch.empty((r, self.in_features), **factory))
         self.lora_B = nn.Parameter(torch.empty((self.out_features, r), **factory))
@@ -276,10 +260,10 @@ class FusedLoRALinear(nn.Module):
                     "FusedLoRALinear is merged and in training mode: call unmerge() to train the "
                     "adapter, or eval() to run the merged weight"
                 )
-            return base_linear(x, self.weight, self.bias)
+            return self._base(x)
         if self.disabled:
-            return base_linear(x, self.weight, self.bias)
-        call = self._arguments()
+            return self._base(x)
+        call = self.arguments()
         if self.use_dora:  # not the magnitude, which nn.Module takes 0.4 us to find
             assert self.lora_magnitude_vector is not None
             adapter = (call.lora_A, call.lora_B, self.lora_magnitude_vector)
@@ -290,12 +274,8 @@ class FusedLoRALinear(nn.Module):
                 return shared
         return call_layer(x, call)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy is outside of any `disable_adapter`."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.disabled = 0
-
-    def _arguments(self) -> Arguments:
+    def arguments(self) -> Arguments:
+        """What `forward` passes to `lora_linear`, in the layer's present mode."""
         weight, lora_A, lora_B, bias = parameters(self, "weight", "lora_A", "lora_B", "bias")
         dropout_p = self.lora_dropout if self.training else 0.0
         return Arguments(weight, lora_A, lora_B, self.scaling, bias, dropout_p, self.backend)
@@ -307,12 +287,8 @@ class FusedLoRALinear(nn.Module):
         """
         if self.merged or self.disabled:
             why = "merged into the weight" if self.merged else "disabled"
-            reasons = {"library": f"taken: the adapter is {why}"}
-            if isinstance(self.weight, QuantizedWeight):
-                how = "turned into values once, in a scratch tensor"
-                reasons["quantised W0"] = f"{self.weight.layout.format}, {how}"
-            return Explanation("torch", "library", "library", reasons)
-        call, magnitude = self._arguments(), self.lora_magnitude_vector
+            return self._explain_base(f"the adapter is {why}")
+        call, magnitude = self.arguments(), self.lora_magnitude_vector
         adapter = (call.lora_A, call.lora_B)
         found = explain(x, call.weight, *adapter, magnitude=magnitude, **call.options())
         if self.shared_input is not None and self.shared_input.pays(x, self.backend):
@@ -488,21 +464,6 @@ def _fill(parameter: nn.Parameter, value: Tensor) -> None:
             value = value.to(parameter.device)
             value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
     parameter.copy_(value)
-
-
-def _base_weight(
-    linear: nn.Linear | QuantizedWeight, format: Format | Quantizer | None
-) -> Tensor | QuantizedWeight:
-    if not isinstance(linear, QuantizedWeight):
-        if type(linear) is nn.Linear and not foreign.is_quantized(linear):
-            return linear.weight if format is None else quantize(linear.weight, format)
-        linear = foreign.read(linear)
-    if format is not None:
-        raise ValueError(
-            f"quantize: got {format!r}, but the weight is in {linear.layout.format} codes already, "
-            "which are taken as they are; wanted None"
-        )
-    return linear
 
 
 def _check_loftq(weight: Tensor | QuantizedWeight, original: Tensor | None) -> None:

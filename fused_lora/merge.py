@@ -52,8 +52,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         plain.register_parameter("bias", layer.bias)
         plain.train(layer.training)
         for path in places:
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, plain)
+            model.set_submodule(path, plain)
     return model
 
 
@@ -81,7 +80,8 @@ def merge_adapter(adapter: Path, out: Path, base: str | None = None) -> str:
     Raises FileExistsError if ``out`` is there already, ValueError if no base model is named, and
     what loading either raises.
     """
-    from .adapters import CONFIG_NAME, load_adapter, read_config
+    from .adapter_config import CONFIG_NAME, read_config
+    from .adapters import load_adapter
     from .models import load_model, load_tokenizer
 
     if out.exists():

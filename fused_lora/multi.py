@@ -14,13 +14,14 @@ from . import checks, multi_backends, multi_ops
 from .adapter_set import check_lists
 from .autocast import autocast
 from .autograd import Codes, alias, raise_second_derivative
-from .dispatch import Backend, Explanation, describe_quantized, explain_call
+from .calls import Backend
+from .explanation import Explanation, describe_quantized, explain_call
 from .functional import (
     Weight,
-    _check_options,
     _draw_seed,
-    _fold_scaling,
     check_frozen,
+    check_options,
+    fold_scaling,
     has_tangent,
 )
 from .kernels.dropout import Dropout, dropout_of, dropout_threshold
@@ -139,7 +140,7 @@ def lora_linear_multi(
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError("lora_linear_multi: torch.func's transforms are not supported")
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-        _check_options(weight, 1.0, dropout_p, backend)
+        check_options(weight, 1.0, dropout_p, backend)
         x, weight, bias = autocast(x, weight, bias)
         check_one(adapter_indices, segments)
         scales = check_lists(lora_As, lora_Bs, scalings)
@@ -203,7 +204,7 @@ def _observed(
         duals = [t for t in (x, bias, *lora_As, *lora_Bs) if t is not None and has_tangent(t)]
         if duals:
             raise RuntimeError("lora_linear_multi: has no forward-mode derivatives")
-    folded = [_fold_scaling(B, s) for B, s in zip(lora_Bs, scalings, strict=True)]
+    folded = [fold_scaling(B, s) for B, s in zip(lora_Bs, scalings, strict=True)]
     Bs, scales = [B for B, _ in folded], [s for _, s in folded]
     if adapter_indices is not None and not isinstance(adapter_indices, Tensor):
         adapter_indices = torch.tensor(adapter_indices)

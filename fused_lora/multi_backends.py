@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autocast import no_autocast
-from .backends import _as_matrix, _gradient
+from .backends import as_gradient, as_matrix
 from .kernels.configs import Kind, TileConfig, choose_config
 from .kernels.device import device_info
 from .kernels.dropout import Dropout
 from .kernels.rows import AdapterLayout, AdapterTable, RowGroups, adapter_table, addresses_of
 from .quantize import QuantizedWeight
 from .reference import keep_mask
-from .torch_backend import _add_base_dx, _base
+from .torch_backend import add_base_dx, base_product
 
 # split: h, then the GEMM adds h B; expand: h, the base product, then h B added in place.
 Strategy = Literal["split", "expand", "library"]
@@ -105,7 +105,7 @@ def forward(
     x: Tensor, layer: Adapted, bias: Tensor | None, plan: MultiPlan, *, need_h: bool
 ) -> tuple[Tensor, Tensor | None]:
     """y [..., N] and, if needed, h [M, max r], both in x's dtype."""
-    matrix = _as_matrix(x)
+    matrix = as_matrix(x)
     with no_autocast(x):
         if plan.backend == "triton":
             y, h = _triton_product(matrix, layer, bias, plan, forward=True, need_h=need_h)
@@ -122,7 +122,7 @@ def backward(
 
     The gradient of an adapter without rows is zero.
     """
-    g2, x2 = _gradient(g, plan.backend), None if x is None else _as_matrix(x)
+    g2, x2 = as_gradient(g, plan.backend), None if x is None else as_matrix(x)
     with no_autocast(g):
         if plan.backend == "triton":
             dx, dAs, dBs = _triton_backward(g2, x2, layer, h, plan, need_dx=need_dx)
@@ -318,7 +318,7 @@ def _few_rows(x: Tensor, layer: Adapted, batch: Batch) -> tuple[Tensor, list[Ten
 def _torch_forward(
     x: Tensor, layer: Adapted, bias: Tensor | None, *, need_h: bool
 ) -> tuple[Tensor, Tensor | None]:
-    y = _base(x, layer.weight, bias)
+    y = base_product(x, layer.weight, bias)
     h = x.new_empty((len(x), max(layer.ranks()))) if need_h else None
     keep, keep_scale = _mask(layer, len(x))
     wide = layer.wide(x.dtype)
@@ -348,7 +348,7 @@ def _torch_backward(
         dx = g @ layer.weight
     elif need_dx:
         dx = g.new_zeros((len(g), layer.weight.shape[1]))
-        _add_base_dx(dx, g, layer.weight)
+        add_base_dx(dx, g, layer.weight)
     dAs: list[Tensor | None] = [None] * len(layer.lora_As)
     dBs: list[Tensor | None] = [None] * len(layer.lora_Bs)
     needs_dh = need_dx or x is not None

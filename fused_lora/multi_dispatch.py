@@ -12,18 +12,10 @@ from torch import Tensor
 
 from .adapter_set import AdapterSet, adapter_set
 from .autocast import autocast
-from .dispatch import (
-    Backend,
-    Call,
-    _facts,
-    ceilings,
-    checked_call,
-    of_cublas,
-    plan,
-    rounds_input,
-    transposed,
-)
-from .functional import Weight, _check_options, _distributed
+from .calls import Backend, Call, checked_call, facts_of, rounds_input, transposed
+from .cost_model import LAUNCH, ceilings, of_cublas
+from .dispatch import plan
+from .functional import Weight, check_options, is_distributed
 from .kernels.configs import cdiv, padded
 from .kernels.device import device_info
 from .kernels.dropout import dropout_threshold
@@ -31,7 +23,6 @@ from .multi_backends import Adapted, MultiPlan, Strategy
 from .multi_rows import Segments, row_groups
 from .quantize import QuantizedWeight
 
-_LAUNCH = 4e-6  # seconds that another, dependent launch adds: an estimate
 # A piece's product waits for its loads, which the GEMM's K loop does not.
 _UNPIPELINED = 3
 _TILE_M = 128
@@ -57,7 +48,7 @@ def predicted_extra(call: Call, groups: int) -> dict[Strategy, float]:
     adapters = _UNPIPELINED * pieces_per_tile * padded(call.r) / call.K
     return {
         "split": (1 + adapters) / of_cublas(device, "second") - 1,
-        "expand": (touch_y + _LAUNCH) / gemm,
+        "expand": (touch_y + LAUNCH) / gemm,
     }
 
 
@@ -109,9 +100,9 @@ def checked(
 ) -> CheckedCall:
     """What the call is; TypeError or ValueError if an argument is wrong."""
     known = adapter_set(lora_As, lora_Bs, scalings)
-    _check_options(weight, 1.0, dropout_p, backend)
+    check_options(weight, 1.0, dropout_p, backend)
     x, weight, bias = autocast(x, weight, bias)
-    if _distributed():
+    if is_distributed():
         from . import parallel
 
         plain = None if isinstance(weight, QuantizedWeight) else weight
@@ -140,7 +131,7 @@ def _checked_call(
 ) -> Call:
     """The call as its largest adapter alone would be; each kind of adapter is checked once."""
     try:
-        key = (_facts(x), _facts(weight), None if bias is None else _facts(bias), dropout)
+        key = (facts_of(x), facts_of(weight), None if bias is None else facts_of(bias), dropout)
     except (AttributeError, RuntimeError):  # not a tensor, or nested ones: the checks say which
         key = None
     if key in known.calls:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .dispatch import Backend, Explanation
-from .functional import base_linear
-from .linear import FusedLoRALinear, _base_weight
+from .calls import Backend
+from .explanation import Explanation
+from .frozen import FrozenLinear, read_base
+from .linear import FusedLoRALinear
 from .multi import explain_multi, lora_linear_multi
 from .quantize import Format, QuantizedWeight, Quantizer
 
@@ -30,7 +31,7 @@ class _Route(NamedTuple):
     thread: int
 
 
-class FusedMultiLoRALinear(nn.Module):
+class FusedMultiLoRALinear(FrozenLinear):
     """y = x W0^T + bias + scaling_i * (D o x) A_i^T B_i^T with each row's own adapter i.
 
     Args:
@@ -42,14 +43,10 @@ class FusedMultiLoRALinear(nn.Module):
         backend: "auto", "triton" or "torch", as for `lora_linear_multi`.
 
     Attributes:
-        weight [N, K], bias [N] or None: frozen parameters. The weight may be a `QuantizedWeight`
-            (`from_linear`), which has its own keys in the state dict.
+        weight [N, K], bias [N] or None: see `FrozenLinear`.
         lora_A.<name> [r, K], lora_B.<name> [N, r]: trainable parameters of each adapter.
         r, lora_alpha, use_rslora, scaling: by adapter's name.
     """
-
-    weight: nn.Parameter | QuantizedWeight
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -80,9 +77,8 @@ class FusedMultiLoRALinear(nn.Module):
         ``linear``, ``quantize``: as for `FusedLoRALinear.from_linear`, quantised layers included.
         Raises what that does.
         """
-        weight = _base_weight(linear, quantize)
+        weight, bias = read_base(linear, quantize)
         layer = cls.__new__(cls)
-        bias = None if isinstance(linear, QuantizedWeight) else linear.bias
         layer._adopt(weight, bias, lora_dropout, backend)
         return layer.train(linear.training)
 
@@ -93,21 +89,7 @@ class FusedMultiLoRALinear(nn.Module):
         lora_dropout: float,
         backend: Backend,
     ) -> None:
-        super().__init__()
-        checks.check_dropout("lora_dropout", lora_dropout)
-        checks.check_backend(backend)
-        checks.check_dtype("the base weight's dtype", weight.dtype)
-        self.out_features, self.in_features = weight.shape
-        self.lora_dropout = float(lora_dropout)
-        self.backend: Backend = backend
-        if isinstance(weight, QuantizedWeight):
-            self.weight = weight
-        else:
-            self.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        if bias is None:
-            self.register_parameter("bias", None)
-        else:
-            self.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        self._adopt_base(weight, bias, lora_dropout, backend)
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         self.r: dict[str, int] = {}
@@ -115,12 +97,11 @@ class FusedMultiLoRALinear(nn.Module):
         self.use_rslora: dict[str, bool] = {}
         self.scaling: dict[str, float] = {}
         self._route: _Route | None = None
-        self.disabled = 0  # how often: see `disable_adapter`
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy is outside of any `route` and `disable_adapter`."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._route, self.disabled = None, 0
+        """A copy is outside of any `route`, too."""
+        super().__setstate__(state)
+        self._route = None
 
     def add_adapter(
         self,
@@ -184,10 +165,10 @@ class FusedMultiLoRALinear(nn.Module):
         `lora_linear_multi` does.
         """
         if self.disabled:
-            return base_linear(x, self.weight, self.bias)
+            return self._base(x)
         rows = self._rows(x, adapter_names, adapter_indices, segments)
         if not self.lora_A:  # nothing but "__base__" passed
-            return base_linear(x, self.weight, self.bias)
+            return self._base(x)
         options = self._options() | rows
         return lora_linear_multi(x, *self._tensors(), **options)
 
@@ -206,8 +187,7 @@ class FusedMultiLoRALinear(nn.Module):
         rows = {} if self.disabled else self._rows(x, adapter_names, adapter_indices, segments)
         if self.disabled or not self.lora_A:
             why = "its adapters are disabled" if self.disabled else "the layer has no adapter"
-            reasons = {"library": f"taken: F.linear, as {why}"}
-            return Explanation("torch", "library", "library", reasons)
+            return self._explain_base(why)
         options = self._options() | rows
         return explain_multi(x, *self._tensors(), **options)
 

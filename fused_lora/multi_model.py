@@ -20,18 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .dispatch import Backend
-from .inject import (
-    InjectReport,
-    _count,
-    change,
-    is_linear,
-    match_modules,
-    per_layer,
-    relative,
-    why_skipped,
-)
+from .calls import Backend
+from .inject_report import InjectReport, change, count_parameters, relative
 from .linear import FusedLoRALinear
+from .matching import find_targets, is_linear, is_peft_layer, per_layer
 from .multi_linear import FusedMultiLoRALinear, check_name
 from .quantize import Format, QuantizedWeight, Quantizer, check_format
 
@@ -87,7 +79,7 @@ def add_adapter(
     if can_adapt(model):
         raise ValueError(f"model: got a {type(model).__name__} itself, wanted what contains some")
     for module in model.modules():
-        if isinstance(module, FusedLoRALinear) or type(module).__module__.startswith("peft.tuners"):
+        if isinstance(module, FusedLoRALinear) or is_peft_layer(module):
             raise ValueError(
                 f"model: has adapters already, in a {type(module).__name__}; wanted a model "
                 "without, or with those of fused_lora.add_adapter"
@@ -97,13 +89,8 @@ def add_adapter(
         raise ValueError(f"adapter_name: there is an adapter {adapter_name!r} already")
     if adapter_dtype is not None:
         checks.check_dtype("adapter_dtype", adapter_dtype)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    matched = match_modules(model, target_modules, exclude_modules)
-    layers = [path for path in matched if can_adapt(modules[path])]
-    skipped = why_skipped(modules, matched, layers, target_modules)
-    if not layers:
-        names = sorted({p.rpartition(".")[2] for p, m in modules.items() if can_adapt(m)})
-        raise ValueError(f"target_modules: {target_modules!r} matches no nn.Linear; have {names}")
+    targets = find_targets(model, target_modules, exclude_modules, can_adapt)
+    modules, layers, skipped = targets
     ranks = per_layer("rank_pattern", rank_pattern or {}, r, layers)
     alphas = per_layer("alpha_pattern", alpha_pattern or {}, lora_alpha, layers)
     for rank in ranks.values():
@@ -118,9 +105,6 @@ def add_adapter(
             if isinstance(module, FusedMultiLoRALinear):
                 _check_same_codes(path, module.weight, quantize)
 
-    for path in layers:
-        if is_linear(modules[path]):
-            checks.check_unhooked(f"model: {path}", modules[path])
     # Made first and put in last, so that a failure leaves the model as it was.
     multi: dict[nn.Module, FusedMultiLoRALinear] = {}
     changes: list[tuple[float, float]] = []
@@ -146,8 +130,7 @@ def add_adapter(
                 use_rslora=use_rslora,
                 adapter_dtype=adapter_dtype,
             )
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, layer)
+        model.set_submodule(path, layer)
     adapted = [m for m in model.modules() if isinstance(m, FusedMultiLoRALinear)]
     adapters = {p for m in adapted for d in (m.lora_A, m.lora_B) for p in d.parameters()}
     for parameter in model.parameters():
@@ -161,7 +144,7 @@ def add_adapter(
             for layer in multi.values()
             for adapters in (layer.lora_A, layer.lora_B)
         ),
-        total=_count(model),
+        total=count_parameters(model),
         adapted=sum(layer.weight.numel() for layer in multi.values()),
         quantization_error=relative(changes) if changes else None,
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import multi_backends
-from .dispatch import Backend
+from .calls import Backend
 from .functional import Weight
 from .kernels.dropout import dropout_of
 from .multi_backends import Adapted, MultiPlan

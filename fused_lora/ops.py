@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .calls import Backend, checked_call
 from .differentiable import differentiable
-from .dispatch import Backend, Decision, Plan, checked_call, plan, replays_of
+from .dispatch import Decision, Plan, plan, replays_of
 from .kernels.dropout import Dropout, dropout_of
 from .packing import unpack
 from .quantize import QuantizedWeight

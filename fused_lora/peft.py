@@ -25,7 +25,8 @@ from transformers.pytorch_utils import Conv1D
 
 from . import checks, sharing
 from .arguments import Arguments
-from .dispatch import Backend, Explanation
+from .calls import Backend
+from .explanation import Explanation
 from .functional import call_layer, dora_linear, explain
 from .multi import explain_multi, lora_linear_multi
 from .peft_state import (

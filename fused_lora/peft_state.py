@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from . import checks, foreign
 from .arguments import Arguments
 from .autocast import autocast_enabled
-from .dispatch import Backend
+from .calls import Backend
 from .lookup import parameters
 from .multi_linear import sample_segments
 from .quantize import QuantizedWeight

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from . import checks
-from .dispatch import Backend
+from .calls import Backend
 from .models import SMOLLM2
 from .quantize import FORMATS
 from .text import PYTHON_DOCS

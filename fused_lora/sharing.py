@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from .arguments import Arguments
 from .autocast import autocast_enabled
-from .dispatch import Backend, better_apart
+from .calls import Backend
+from .dispatch import better_apart
 from .group import call_group
 
 # transformers' families whose attention calls q_proj, k_proj and v_proj, and whose MLP gate_proj

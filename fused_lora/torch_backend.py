@@ -19,7 +19,7 @@ from .quantize import QuantizedWeight
 from .reference import drawn_mask, fp8_activations, keep_mask
 
 
-def _base(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Tensor:
+def base_product(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Tensor:
     """x W0^T + bias [M, N]. A quantised W0 is there some rows at a time."""
     if isinstance(weight, Tensor):
         return F.linear(x, weight, bias)
@@ -35,7 +35,7 @@ def _base(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> T
     return y
 
 
-def _add_base_dx(dx: Tensor, g: Tensor, weight: Tensor | QuantizedWeight) -> None:
+def add_base_dx(dx: Tensor, g: Tensor, weight: Tensor | QuantizedWeight) -> None:
     """dx += g W0 in place. A quantised W0 is there some columns at a time: each sum is whole."""
     if isinstance(weight, Tensor):
         dx.addmm_(g, weight)
@@ -74,7 +74,7 @@ def forward(
         h = F.linear(_dropped(x, dropout), lora_A.to(x.dtype))
         scaling *= dropout.keep_scale
     h *= scaling
-    y = _base(x, weight, bias)
+    y = base_product(x, weight, bias)
     return y.addmm_(h, lora_B.to(x.dtype).t()), h
 
 
@@ -161,7 +161,7 @@ def backward(
         dx = dh @ lora_A.to(g.dtype)
         if keep is not None:
             _masked(dx, keep, out=dx)
-        _add_base_dx(dx, g, weight)
+        add_base_dx(dx, g, weight)
     return dx, dA, dB
 
 
@@ -243,7 +243,7 @@ def forward_group(
     for i, h_i in enumerate(h.split_with_sizes(ranks, dim=1)):
         dropout = dropouts[i]
         h_i *= scalings[i] * (dropout.keep_scale if dropout else 1.0)
-        y = _base(x, weights[i], biases[i])
+        y = base_product(x, weights[i], biases[i])
         ys.append(y.addmm_(h_i, lora_Bs[i].to(x.dtype).t()))
     return ys, h
 
@@ -278,7 +278,7 @@ def backward_group(
     if need_dx:
         dx = _adapters_dx(dh, dhs, [A.to(dh.dtype) for A in lora_As], dropouts)
         for g, weight in zip(gs, weights, strict=True):
-            _add_base_dx(dx, g, weight)
+            add_base_dx(dx, g, weight)
     if x is not None and any(dropouts):
         dAs = [
             (dh_i.t() @ _dropped(x, dropout)).to(A.dtype)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Form, Plan, group_dx, part_config, runs_as
+from .dispatch import Plan, group_dx, part_config
 from .kernels.configs import Kind, TileConfig, choose_config
 from .kernels.device import device_info
 from .kernels.dropout import Dropout
@@ -25,6 +25,7 @@ from .kernels.persistent import persistent_add_lora, persistent_one_pass, persis
 from .kernels.quantized import QuantizedMatrix, dequantize
 from .kernels.skinny import skinny
 from .quantize import QuantizedWeight
+from .strategies import Form, runs_as
 from .tables import Strategy
 
 
@@ -269,7 +270,10 @@ def _group_dx(
     dropouts: Sequence[Dropout | None],
     plans: Sequence[Plan],
 ) -> Tensor:
-    """dx [M, K] = sum_i g_i W0_i + D_i o (dh_i A_i); dh has all dh_i side by side."""
+    """dx [M, K] = sum_i g_i W0_i + D_i o (dh_i A_i); dh has all dh_i side by side.
+
+    "library" rounds it to dx's dtype once for every member.
+    """
     dtype, K = dh.dtype, lora_As[0].shape[1]
     way = group_dx(plans, gs, weights, dh.device)
     if way == "split":
@@ -285,9 +289,10 @@ def _group_dx(
         values = [_values(W, dtype) for W in weights]
         dx = specialized_group(config, gs, values, None if masked else dh, A)
     else:
-        dx = dh.new_zeros((len(dh), K)) if A is None else dh @ A
+        dx = gs[0] @ _values(weights[0], dtype) if A is None else dh @ A
         for g, weight in zip(gs, weights, strict=True):
-            dx.addmm_(g, _values(weight, dtype))
+            if A is not None or g is not gs[0]:
+                dx.addmm_(g, _values(weight, dtype))
     if masked:
         for dh_i, lora_A, dropout in zip(dhs, lora_As, dropouts, strict=True):
             config = _config("expand", dh, K, len(lora_A), dropout)

@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 
 from . import dispatch, tables
+from .calls import Call, transposed
+from .cost_model import predicted_seconds
 from .device_time import median_seconds
 from .kernels.configs import TileConfig, tunable
 from .kernels.device import device_guard, device_info
 from .kernels.dropout import Dropout, dropout_threshold
+from .strategies import PARTS, WAYS, kernel_obstacle
 from .tables import Choice, Product, Strategy
 
 Candidate = tuple[Strategy | None, TileConfig | None]
@@ -50,32 +53,32 @@ def shape(text: str) -> tuple[int, int, int]:
     return M, N, K
 
 
-def candidates(call: dispatch.Call, product: Product) -> Iterator[Candidate]:
+def candidates(call: Call, product: Product) -> Iterator[Candidate]:
     """Every strategy and tile that can take the call; for dx, it is transposed already."""
     device = device_info(call.device)
     if product == "h" or product == "grads":
-        kind, itemsize = dispatch.PARTS[product], call.dtype.itemsize
+        kind, itemsize = PARTS[product], call.dtype.itemsize
         for config in tunable(kind, call.r, itemsize, call.dropout, device):
             yield None, config
         return
-    for strategy in dispatch.predicted_seconds(call, device):
+    for strategy in predicted_seconds(call, device):
         for tile in dispatch.tiles_of(call, strategy):
             yield strategy, tile
 
 
-def _candidates(call: dispatch.Call, product: Product, by_hand: bool) -> list[Candidate]:
+def _candidates(call: Call, product: Product, by_hand: bool) -> list[Candidate]:
     """Those of `candidates` whose kernels are scheduled by hand, or the others."""
     return [
         (strategy, config)
         for strategy, config in candidates(call, product)
-        if (strategy is not None and dispatch.WAYS[strategy].by_hand) == by_hand
+        if (strategy is not None and WAYS[strategy].by_hand) == by_hand
     ]
 
 
 class _Problem:
     """Random operands of one product, in the layout that its direction reads."""
 
-    def __init__(self, call: dispatch.Call, product: Product) -> None:
+    def __init__(self, call: Call, product: Product) -> None:
         def normal(rows: int, columns: int) -> Tensor:
             # Forward reads weights [N, K] transposed, the input gradient as they are.
             shape = (rows, columns) if product == "dx" else (columns, rows)
@@ -125,7 +128,7 @@ class _Problem:
         from .kernels.grads import lora_grads
 
         rest = self.x.dtype.itemsize, self.dropout is not None, device_info(self.x.device)
-        config = config or tunable(dispatch.PARTS[self.product], len(self.b), *rest)[0]
+        config = config or tunable(PARTS[self.product], len(self.b), *rest)[0]
         if self.product == "h":
             return gemm_scaled(config, self.x, self.a, scale=1.0, dropout=self.dropout)
         dtypes = {"dtype_a": torch.float32, "dtype_b": torch.float32}
@@ -153,14 +156,14 @@ def checked_seconds(
 
 
 def _measure(
-    call: dispatch.Call,
+    call: Call,
     product: Product,
     chosen: list[Candidate],
     timer: Callable[[Callable[[], object]], float],
 ) -> Iterator[Measurement]:
     name = dispatch.table_key(call, product)
     problem = _Problem(call, product)
-    reference: Strategy | None = None if product in dispatch.PARTS else "split"
+    reference: Strategy | None = None if product in PARTS else "split"
     expected = problem.run(reference, None).float()
     for strategy, config in chosen:
         with device_guard(problem.x):
@@ -173,7 +176,7 @@ def _measure(
         yield Measurement(name, strategy, config, seconds, why)
 
 
-def _compile(job: tuple[dispatch.Call, Product, Strategy | None, TileConfig | None]) -> None:
+def _compile(job: tuple[Call, Product, Strategy | None, TileConfig | None]) -> None:
     call, product, strategy, config = job
     # Whatever a compiler raises, the measurement will meet it again and report it.
     with contextlib.suppress(Exception):
@@ -187,7 +190,7 @@ def in_processes(work: Callable[[Any], None], jobs: list[Any], workers: int) -> 
         list(pool.map(work, jobs))
 
 
-def _compile_all(todo: list[tuple[dispatch.Call, Product, list[Candidate]]], workers: int) -> None:
+def _compile_all(todo: list[tuple[Call, Product, list[Candidate]]], workers: int) -> None:
     """Fills Triton's cache on disk, where processes can share the work, as timing cannot."""
     jobs = [(call, product, *c) for call, product, chosen in todo for c in chosen]
     in_processes(_compile, jobs, workers)
@@ -225,18 +228,18 @@ def tune(
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    problems: dict[str, tuple[dispatch.Call, Product]] = {}
+    problems: dict[str, tuple[Call, Product]] = {}
     wanted = sorted(set(products), key=get_args(Product)[::-1].index)
     for product, (M, N, K), r, dtype, dropout in itertools.product(
         wanted, list(shapes), list(ranks), list(dtypes), list(dropouts)
     ):
-        call = dispatch.Call(M, N, K, r, dtype, device, dropout, plain_tensors=True)
-        obstacle = dispatch.kernel_obstacle(call)
+        call = Call(M, N, K, r, dtype, device, dropout, plain_tensors=True)
+        obstacle = kernel_obstacle(call)
         if obstacle is not None:
             raise type(obstacle)(f"cannot tune for M, N, K = {M}, {N}, {K}: {obstacle}")
-        calls = [dispatch.transposed(call) if product == "dx" else call]
+        calls = [transposed(call) if product == "dx" else call]
         if product == "h":  # and dh, of the gradient's N columns, which has no dropout
-            calls.append(replace(dispatch.transposed(call), dropout=False))
+            calls.append(replace(transposed(call), dropout=False))
         problems |= {dispatch.table_key(call, product): (call, product) for call in calls}
     best: dict[str, Choice] = {}
     gpu = device_info(device).name

@@ -208,6 +208,25 @@ _ON_TRIAL: dict[Kind, tuple[TileConfig, ...]] = {
 # Rows through `order` take registers too.
 _MULTI_GRAD_16BIT = (TileConfig(128, 64, 64, num_warps=8, num_stages=3, maxnreg=128),)
 _GRAD_32BIT = (TileConfig(64, 32, 32, num_warps=4, num_stages=3),)
+# Of each kind, for products in 16 bits and in fp32.
+_TILES: dict[Kind, tuple[tuple[TileConfig, ...], tuple[TileConfig, ...]]] = {
+    "one_pass": (_GEMM_16BIT, _GEMM_32BIT),
+    "second": (_GEMM_16BIT, _GEMM_32BIT),
+    "quantized": (_QUANTIZED_16BIT, _GEMM_32BIT),
+    "fp8": (_FP8_16BIT, _FP8_32BIT),
+    "plain": (_PLAIN_16BIT, _GEMM_32BIT),
+    "grad": (_GRAD_16BIT, _GRAD_32BIT),
+    "group": (_GEMM_16BIT, _GEMM_32BIT),
+    "skinny": (_SKINNY_16BIT, _SKINNY_32BIT),
+    "expand": (_EXPAND_16BIT, _GEMM_32BIT),
+    "multi_grad": (_MULTI_GRAD_16BIT, _GRAD_32BIT),
+    "tma_one_pass": (_TMA_16BIT, ()),
+    "tma_second": (_TMA_16BIT, ()),
+    "tma_produced": (_TMA_16BIT, ()),
+    "ws_second": (_SPECIALIZED_16BIT, ()),
+    "ws_produced": (_SPECIALIZED_16BIT, ()),
+    "ws_group": (_SPECIALIZED_16BIT, ()),
+}
 
 
 def is_tma(kind: Kind) -> TypeGuard[TmaKind]:
@@ -218,28 +237,6 @@ def is_tma(kind: Kind) -> TypeGuard[TmaKind]:
 def is_specialized(kind: Kind) -> TypeGuard[SpecializedKind]:
     """Whether a kind is a form of the hand-scheduled kernel, which only Hopper has."""
     return kind in get_args(SpecializedKind)
-
-
-def _candidates(kind: Kind, itemsize: int) -> tuple[TileConfig, ...]:
-    if kind in ("grad", "multi_grad"):
-        if itemsize == 4:
-            return _GRAD_32BIT
-        return _GRAD_16BIT if kind == "grad" else _MULTI_GRAD_16BIT
-    if kind == "skinny":
-        return _SKINNY_16BIT if itemsize == 2 else _SKINNY_32BIT
-    if is_tma(kind):
-        return _TMA_16BIT if itemsize == 2 else ()
-    if is_specialized(kind):
-        return _SPECIALIZED_16BIT if itemsize == 2 else ()
-    if kind == "fp8":
-        return _FP8_16BIT if itemsize == 2 else _FP8_32BIT
-    if itemsize == 4:
-        return _GEMM_32BIT
-    if kind == "expand":
-        return _EXPAND_16BIT
-    if kind == "quantized":
-        return _QUANTIZED_16BIT
-    return _PLAIN_16BIT if kind == "plain" else _GEMM_16BIT
 
 
 def is_valid(
@@ -336,7 +333,8 @@ def ship(
     kind: Kind, r: int, itemsize: int, dropout: bool, device: DeviceInfo, dora: bool = False
 ) -> tuple[TileConfig, ...]:
     """The valid configurations for this kind of call, largest first; empty if there is none."""
-    configs = _as_wide_as_the_rank(_candidates(kind, itemsize), kind, r)
+    of_16_bits, of_32_bits = _TILES[kind]
+    configs = _as_wide_as_the_rank(of_16_bits if itemsize == 2 else of_32_bits, kind, r)
     return tuple(c for c in configs if is_valid(c, kind, r, itemsize, dropout, device, dora))
 
 

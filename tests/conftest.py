@@ -73,8 +73,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     Nothing is replayed, which would go past them.
     """
     from fused_lora import triton_backend
-    from fused_lora.dispatch import gluon_problem
     from fused_lora.kernels.replay import Replays
+    from fused_lora.strategies import gluon_problem
 
     monkeypatch.setattr(Replays, "__call__", lambda self, name, operands, function: function())
     called: list[str] = []
@@ -145,9 +145,11 @@ def everywhere(emulated: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -
     """The hand-scheduled strategies run, in the emulator, and the others in the interpreter."""
     if torch.cuda.is_available():
         pytest.skip("there is no interpreter beside a GPU")
+    from pretending import pretend
+
     from fused_lora import dispatch
 
-    monkeypatch.setattr(dispatch, "specialized_obstacle", lambda *_: None)
+    pretend(monkeypatch.setattr, specialized_obstacle=lambda *_: None)
     emulated(programs=3)
     dispatch.plan.cache_clear()
     yield

@@ -70,22 +70,27 @@ def _counted(source: Any, target: Any = None, options: Any = None, **rest: Any) 
 
 def pytest_configure() -> None:
     """A GPU that is not there, for Triton and for the dispatcher."""
-    from fused_lora import dispatch, triton_backend
+    from pretending import pretend
+
+    from fused_lora import strategies
     from fused_lora.kernels import device, quantized
 
     driver.set_active(StandIn())
     compiler.compile = triton.compiler.compile = _counted
-    obstacle = dispatch.kernel_obstacle
+    obstacle, gluon_problem = strategies.kernel_obstacle, strategies.gluon_problem
 
-    def without_interpreter(call: dispatch.Call) -> Exception | None:
+    def without_interpreter(call: Any) -> Exception | None:
         found = obstacle(call)
         return None if "TRITON_INTERPRET" in str(found) else found
 
-    vars(dispatch)["kernel_obstacle"] = without_interpreter
-    for module in (dispatch, triton_backend):
-        vars(module)["specialized_obstacle"] = lambda *_: dispatch.gluon_problem()
-    for module in (dispatch, device, quantized):
-        vars(module)["has_fp8"] = lambda _: True
+    for module in (device, quantized):
+        setattr(module, "has_fp8", lambda _: True)  # noqa: B010  # mypy takes no other form
+    pretend(
+        setattr,
+        kernel_obstacle=without_interpreter,
+        specialized_obstacle=lambda *_: gluon_problem(),
+        has_fp8=lambda _: True,
+    )
 
 
 @pytest.hookimpl(wrapper=True)

@@ -15,10 +15,10 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks import launch_overhead
 from fused_lora import lora_linear_multi
-from fused_lora.dispatch import gluon_problem
 from fused_lora.kernels import expand, gemm, persistent
 from fused_lora.kernels.dropout import Dropout
 from fused_lora.kernels.launch import Launcher, Tiled
+from fused_lora.strategies import gluon_problem
 
 LOOKED = []  # kernels that Triton looked at the arguments of
 LAUNCHES = {

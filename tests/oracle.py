@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_lora import reference
 from fused_lora.autograd import LoRALinearFunction
-from fused_lora.dispatch import Backend, Plan, checked_call, plan
+from fused_lora.calls import Backend, checked_call
+from fused_lora.dispatch import Plan, plan
 from fused_lora.kernels.dropout import dropout_threshold
 
 if TYPE_CHECKING:

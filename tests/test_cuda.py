@@ -18,9 +18,11 @@ from torch.utils.checkpoint import (
 )
 
 from fused_lora import FusedLoRALinear
-from fused_lora.dispatch import WAYS, Plan, checked_call, obstacle, transposed
+from fused_lora.calls import checked_call, transposed
+from fused_lora.dispatch import Plan
 from fused_lora.kernels.device import device_info
 from fused_lora.kernels.replay import Replay, Replays
+from fused_lora.strategies import WAYS, obstacle
 
 pytestmark = pytest.mark.gpu
 SIZE = 256

@@ -5,9 +5,12 @@ from typing import get_args
 
 import pytest
 import torch
+from pretending import pretend
 
-from fused_lora import dispatch, explain
-from fused_lora.dispatch import Call, forget_plans, plan, predicted_seconds
+from fused_lora import explain
+from fused_lora.calls import Call
+from fused_lora.cost_model import ceilings, of_cublas, predicted_seconds
+from fused_lora.dispatch import forget_plans, plan
 from fused_lora.kernels.device import SHARED_MEMORY, DeviceInfo, device_info
 from fused_lora.tables import Strategy
 
@@ -27,7 +30,7 @@ CALL = Call(
 @pytest.fixture
 def h100(monkeypatch):
     """Lets the dispatcher believe that cuda:0 is an H100."""
-    monkeypatch.setattr(dispatch, "device_info", lambda device: H100)
+    pretend(monkeypatch.setattr, device_info=lambda device: H100)
     forget_plans()
     yield
     forget_plans()
@@ -67,7 +70,7 @@ def test_before_and_after_hopper_the_model_chooses_between_fewer(monkeypatch):
     """Where no GPU has measured the others."""
     for capability in (80, 100):
         gpu = replace(H100, capability=capability, shared_memory=SHARED_MEMORY[capability])
-        monkeypatch.setattr(dispatch, "device_info", lambda device, gpu=gpu: gpu)
+        pretend(monkeypatch.setattr, device_info=lambda device, gpu=gpu: gpu)
         forget_plans()
         assert plan(CALL, "auto").strategy in ("split", "library")
     forget_plans()
@@ -93,7 +96,7 @@ def test_model_is_the_designs():
     cublas = 2 * call.M * call.N * call.K / 798e12
 
     def ours(kind):
-        return cublas / dispatch.of_cublas(H100, kind)
+        return cublas / of_cublas(H100, kind)
 
     read = 266 / 4096 * cublas
     assert seconds["one_pass"] / ours("one_pass") - 1 == pytest.approx(16 / 256, rel=0.01)
@@ -127,7 +130,7 @@ def test_more_rows_of_few_are_never_predicted_faster(h100, N):
 @pytest.mark.parametrize(("M", "N", "rounds"), [(2048, 4096, 2), (2112, 4096, 3), (8192, 5120, 10)])
 def test_model_counts_whole_rounds_of_tiles(M, N, rounds):
     seconds = predicted_seconds(replace(CALL, M=M, N=N), H100)
-    of_a_round = 2 * 132 * 128 * 256 * 4096 / (798e12 * dispatch.of_cublas(H100, "one_pass"))
+    of_a_round = 2 * 132 * 128 * 256 * 4096 / (798e12 * of_cublas(H100, "one_pass"))
     assert seconds["one_pass"] <= 1.001 * rounds * of_a_round * (1 + 16 / 128)
 
 
@@ -145,7 +148,7 @@ def test_only_hopper_and_later_have_tensor_descriptors():
 
 def test_too_old_a_gpu(monkeypatch):
     old = DeviceInfo(capability=75, num_sms=40, shared_memory=65536)
-    monkeypatch.setattr(dispatch, "device_info", lambda device: old)
+    pretend(monkeypatch.setattr, device_info=lambda device: old)
     forget_plans()
     assert plan(CALL, "auto").backend == "torch"
     with pytest.raises(RuntimeError, match="older than compute capability 8.0"):
@@ -181,9 +184,9 @@ def test_explain_prices_every_strategy(device):
             "no tensor descriptors: y: a row of 5 is not a multiple"
             in (explanation.reasons[strategy])
         )
-    flops, bandwidth = dispatch.ceilings(device_info(device))
-    ceilings = f"ceilings of {flops / 1e12:.0f} TFLOP/s and {bandwidth / 1e12:.1f} TB/s"
-    assert explanation.reasons["model"] == ceilings
+    flops, bandwidth = ceilings(device_info(device))
+    expected = f"ceilings of {flops / 1e12:.0f} TFLOP/s and {bandwidth / 1e12:.1f} TB/s"
+    assert explanation.reasons["model"] == expected
     single = explain(*[t.float() for t in tensors], backend="triton", bias=None)
     assert "takes 16-bit products" in single.reasons["one_launch"]
 

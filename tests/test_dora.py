@@ -342,7 +342,8 @@ def test_what_the_kernels_compile_to(arch):
 import re
 import triton
 from triton.backends.compiler import GPUTarget
-from benchmarks.compile_report import CODES, FP8_ARCH, disassembled, specialised
+from benchmarks.compile_report import disassembled
+from benchmarks.sources import CODES, FP8_ARCH, specialised
 from fused_lora.kernels import dora
 
 def compile(kernel, tile, pointers, constants):

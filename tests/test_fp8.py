@@ -397,7 +397,8 @@ def test_rounding_compiles_to_a_conversion_without_spills():
     program = """
 import triton
 from triton.backends.compiler import GPUTarget
-from benchmarks.compile_report import disassembled, specialised
+from benchmarks.compile_report import disassembled
+from benchmarks.sources import specialised
 from fused_lora.kernels.quantized import FP8_INPUT_TILE, fp8_input_kernel
 constants = {"BLOCK_M": FP8_INPUT_TILE["BLOCK_M"], "stride_xk": 1}
 for arch in (80, 89, 90, 100):

@@ -8,13 +8,13 @@ import torch
 from outside import run_outside
 
 from fused_lora import reference
-from fused_lora.dispatch import gluon_problem
 from fused_lora.kernels import configs
 from fused_lora.kernels.device import INTERPRETED, SHARED_MEMORY, DeviceInfo
 from fused_lora.kernels.dropout import Dropout
 from fused_lora.kernels.expand import add_lora
 from fused_lora.kernels.gemm import gemm_add_lora, gemm_one_pass, gemm_scaled
 from fused_lora.kernels.grads import grad_lora_a, grad_lora_b, lora_grads
+from fused_lora.strategies import gluon_problem
 
 M, N, K, R = 133, 261, 70, 20
 DTYPES = [(torch.float32, 1e-6), (torch.float16, 2e-3)]  # of the result's norm: a few roundings
@@ -208,12 +208,12 @@ def test_offsets_are_64_bit(kind):
     """No 32-bit product of an index and a stride: it would wrap beyond 2^31 elements."""
     program = f"""
 import re
-from benchmarks import compile_report
+from benchmarks.cases import cases
+from benchmarks.sources import source
 import triton
 from triton.backends.compiler import GPUTarget
-cases = compile_report.cases([90], ["bf16"])
-case = next(c for c in cases if c.kind == {kind!r} and not c.dropout and not c.sums)
-ttir = triton.compile(compile_report.source(case), target=GPUTarget("cuda", 90, 32)).asm["ttir"]
+case = next(c for c in cases([90], ["bf16"]) if c.kind == {kind!r} and not c.dropout and not c.sums)
+ttir = triton.compile(source(case), target=GPUTarget("cuda", 90, 32)).asm["ttir"]
 # Every offset that reaches a pointer must have been computed in 64 bits.
 offsets = re.findall(r"tt.addptr [^:]*: [^,]*, (\\S+)", ttir)
 assert offsets, ttir

@@ -200,7 +200,7 @@ def test_explain(launches):
     with pytest.raises(ValueError, match="x: got shape"):
         layer.explain(x[:, 1:])
     layer.merge()
-    assert "library: taken: the adapter is merged" in str(layer.explain(x))
+    assert "library: taken: F.linear, as the adapter is merged" in str(layer.explain(x))
     assert launches == []
 
 

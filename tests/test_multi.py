@@ -795,12 +795,12 @@ def test_multi_offsets_are_64_bit(kind):
     """Those that make tensors of pointers; the tables are small."""
     program = f"""
 import re
-from benchmarks import compile_report
+from benchmarks.cases import cases
+from benchmarks.sources import source
 import triton
 from triton.backends.compiler import GPUTarget
-cases = compile_report.cases([90], ["bf16"])
-case = next(c for c in cases if c.kind == {kind!r} and c.multi and not c.dropout)
-ttir = triton.compile(compile_report.source(case), target=GPUTarget("cuda", 90, 32)).asm["ttir"]
+case = next(c for c in cases([90], ["bf16"]) if c.kind == {kind!r} and c.multi and not c.dropout)
+ttir = triton.compile(source(case), target=GPUTarget("cuda", 90, 32)).asm["ttir"]
 offsets = re.findall(r"tt.addptr [^:]*: tensor<[^>]*ptr<(?:bf16|f32)>+, tensor<(\\S+)>", ttir)
 assert offsets, ttir
 assert all("i64" in offset for offset in offsets), sorted(set(offsets))

@@ -32,7 +32,8 @@ from fused_lora import (
     quantize_nf4,
 )
 from fused_lora import quantize as quantize_module
-from fused_lora.dispatch import Call, Plan, plan
+from fused_lora.calls import Call
+from fused_lora.dispatch import Plan, plan
 from fused_lora.kernels import configs
 from fused_lora.kernels.device import INTERPRETED
 from fused_lora.kernels.gemm import gemm_add_lora

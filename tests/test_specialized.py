@@ -10,24 +10,20 @@ import torch
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 import gluon_emulator
+from hand_scheduled import H100, TOLERANCE, Operands, all_tiles, check_sum
 from oracle import check, fused, problem, run
+from pretending import pretend
 
 from fused_lora import dispatch, lora_linear, lora_linear_group, tune
-from fused_lora.dispatch import Call, Plan, explain_call, plan, predicted_seconds
+from fused_lora.calls import Call
+from fused_lora.cost_model import predicted_seconds
+from fused_lora.dispatch import Plan, plan
+from fused_lora.explanation import explain_call
 from fused_lora.kernels import persistent, specialized
-from fused_lora.kernels.configs import TileConfig, cdiv, tunable
-from fused_lora.kernels.device import INTERPRETED, SHARED_MEMORY, DeviceInfo
-from fused_lora.kernels.gemm import ColumnScale
-from fused_lora.kernels.specialized import (
-    specialized_add_lora,
-    specialized_group,
-    specialized_plain,
-    specialized_produced,
-)
+from fused_lora.kernels.configs import TileConfig, cdiv
+from fused_lora.kernels.device import INTERPRETED
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-H100 = DeviceInfo(90, 132, SHARED_MEMORY[90], name="NVIDIA H100")
-TOLERANCE = 2e-3  # of the result's norm: a few roundings
 TILE = TileConfig(32, 32, 16, 4, 3, GROUP_M=2, SUBTILES=2, COOPERATIVE=True, LEAD=0)
 SMALL = [
     pytest.param(TILE, id="cooperative"),
@@ -44,55 +40,9 @@ SMALL = [
 FORMS = ["plain", "second", "produced"]
 
 
-class Operands:
-    """Random operands, laid out as the forward reads them or as the input gradient does."""
-
-    def __init__(self, m, n, k, r, *, transposed, device="cpu", dtype=torch.float16):
-        def normal(rows, columns, dtype=dtype):
-            shape = (columns, rows) if transposed else (rows, columns)
-            t = (torch.randn(*shape) * rows**-0.5).to(device, dtype)
-            return t.t() if transposed else t
-
-        self.x = torch.randn(m, k + 8 + -k % 8).to(device, dtype)[:, :k]  # rows apart
-        self.w = normal(k + -k % 8, n)[:k]
-        self.a, self.b = normal(k, r, torch.float32), normal(r, n)
-        self.bias = torch.randn(n).to(device)
-
-    def run(self, form, config):
-        """The form's results, each with its exact value."""
-        x, w, a, b, bias = (t.double() for t in (self.x, self.w, self.a, self.b, self.bias))
-        if form == "plain":
-            return [(specialized_plain(config, self.x, self.w), x @ w)]
-        h = 0.5 * x @ a
-        if form == "second":
-            given = h.to(self.x.dtype)
-            y = specialized_add_lora(config, self.x, self.w, given, self.b, bias=self.bias)
-            return [(y, x @ w + given.double() @ b + bias)]
-        if form == "dora":
-            given, scale = h.to(self.x.dtype), self.bias.float().abs() + 0.5
-            dora = ColumnScale(scale, self.x.new_empty(len(x), len(bias)))
-            options = {"bias": self.bias, "dora": dora}
-            y = specialized_add_lora(config, self.x, self.w, given, self.b, **options)
-            z = x @ w + given.double() @ b
-            return [(dora.z, z), (y, z * scale.double() + bias)]
-        y, made = specialized_produced(
-            config, self.x, self.w, self.a, self.b, bias=self.bias, scale=0.5
-        )
-        return [(made, h), (y, x @ w + made.double() @ b + bias)]
-
-    def check(self, form, config, tolerance=TOLERANCE):
-        for got, exact in self.run(form, config):
-            error = ((got.double() - exact).norm() / exact.norm()).item()
-            assert error < tolerance, error
-
-
-def _all_tiles():
-    return tunable("ws_second", 16, 2, False, H100)
-
-
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("form", [*FORMS, "dora"])
-@pytest.mark.parametrize("config", _all_tiles(), ids=str)
+@pytest.mark.parametrize("config", all_tiles(), ids=str)
 def test_every_configuration(emulated, config, form, transposed):
     emulated()
     Operands(150, 264, 200, 24, transposed=transposed).check(form, config)
@@ -129,19 +79,6 @@ def test_every_rank(emulated, form, transposed, r):
     Operands(40, 72, 48, r, transposed=transposed).check(form, replace(TILE, COOPERATIVE=False))
 
 
-def _check_sum(config, m, n, Ks, *, adapters, tolerance=TOLERANCE, **kwargs):
-    """sum_i x_i w_i of members of these K, with h b of rank 24 or without."""
-    members = [Operands(m, n, k, 24, **kwargs) for k in Ks]
-    xs, ws, b = [o.x for o in members], [o.w for o in members], members[0].b
-    h = torch.randn(m, 24).to(b.device, b.dtype)
-    exact = sum(x.double() @ w.double() for x, w in zip(xs, ws, strict=True))
-    if adapters:
-        exact += h.double() @ b.double()
-    got = specialized_group(config, xs, ws, *((h, b) if adapters else (None, None)))
-    error = ((got.double() - exact).norm() / exact.norm()).item()
-    assert error < tolerance, error
-
-
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("adapters", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
@@ -149,7 +86,7 @@ def _check_sum(config, m, n, Ks, *, adapters, tolerance=TOLERANCE, **kwargs):
 def test_a_sum_of_products(emulated, config, transposed, adapters, seed):
     for Ks in ((40, 72), (136, 16, 24)):
         emulated(seed, programs=3)
-        _check_sum(config, 70, 136, Ks, adapters=adapters, transposed=transposed)
+        check_sum(config, 70, 136, Ks, adapters=adapters, transposed=transposed)
 
 
 @pytest.mark.parametrize("programs", [2, 3, 5, 8, 13])
@@ -170,7 +107,7 @@ def test_a_last_round_of_halves(emulated, form, transposed, programs):
 
 def test_which_tiles_are_halved():
     """Of y [2048, 5120] there are 2.4 rounds of 132; of [2048, 4096] the last round is full."""
-    (config, *_) = (c for c in _all_tiles() if c.HALVES)
+    (config, *_) = (c for c in all_tiles() if c.HALVES)
     assert specialized.last_round(config, 16, 20, 0, 132) == 56
     assert specialized.last_round(config, 16, 20, 16, 132) == 64
     assert specialized.last_round(config, 16, 16, 0, 132) == 0
@@ -295,7 +232,7 @@ CALL = Call(4096, 4096, 4096, 16, torch.bfloat16, torch.device("cuda"), False, T
 
 
 def _on(monkeypatch, info):
-    monkeypatch.setattr(dispatch, "device_info", lambda device: info)
+    pretend(monkeypatch.setattr, device_info=lambda device: info)
     plan.cache_clear()
 
 
@@ -304,7 +241,7 @@ def test_the_model_takes_it_on_hopper(monkeypatch):
     seconds = predicted_seconds(CALL, H100)
     assert seconds["ws_split"] < seconds["tma_split"]
     assert dispatch._by_model(CALL) == "ws_one_launch"
-    monkeypatch.setattr(dispatch, "specialized_obstacle", lambda *_: "no Gluon")
+    pretend(monkeypatch.setattr, specialized_obstacle=lambda *_: "no Gluon")
     assert dispatch._by_model(CALL) == "one_launch"
 
 
@@ -336,7 +273,7 @@ def test_candidates_of_tuning(monkeypatch):
 )
 def test_explain_says_why_not(monkeypatch, info, call, why):
     _on(monkeypatch, info)
-    monkeypatch.setattr(dispatch, "kernel_obstacle", lambda call: None)
+    pretend(monkeypatch.setattr, kernel_obstacle=lambda call: None)
     operands = tuple(torch.empty(4096, 4096, dtype=call.dtype, device="meta") for _ in range(4))
     reasons = explain_call(call, "triton", operands).reasons
     assert why in reasons["ws_one_launch"]
@@ -350,10 +287,10 @@ import sys
 sys.modules["triton.experimental.gluon.language.nvidia.hopper"] = None
 import torch
 import fused_lora
-from fused_lora import dispatch, lora_linear, triton_backend, tune
+from fused_lora import lora_linear, strategies, triton_backend, tune
 from fused_lora.kernels.device import SHARED_MEMORY, DeviceInfo
 h100 = DeviceInfo(90, 132, SHARED_MEMORY[90])
-print(dispatch.specialized_obstacle(torch.device("cuda"), h100))
+print(strategies.specialized_obstacle(torch.device("cuda"), h100))
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "this Triton's Gluon is not the one it is written in (" in result.stdout, result.stderr
@@ -377,7 +314,7 @@ needs_hopper = pytest.mark.skipif(
 @needs_hopper
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("form", [*FORMS, "dora"])
-@pytest.mark.parametrize("config", _all_tiles(), ids=str)
+@pytest.mark.parametrize("config", all_tiles(), ids=str)
 def test_every_configuration_on_a_gpu(device, config, form, transposed):
     """More tiles than multiprocessors, twice: the second launch finds the first one's flags."""
     shape = (2900, 3208, 1096, 24)
@@ -388,12 +325,26 @@ def test_every_configuration_on_a_gpu(device, config, form, transposed):
 
 @pytest.mark.gpu
 @needs_hopper
+@pytest.mark.parametrize(
+    ("form", "transposed"),
+    [("second", False), ("second", True), ("produced", False), ("produced", True), ("dora", False)],
+)
+@pytest.mark.parametrize("config", [c for c in all_tiles() if c.HALVES or c.LEAD], ids=str)
+def test_sizes_of_real_layers_on_a_gpu(device, config, form, transposed):
+    """Triton knows multiples of 16, of which it makes other kernels; and a last round of halves."""
+    shape = (2048, 5120, 1024, 16)
+    o = Operands(*shape, transposed=transposed, device=device, dtype=torch.bfloat16)
+    o.check(form, config, 8 * TOLERANCE)
+
+
+@pytest.mark.gpu
+@needs_hopper
 @pytest.mark.parametrize("adapters", [False, True])
-@pytest.mark.parametrize("config", _all_tiles(), ids=str)
+@pytest.mark.parametrize("config", all_tiles(), ids=str)
 def test_a_sum_of_products_on_a_gpu(device, config, adapters):
     kwargs = {"transposed": False, "device": device, "dtype": torch.bfloat16}
     for Ks in ((1096, 256), (4096, 1024, 72)):
-        _check_sum(config, 2900, 3208, Ks, adapters=adapters, tolerance=8 * TOLERANCE, **kwargs)
+        check_sum(config, 2900, 3208, Ks, adapters=adapters, tolerance=8 * TOLERANCE, **kwargs)
 
 
 @pytest.mark.gpu
@@ -405,7 +356,7 @@ def test_a_sum_of_products_on_a_gpu(device, config, adapters):
 def test_odd_sizes_on_a_gpu(device, form, m, n, k, r):
     for transposed in (False, True):
         o = Operands(m, n, k, r, transposed=transposed, device=device)
-        o.check(form, _all_tiles()[0])
+        o.check(form, all_tiles()[0])
 
 
 @pytest.mark.gpu

@@ -17,16 +17,18 @@ pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 DUMP = """
 import sys
 from pathlib import Path
-from benchmarks import compile_report
-for case in compile_report.cases([90], ["bf16"]):
+from benchmarks.cases import cases
+from benchmarks.compile_report import disassembled
+from benchmarks.sources import compiled
+for case in cases([90], ["bf16"]):
     config = case.config
     one_of_each = {"ws_second": config.LEAD, "ws_produced": not config.LEAD}
     wanted = case.r == 16 and not case.dropout and case.transposed == config.COOPERATIVE
     if wanted and one_of_each.get(case.kind) or "all" in sys.argv:
-        kernel = compile_report.compiled(case)
+        kernel = compiled(case)
         name = Path(sys.argv[1]) / str(case).replace("/", "-")
         Path(f"{name}.ptx").write_text(kernel.asm["ptx"])
-        Path(f"{name}.sass").write_text(compile_report.disassembled(kernel)[1])
+        Path(f"{name}.sass").write_text(disassembled(kernel)[1])
 """
 # What matters of the PTX, a letter each.
 LETTERS = {

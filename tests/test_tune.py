@@ -11,9 +11,11 @@ from dataclasses import replace
 import pytest
 import torch
 from oracle import check, fused, problem, run
+from pretending import pretend
 
 from fused_lora import dispatch, explain, tables
-from fused_lora.dispatch import Call, Plan, forget_plans, plan
+from fused_lora.calls import Call, checked_call, transposed
+from fused_lora.dispatch import Plan, forget_plans, plan
 from fused_lora.kernels.configs import TileConfig, ship
 from fused_lora.kernels.device import INTERPRETED, SHARED_MEMORY, DeviceInfo
 from fused_lora.tables import Choice, key, save, table, user_path
@@ -282,8 +284,8 @@ def test_a_choice_that_cannot_take_the_call_is_passed_over():
 def test_explain_names_what_dx_becomes(launches, r, runs):
     """Rows of B of 8 bytes have no descriptor."""
     p = problem(40, 16, 24, r, dtype=torch.float16)
-    call = dispatch.checked_call(p.x, p.weight, p.lora_A, p.lora_B, None, False)
-    name = dispatch.table_key(dispatch.transposed(call), "dx")
+    call = checked_call(p.x, p.weight, p.lora_A, p.lora_B, None, False)
+    name = dispatch.table_key(transposed(call), "dx")
     save(GPU, {name: Choice("one_launch", None, 1e-6)})
     found = explain(p.x, p.weight, p.lora_A, p.lora_B, backend="triton")
     assert found.strategy_dx == runs
@@ -302,7 +304,7 @@ def test_workers_compile_first(monkeypatch, device):
     from fused_lora import tune as module
 
     # What is scheduled by hand is compiled, and measured, by itself and last.
-    monkeypatch.setattr(dispatch, "specialized_obstacle", lambda *_: "not here")
+    pretend(monkeypatch.setattr, specialized_obstacle=lambda *_: "not here")
     compiled = []
     real = module._compile_all
     monkeypatch.setattr(module, "_compile_all", lambda *a: compiled.append(len(a[0])) or real(*a))
@@ -365,9 +367,9 @@ def test_what_ships_is_what_tuning_can_choose(monkeypatch, path):
 
     content = json.loads(path.read_text())
     gpu = DeviceInfo(90, 132, SHARED_MEMORY[90], name=content["gpu"])
-    for where in (dispatch, module):
-        monkeypatch.setattr(where, "device_info", lambda _: gpu)
-    monkeypatch.setattr(dispatch, "specialized_obstacle", lambda *_: None)
+    monkeypatch.setattr(module, "device_info", lambda _: gpu)
+    pretend(monkeypatch.setattr, device_info=lambda _: gpu)
+    pretend(monkeypatch.setattr, specialized_obstacle=lambda *_: None)
     with warnings.catch_warnings(action="error"):
         chosen = table(content["gpu"])
     assert len(chosen) > 50
@@ -381,7 +383,7 @@ def test_what_ships_is_what_tuning_can_choose(monkeypatch, path):
             of = call.M, call.N, call.K, call.r, call.dtype, call.dropout, gpu
             assert dispatch.part_config(direction, *of) == choice.config
             continue
-        asked = call if direction == "forward" else dispatch.transposed(call)
+        asked = call if direction == "forward" else transposed(call)
         taken = plan(asked, "auto")
         if direction == "forward":
             assert (taken.strategy, taken.config) == (choice.strategy, choice.config)

@@ -1,0 +1,80 @@
+"""`InjectReport`: what `inject` and `add_adapter` did."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import foreign, sharing
+from .quantize import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class InjectReport:
+    """What `inject` did; ``print`` it to read it."""
+
+    layers: tuple[str, ...]  # paths of the modules that were replaced
+    skipped: dict[str, str]  # paths and targets that were not replaced -> why
+    trainable: int  # parameters of the adapters that were put in
+    total: int  # all parameters, the adapters' included, shared ones counted once
+    adapted: int  # parameters of the replaced weights: what full fine-tuning of them would train
+    groups: tuple[tuple[str, ...], ...] = ()  # paths of layers that are computed together
+    # ||W - W0|| / ||W|| over all weights W that were put into codes W0, or W0 + scaling * B A where
+    # the adapter starts with a part of them; None if there are none.
+    quantization_error: float | None = None
+
+    @property
+    def saved(self) -> float:
+        """Share of the replaced weights' parameters that need not be trained, 0 to 1."""
+        return 1.0 - self.trainable / self.adapted
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.layers)} layers adapted: {self.trainable:,} trainable parameters of "
+            f"{self.total:,} ({self.trainable / self.total:.2%}); instead of {self.adapted:,} "
+            f"in those layers' weights, {self.saved:.1%} saved"
+        ]
+        if self.quantization_error is not None:
+            lines.append(
+                f"  quantised: the weights, with what adapters start with of them, differ from the "
+                f"original ones by {self.quantization_error:.2%} of their norm"
+            )
+        lines += [f"  skipped {path}: {why}" for path, why in self.skipped.items()]
+        lines += sharing.describe_groups(self.groups)
+        return "\n".join(lines)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All parameters; of a quantised weight those that it stands for, not its codes and scales."""
+    quantized = [m for m in model.modules() if isinstance(m, QuantizedWeight)]
+    parts = {p for weight in quantized for p in weight.parameters()}
+    plain = sum(p.numel() for p in model.parameters() if p not in parts)
+    return plain + sum(weight.numel() for weight in quantized)
+
+
+@torch.no_grad()
+def change(
+    linear: nn.Module, weight: Tensor | QuantizedWeight, start: Tensor | None = None
+) -> list[tuple[float, float]]:
+    """||W - W0|| and ||W|| if W0 is codes that were made here of W, or of W less ``start``."""
+    if not isinstance(weight, QuantizedWeight):
+        return []
+    if isinstance(linear, nn.Linear) and not foreign.is_quantized(linear):
+        original = linear.weight.float()
+    elif start is None:
+        return []  # taken as it was
+    else:
+        original = foreign.read(linear).dequantize(torch.float32)
+    now = weight.dequantize(torch.float32)
+    if start is not None:
+        now += start
+    return [((now - original).norm().item(), original.norm().item())]
+
+
+def relative(changes: list[tuple[float, float]]) -> float:
+    """The norm of all changes over that of all weights."""
+    changed, size = (math.hypot(*norms) for norms in zip(*changes, strict=True))
+    return changed / size if size else 0.0

@@ -1,0 +1,144 @@
+"""Which modules of a model get adapters: PEFT's rules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from torch import nn
+
+from . import checks, foreign
+from .multi_linear import FusedMultiLoRALinear
+
+
+class Targets(NamedTuple):
+    """What was found in a model."""
+
+    modules: dict[str, Any]  # all that it has, by path: nn.Modules
+    layers: list[str]  # paths of those that get an adapter
+    skipped: dict[str, str]  # paths and names that were asked for besides -> why they get none
+
+
+def find_targets(
+    model: nn.Module,
+    target_modules: str | Collection[str],
+    exclude_modules: str | Collection[str] | None,
+    adaptable: Callable[[nn.Module], bool],
+) -> Targets:
+    """The modules that match and are ``adaptable``.
+
+    Raises ValueError if there are none, or if one that is to be replaced has hooks.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    matched = match_modules(model, target_modules, exclude_modules)
+    layers = [path for path in matched if adaptable(modules[path])]
+    skipped = _why_skipped(modules, matched, layers, target_modules)
+    if not layers:
+        names = sorted({p.rpartition(".")[2] for p, m in modules.items() if adaptable(m)})
+        raise ValueError(
+            f"target_modules: {target_modules!r} matches no nn.Linear; wanted some of {names}"
+            + (f"; it does match {skipped}" if skipped else "")
+        )
+    for path in layers:
+        if is_linear(modules[path]):
+            checks.check_unhooked(f"model: {path}", modules[path])
+    return Targets(modules, layers, skipped)
+
+
+def _why_skipped(
+    modules: Mapping[str, nn.Module],
+    matched: Collection[str],
+    layers: Collection[str],
+    target_modules: str | Collection[str],
+) -> dict[str, str]:
+    """Why what was matched but ``layers`` gets no adapter, and which names match nothing."""
+    skipped = {
+        path: f"is a {type(modules[path]).__name__}, not an nn.Linear"
+        for path in matched
+        if path not in layers
+    }
+    if not isinstance(target_modules, str):
+        for name in target_modules:
+            if not any(path == name or path.endswith("." + name) for path in modules):
+                skipped[name] = "matches no module"
+    return skipped
+
+
+def is_peft_layer(module: nn.Module) -> bool:
+    """Whether PEFT has made it, of a layer or of a model."""
+    return type(module).__module__.startswith("peft.tuners")
+
+
+def has_peft_layers(model: nn.Module) -> bool:
+    """Whether PEFT has put adapters in."""
+    return any(map(is_peft_layer, model.modules()))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `inject` can replace it: an `nn.Linear`, or a quantised one of others."""
+    return type(module) is nn.Linear or foreign.is_quantized(module)
+
+
+Number = TypeVar("Number", int, float)
+
+
+def per_layer(
+    name: str, pattern: Mapping[str, Number], default: Number, paths: list[str]
+) -> dict[str, Number]:
+    """The number for each path, by PEFT's rule for rank_pattern and alpha_pattern."""
+    values = dict.fromkeys(paths, default)
+    for key, value in reversed(list(pattern.items())):  # the first match counts, so it comes last
+        for path in match_paths(name, rf"(.*\.)?({key})", paths):
+            values[path] = value
+    return values
+
+
+def match_modules(
+    model: nn.Module,
+    target_modules: str | Collection[str],
+    exclude_modules: str | Collection[str] | None,
+) -> list[str]:
+    """The paths of the modules that PEFT's rules match, of any type; see `inject`."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if target_modules == "all-linear":
+        matched = _without_output_head(model, modules)
+    else:
+        matched = match_paths("target_modules", target_modules, list(modules))
+    if exclude_modules is None:
+        return matched
+    excluded = set(match_paths("exclude_modules", exclude_modules, matched))
+    return [path for path in matched if path not in excluded]
+
+
+# Of torch.compile, checkpoint_wrapper and FSDP1: parts of a path that the model itself has not.
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
+
+def own_path(path: str) -> str:
+    """A module's path, or that of what is in it, in the model without wrappers."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+
+
+def match_paths(name: str, patterns: object, paths: list[str]) -> list[str]:
+    """The paths that PEFT would match: a regular expression in full, or a list of suffixes."""
+    if isinstance(patterns, str):
+        try:
+            pattern = re.compile(patterns)
+        except re.error as error:
+            raise ValueError(f"{name}: {patterns!r} is no regular expression: {error}") from None
+        return [p for p in paths if pattern.fullmatch(own_path(p)) or pattern.fullmatch(p)]
+    if not isinstance(patterns, (list, tuple, set, frozenset)) or not all(
+        isinstance(suffix, str) for suffix in patterns
+    ):
+        raise TypeError(f"{name}: got {patterns!r}, wanted a string or a list of strings")
+    ends = tuple("." + suffix for suffix in patterns if suffix)
+    return [p for p in paths if any(f".{path}".endswith(ends) for path in (own_path(p), p))]
+
+
+def _without_output_head(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+    """Every linear layer but the one that transformers calls the output embeddings."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    linear = (path for path, m in modules.items() if m is not head)
+    return [p for p in linear if is_linear(modules[p]) or type(modules[p]) is FusedMultiLoRALinear]
