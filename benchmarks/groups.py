@@ -1,19 +1,22 @@
 """Layers that share their input, together and one by one: `python -m benchmarks.groups`.
 
 Whether a group pays: q, k, v and gate, up by `lora_linear_group`, the same layers by `lora_linear`
-each, and their frozen layers alone; in turns, medians, and CPU time without waiting for the device.
-Both are compared with each other before they are timed.
+each, and their frozen layers alone; in turns, medians. Both are compared with each other before
+they are timed. With few rows, where it counts, also CPU time without waiting for the device.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +24,45 @@ from torch import Tensor
 
 from fused_lora import lora_linear, lora_linear_group
 from fused_lora.dispatch import better_apart
+from fused_lora.tune import in_processes
 
 from . import measure, rows
-from .rows import Row
 from .shapes import MODELS
 
 RANK, SCALING = 16, 2.0
 TOLERANCE = 2e-2  # of the norm, in 16-bit products
+NAMES = ("group", "apart", "linear")
+# CPU time is a mean of 100 calls, which CUDA's queue of about 1,000 launches must not hold up.
+OVERHEAD_ROWS = 128
+
+
+class Problem(NamedTuple):
+    """A case."""
+
+    layers: str
+    M: int
+    K: int
+    sides: tuple[int, ...]  # N of each member
+    dropout_p: float
+
+    def __str__(self) -> str:
+        return f"{self.layers} M {self.M} K {self.K} dropout {self.dropout_p:g}"
+
+    def members(self) -> Members:
+        """On the device that there is."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        like = torch.empty(0, dtype=torch.bfloat16, device=device)
+        return Members(self.M, self.K, self.sides, self.dropout_p, like)
+
+
+def problems(model: str, Ms: Sequence[int]) -> list[Problem]:
+    """All cases, those without dropout first."""
+    hidden, kv, intermediate = MODELS[model]
+    sides = {"q,k,v": (hidden, kv, kv), "gate,up": (intermediate,) * 2}
+    return [
+        Problem(layers, M, hidden, sides[layers], dropout_p)
+        for dropout_p, M, layers in product((0.0, 0.1), Ms, sides)
+    ]
 
 
 class Members:
@@ -77,18 +112,23 @@ class Members:
         return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
 
 
-def _measured(
-    members: Members, seconds: float, names: Sequence[str]
-) -> Iterator[tuple[str, dict[str, float]]]:
+def _compile(problem: Problem) -> None:
+    """Leaves a case's kernels in Triton's cache on disk."""
+    members = problem.members()
+    for name in ("group", "apart"):
+        with contextlib.suppress(Exception):  # the measurement will meet it again
+            members.gradient(name)
+
+
+def _measured(members: Members, seconds: float) -> Iterator[tuple[str, dict[str, float]]]:
     """Medians in us by name, of every mode."""
     device = members.x.device
-    forward: dict[str, measure.Call] = {name: getattr(members, name) for name in names}
-    both: dict[str, measure.Call] = {name: partial(members.gradient, name) for name in names}
-    for mode, calls, overhead in (
-        ("forward", forward, False),
-        ("forward+backward", both, False),
-        ("overhead", both, True),
-    ):
+    forward: dict[str, measure.Call] = {name: getattr(members, name) for name in NAMES}
+    both: dict[str, measure.Call] = {name: partial(members.gradient, name) for name in NAMES}
+    modes = [("forward", forward, False), ("forward+backward", both, False)]
+    if len(members.x) <= OVERHEAD_ROWS:
+        modes.append(("overhead", both, True))
+    for mode, calls, overhead in modes:
         times = measure.side_by_side(calls, device, seconds, overhead=overhead)
         yield mode, {name: statistics.median(samples) for name, samples in times.items()}
 
@@ -100,43 +140,43 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, nargs="+", help="M")
     parser.add_argument("--seconds-a-mode", type=float, default=0.15)
     parser.add_argument("--out", type=Path, default=rows.RESULTS, help="folder for the rows")
+    parser.add_argument("--workers", type=int, default=0, help="processes that compile first")
     args = parser.parse_args(argv)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    like = torch.empty(0, dtype=torch.bfloat16, device=device)
-    hidden, kv, intermediate = MODELS[args.model or ("llama-3.1-8b" if cuda else "smollm2-135m")]
-    clock = "CUDA events" if cuda else measure.clock().__name__
-    environment = rows.environment(device, clock, "")
+    environment = rows.environment(device, "CUDA events" if cuda else measure.clock().__name__, "")
     path = args.out / rows.file_name(environment).replace(".json", "-groups.csv")
     print(f"q,k,v and gate,up, r {RANK}, bf16, on {environment['device']} -> {path}")
-    found: list[Row] = []
+    Ms = args.rows or ((8192, 2048, 512, OVERHEAD_ROWS) if cuda else (512,))
+    todo = problems(args.model or ("llama-3.1-8b" if cuda else "smollm2-135m"), Ms)
+    if args.workers:
+        in_processes(_compile, todo, args.workers)
     failed = False
-    for M in args.rows or ((8192, 2048, 512) if cuda else (512,)):
-        for layers, sides in (("q,k,v", (hidden, kv, kv)), ("gate,up", (intermediate,) * 2)):
-            for dropout_p in (0.0, 0.1):
-                case = f"{layers} M {M} K {hidden} dropout {dropout_p:g}"
-                if better_apart(like.new_empty(M, 1), dropout_p > 0, "auto"):
-                    print(f"{case}: run apart anyway")
-                    continue
-                members = Members(M, hidden, sides, dropout_p, like)
-                # Each member's mask has a seed of its own, and layers apart draw others.
-                error = 0.0 if dropout_p else members.difference()
-                if not error < TOLERANCE:
-                    print(f"{case}: wrong by {error:.1e} of the norm")
-                    failed = True
-                    continue
-                names = ("group", "apart", "linear")
-                for mode, medians in _measured(members, args.seconds_a_mode, names):
-                    sizes = {"layers": layers, "M": M, "K": hidden, "dropout": dropout_p}
-                    found.append(sizes | {"mode": mode} | medians | environment)
-                    ratio = medians["apart"] / medians["group"]
-                    times = "  ".join(f"{name} {us:8.1f} us" for name, us in medians.items())
-                    print(f"{case} {mode:16} {times}  {ratio:.3f}x", flush=True)
-    if found:
-        with path.open("w", newline="") as file:
-            table = csv.DictWriter(file, found[0])
-            table.writeheader()
-            table.writerows(found)
+    with path.open("w", newline="") as file:
+        table: csv.DictWriter[str] | None = None
+        for problem in todo:
+            members = problem.members()
+            if better_apart(members.x, problem.dropout_p > 0, "auto"):
+                print(f"{problem}: run apart anyway")
+                continue
+            # Each member's mask has a seed of its own, and layers apart draw others.
+            error = 0.0 if problem.dropout_p else members.difference()
+            if not error < TOLERANCE:
+                print(f"{problem}: wrong by {error:.1e} of the norm")
+                failed = True
+                continue
+            for mode, medians in _measured(members, args.seconds_a_mode):
+                row = problem._asdict() | {"mode": mode} | medians | environment
+                if table is None:
+                    table = csv.DictWriter(file, row)
+                    table.writeheader()
+                table.writerow(row)
+                file.flush()  # a limit may end it
+                ratio = medians["apart"] / medians["group"]
+                times = "  ".join(f"{name} {us:8.1f} us" for name, us in medians.items())
+                print(f"{problem} {mode:16} {times}  {ratio:.3f}x", flush=True)
+    if table is None:
+        path.unlink()
     return int(failed)
 
 
