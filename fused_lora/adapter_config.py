@@ -52,6 +52,11 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 
 def read_config(path: Path) -> dict[str, Any]:
     """The checked config with every field that we use."""
+    folder = path.parent
+    if folder.is_file():
+        raise FileNotFoundError(f"{folder}: is a file, wanted the adapter's folder")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: there is no such folder (the Hub is not asked)")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
     if path.stat().st_size > _MAX_CONFIG_BYTES:
@@ -75,7 +80,7 @@ def read_config(path: Path) -> dict[str, Any]:
         if not neutral:
             raise ValueError(
                 f"{path}: {field}: got {value!r}, which changes the computation and is not "
-                "supported"
+                "supported; PEFT loads it, and fused_lora.peft.fuse makes that model fast"
             )
     defaults: dict[str, Any] = {
         "lora_alpha": 8,

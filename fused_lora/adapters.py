@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,8 @@ from .linear import FusedLoRALinear
 from .matching import has_peft_layers, is_linear, match_modules, match_paths, own_path, per_layer
 from .multi_linear import FusedMultiLoRALinear
 from .multi_model import add_adapter, can_adapt, layers_with
-from .quantize import Format, Quantizer
+from .quantize import Format, QuantizedWeight, Quantizer
+from .sharded import fill, is_sharded, reshard, whole, writes_files
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -44,12 +46,15 @@ def save_adapter(
     Of a model with several adapters (`add_adapter`), the one called ``adapter_name``.
 
     Each file is written beside its place and moved there: one that exists is whole. A module that
-    is reached at several paths is saved under the first.
+    is reached at several paths is saved under the first. Of a sharded model (FSDP2, tensor
+    parallel) every process has to call this, and the first one writes.
 
     A layer initialised by "pissa", "olora" or "loftq" has a residual for its base weight, which the
     files do not hold. It is saved as what it has learnt, relative to the original weight:
     [A; A_init] and [B, -B_init] of rank 2 r, as PEFT's ``path_initial_model_for_weight_conversion``
-    does. So it loads into the original model, and not into one made of residuals.
+    does. So it loads into the original model, and not into one made of residuals. If the residual
+    is quantised, that differs from what was trained by the error of its codes, which no file of
+    PEFT's format has: a warning says so.
 
     Raises:
         TypeError, ValueError: model is no module, has no adapters (or PEFT's), merged ones, or ones
@@ -69,13 +74,26 @@ def save_adapter(
     merged = [path for path, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(f"model: {merged[0]} is merged; call unmerge() before saving")
+    reshard(model)
+    for path, layer in layers.items():
+        if layer.lora_A_init is not None and isinstance(layer.weight, QuantizedWeight):
+            warnings.warn(
+                f"fused_lora: {path} was trained over the codes of a residual (init_lora_weights="
+                f"{layer.init_lora_weights!r}), which the files do not have: where the adapter is "
+                "loaded its results are others by the error of those codes; the model's state dict "
+                "keeps them",
+                stacklevel=2,
+            )
+            break
     saved = {path: _saved(layer) for path, layer in layers.items()}
     config = _config(model, layers, saved)
     tensors = {}
     for path, layer in saved.items():
         for name, tensor in layer.tensors().items():
             # Copies: of tensors that share memory safetensors writes none.
-            tensors[_key(path, name)] = tensor.detach().to("cpu", copy=True).contiguous()
+            tensors[_key(path, name)] = tensor.to("cpu", copy=True).contiguous()
+    if not writes_files() and any(is_sharded(layer.lora_A) for layer in layers.values()):
+        return
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -178,11 +196,11 @@ def load_adapter(
             **options,
         )
         layers = _layers(model)
-    with torch.no_grad():
-        for path, layer in layers.items():
-            for name in _TENSORS:
-                if _key(path, name) in tensors:
-                    getattr(layer, name).copy_(tensors[_key(path, name)])
+    reshard(model)
+    for path, layer in layers.items():
+        for name in _TENSORS:
+            if _key(path, name) in tensors:
+                fill(getattr(layer, name), tensors[_key(path, name)])
 
 
 def _check_finite(tensors: dict[str, Tensor], layers: dict[str, FusedLoRALinear]) -> None:
@@ -221,10 +239,10 @@ def _load_named(
     numbers = (config["r"], config["lora_alpha"], config["target_modules"])
     options = {name: config[name] for name in names}
     add_adapter(model, adapter_name, *numbers, quantize=quantize, **options)
-    with torch.no_grad():
-        for path, layer in layers_with(model, adapter_name).items():
-            layer.lora_A[adapter_name].copy_(tensors[_key(path, "lora_A")])
-            layer.lora_B[adapter_name].copy_(tensors[_key(path, "lora_B")])
+    reshard(model)
+    for path, layer in layers_with(model, adapter_name).items():
+        fill(layer.lora_A[adapter_name], tensors[_key(path, "lora_A")])
+        fill(layer.lora_B[adapter_name], tensors[_key(path, "lora_B")])
 
 
 @dataclass(frozen=True)
@@ -305,11 +323,14 @@ class _Saved(NamedTuple):
 
     def tensors(self) -> dict[str, Tensor]:
         values = {name: getattr(self, name) for name in _TENSORS}
-        return {name: tensor.detach() for name, tensor in values.items() if tensor is not None}
+        return {name: tensor for name, tensor in values.items() if tensor is not None}
 
 
 def _saved(layer: FusedLoRALinear | _Named) -> _Saved:
-    A, B, magnitude = layer.lora_A, layer.lora_B, layer.lora_magnitude_vector
+    A, B = whole(layer.lora_A.detach()), whole(layer.lora_B.detach())
+    magnitude = layer.lora_magnitude_vector
+    if magnitude is not None:
+        magnitude = whole(magnitude.detach())
     alpha = layer.lora_alpha
     of_one = FusedLoRALinear.scaling_of(1.0, A.shape[0], layer.use_rslora)
     if layer.scaling != FusedLoRALinear.scaling_of(alpha, A.shape[0], layer.use_rslora):
@@ -317,7 +338,8 @@ def _saved(layer: FusedLoRALinear | _Named) -> _Saved:
     if layer.lora_A_init is None or layer.lora_B_init is None:
         return _Saved(A, B, magnitude, alpha)
     growth = math.sqrt(2) if layer.use_rslora else 2  # as r doubles, the scaling stays
-    learnt = torch.cat([A, layer.lora_A_init]), torch.cat([B, -layer.lora_B_init], dim=1)
+    A_init, B_init = whole(layer.lora_A_init), whole(layer.lora_B_init)
+    learnt = torch.cat([A, A_init]), torch.cat([B, -B_init], dim=1)
     return _Saved(*learnt, magnitude, alpha * growth)
 
 
@@ -360,7 +382,8 @@ def _config(
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "task_type": None,
+        # Without it PEFT's AutoPeftModelForCausalLM does not know the model's class.
+        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
     }
 
 
@@ -404,7 +427,8 @@ def _check_tensors(
     if missing or unexpected:
         raise ValueError(
             f"{WEIGHTS_NAME}: does not fit the model's layers: {len(missing)} tensors are missing "
-            f"{missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
+            f"{missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}; is it the adapter's "
+            "base model?"
         )
     for key, tensor in tensors.items():
         if list(tensor.shape) != shapes[key]:

@@ -51,7 +51,11 @@ def finetune(
         str, typer.Option(help='"smollm2", a .gguf file, a folder, or a name on the Hub.')
     ] = _DEFAULT.model,
     data: Annotated[
-        str, typer.Option(help='A text file, a .jsonl file ("text" or "messages"), or python-docs.')
+        str,
+        typer.Option(
+            help='A text file, a .jsonl file ("text" or "messages"; loss is on every token), or '
+            "python-docs."
+        ),
     ] = _DEFAULT.data,
     out: Annotated[
         Path | None, typer.Option(help="New folder for the adapter; a free one in runs/ if none.")
@@ -90,7 +94,8 @@ def finetune(
 ) -> None:
     """Fine-tune a causal language model; the adapter is saved in PEFT's format."""
     options = {f.name: context.params[f.name] for f in fields(Settings)}
-    options["target_modules"] = tuple(target_modules.split(","))
+    names = map(str.strip, target_modules.split(","))
+    options["target_modules"] = tuple(name for name in names if name)
     for name in ("model", "data"):  # resuming and merging find them from any folder
         if Path(options[name]).exists():
             options[name] = str(Path(options[name]).resolve())
@@ -150,8 +155,10 @@ def info(
     if model is None:
         return
     try:
-        if tokens < 0 or dtype not in DTYPES:
-            raise ValueError(f"tokens, dtype: got {tokens}, {dtype}, wanted a size and a dtype")
+        if tokens < 0:
+            raise ValueError(f"tokens: got {tokens}, wanted at least 0")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: got {dtype!r}, wanted one of {list(DTYPES)}")
         report, calls = info.layers(model, r, tokens, DTYPES[dtype])
     except (ValueError, TypeError, OSError) as error:
         raise _failed(error) from None

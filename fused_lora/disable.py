@@ -23,9 +23,10 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         with torch.no_grad(), disable_adapter(model):
             reference = model(tokens).logits
 
-    It is a state of the layers, for all threads, until the last of them has left. Of a layer whose
-    base weight is a residual ("pissa", "olora", "loftq") that is what is computed. Activation
-    checkpointing runs the forward again in the backward pass, which has to be inside too, then.
+    It is a state of the layers, for all threads, until the last of them has left, and entered
+    outside of a compiled function. Of a layer whose base weight is a residual ("pissa", "olora",
+    "loftq") that is what is computed. Activation checkpointing runs the forward again in the
+    backward pass, which has to be inside too, then.
 
     Raises TypeError if model is no module, ValueError if it has no adapters of ours or merged ones.
     """

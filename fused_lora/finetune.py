@@ -78,7 +78,9 @@ class Run:
         say: Callable[[str], None] = print,
     ) -> None:
         self.settings, self.out = settings, out
-        if not resume:
+        if resume:
+            _check_unfinished(out / STATE_NAME, settings.steps)
+        else:
             check_new(out)
         self.processes = Processes(settings.device)
         self.device = self.processes.device
@@ -257,11 +259,6 @@ class Run:
             raise ValueError(f"{path}: was saved by a run with other settings")
         if state["data"] != self.data_hash:
             raise ValueError(f"data: {self.settings.data} is not what {path} was trained on")
-        if len(state["losses"]) >= self.settings.steps:
-            raise ValueError(
-                f"steps: got {self.settings.steps}, wanted more than the {len(state['losses'])} "
-                f"that {path} has done"
-            )
         wanted: dict[str, list[int]] = {}
         for name, p in self.trained.items():
             wanted |= {f"{key}.{name}": list(p.shape) for key in ("parameter", *_MOMENTS)}
@@ -388,6 +385,12 @@ def _settings_of(path: Path, state: dict[str, Any]) -> Settings:
         return Settings(**saved | {"target_modules": tuple(saved["target_modules"])})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its settings are damaged: {error}") from None
+
+
+def _check_unfinished(path: Path, steps: int) -> None:
+    done = len(_read_state(path)["losses"])
+    if done >= steps:
+        raise ValueError(f"steps: {path} has done {done} of {steps}; wanted a larger number")
 
 
 def _read_state(path: Path) -> dict[str, Any]:

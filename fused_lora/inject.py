@@ -83,7 +83,10 @@ def inject(
     adapted = [path for path, m in model.named_modules() if isinstance(m, FrozenLinear)]
     if adapted:
         more = len(adapted) - 1
-        raise ValueError(f"model: has adapters already, at {adapted[0]} and {more} more")
+        raise ValueError(
+            f"model: has adapters already, at {adapted[0]} and {more} more; wanted a plain model "
+            "(merge_and_unload makes one of it), or add_adapter for all of several"
+        )
     targets = find_targets(model, target_modules, exclude_modules, is_linear)
     modules, layers, skipped = targets
     # Built first and put in last, so that a failure leaves the model as it was. A module that is

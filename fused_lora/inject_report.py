@@ -33,9 +33,10 @@ class InjectReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{len(self.layers)} layers adapted: {self.trainable:,} trainable parameters of "
-            f"{self.total:,} ({self.trainable / self.total:.2%}); instead of {self.adapted:,} "
-            f"in those layers' weights, {self.saved:.1%} saved"
+            f"{len(self.layers)} layer{'s' * (len(self.layers) != 1)} adapted: {self.trainable:,} "
+            f"trainable parameters of {self.total:,} ({self.trainable / self.total:.2%}); instead "
+            f"of {self.adapted:,} in those weights"
+            + (f", {self.saved:.1%} saved" if self.saved > 0 else "")
         ]
         if self.quantization_error is not None:
             lines.append(

@@ -18,6 +18,7 @@ from .functional import call_layer, dora_linear, explain
 from .initial import check_init, initial_values
 from .lookup import parameters
 from .quantize import Format, QuantizedWeight, Quantizer
+from .sharded import fill
 from .torch_backend import weight_norm
 
 _ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_A_init", "lora_B_init")
@@ -235,14 +236,13 @@ class FusedLoRALinear(FrozenLinear):
         if self.use_dora and self._is_sharded():
             raise RuntimeError("weight: is sharded, and the start depends on all of it")
         start = initial_values(self.init_lora_weights, self.weight, self.r, self.scaling, original)
-        _fill(self.lora_A, start.lora_A)
-        _fill(self.lora_B, start.lora_B)
+        fill(self.lora_A, start.lora_A)
+        fill(self.lora_B, start.lora_B)
         if start.weight is not None:
-            # Not in place: the storage may be another layer's too.
             if isinstance(start.weight, QuantizedWeight):
                 self.weight = start.weight
             else:
-                self._plain().data = start.weight
+                self._set_parameter(start.weight)
             self.lora_A_init, self.lora_B_init = self.lora_A.clone(), self.lora_B.clone()
         if self.lora_magnitude_vector is not None:
             # PEFT's is rounded to the base's dtype; this one starts at W0 x in any.
@@ -323,10 +323,14 @@ class FusedLoRALinear(FrozenLinear):
         if not torch.isfinite(weight).all():
             raise ValueError("lora_A, lora_B: W0 + scaling * B A has values that are not finite")
         if type(self.weight) is nn.Parameter:
-            # Not in place: the storage may be another layer's too (from_linear, tying).
-            self.weight.data = weight
+            self._set_parameter(weight)
         else:  # a DTensor's storage is its own, and its .data is not what FSDP gathers
             self._plain().copy_(weight)
+
+    def _set_parameter(self, value: Tensor) -> None:
+        """A new one: the storage may be another layer's too (from_linear), and so may the old one
+        itself (tied weights)."""
+        self.weight = nn.Parameter(value, requires_grad=self._plain().requires_grad)
 
     def _merge_quantized(self, weight: QuantizedWeight, requantize: bool) -> float:
         merged = weight.dequantize(torch.float32) + self._product(self.lora_A, self.lora_B)
@@ -453,17 +457,6 @@ class FusedLoRALinear(FrozenLinear):
         if self.merged:
             parts.append("merged=True")
         return ", ".join(parts)
-
-
-def _fill(parameter: nn.Parameter, value: Tensor) -> None:
-    """Puts ``value`` there; a sharded parameter gets its shards of what rank 0 drew."""
-    if type(parameter) is not nn.Parameter:
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
-        if isinstance(parameter, DTensor):
-            value = value.to(parameter.device)
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-    parameter.copy_(value)
 
 
 def _check_loftq(weight: Tensor | QuantizedWeight, original: Tensor | None) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import nn
 
 from . import checks, foreign
@@ -28,7 +29,8 @@ def find_targets(
 ) -> Targets:
     """The modules that match and are ``adaptable``.
 
-    Raises ValueError if there are none, or if one that is to be replaced has hooks.
+    Raises ValueError if there are none, or if one that is to be replaced has hooks, or is in a
+    module that reads its weight and does not call it.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     matched = match_modules(model, target_modules, exclude_modules)
@@ -36,14 +38,38 @@ def find_targets(
     skipped = _why_skipped(modules, matched, layers, target_modules)
     if not layers:
         names = sorted({p.rpartition(".")[2] for p, m in modules.items() if adaptable(m)})
-        raise ValueError(
-            f"target_modules: {target_modules!r} matches no nn.Linear; wanted some of {names}"
-            + (f"; it does match {skipped}" if skipped else "")
-        )
+        why = f"target_modules: {target_modules!r} matches no nn.Linear; wanted some of {names}"
+        if isinstance(target_modules, str) and target_modules != "all-linear":
+            why += ' in a list, a regular expression for the whole path, or "all-linear"'
+        if exclude_modules is not None:
+            why += f", and not all of them in exclude_modules, {exclude_modules!r}"
+        others = {path: what for path, what in skipped.items() if path in modules}
+        raise ValueError(why + (f"; it does match {others}" if others else ""))
     for path in layers:
         if is_linear(modules[path]):
             checks.check_unhooked(f"model: {path}", modules[path])
+        _check_called(model, modules[path.rpartition(".")[0]], path)
     return Targets(modules, layers, skipped)
+
+
+# transformers' model types whose kernels read out_proj's weight, as in PEFT.
+_MAMBAS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+
+
+def _check_called(model: nn.Module, owner: nn.Module, path: str) -> None:
+    """ValueError if the module's owner may take its weight instead of calling it."""
+    if isinstance(owner, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        raise ValueError(
+            f"model: {path}: in eval() an nn.TransformerEncoderLayer reads its weight and does not "
+            "call it, so that its adapter would be left out; call "
+            "torch.backends.mha.set_fastpath_enabled(False) before, and keep it so"
+        )
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in _MAMBAS and path.rpartition(".")[2] == "out_proj":
+        raise ValueError(
+            f"model: {path}: a {kind} model's kernels read its weight and do not call it, so that "
+            'its adapter would be left out; wanted exclude_modules=["out_proj"]'
+        )
 
 
 def _why_skipped(
@@ -54,7 +80,7 @@ def _why_skipped(
 ) -> dict[str, str]:
     """Why what was matched but ``layers`` gets no adapter, and which names match nothing."""
     skipped = {
-        path: f"is a {type(modules[path]).__name__}, not an nn.Linear"
+        path: f"is of type {type(modules[path]).__name__}, not an nn.Linear"
         for path in matched
         if path not in layers
     }

@@ -10,9 +10,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from . import checks
 from .linear import FusedLoRALinear
+from .matching import has_peft_layers
 from .multi_linear import FusedMultiLoRALinear
 from .quantize import QuantizedWeight
+from .sharded import is_sharded
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
@@ -22,8 +25,9 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     used at several paths stays one layer.
 
     Weights in codes become plain ones in their dtype. Raises ValueError if the model has no
-    adapters, several (`add_adapter`), or ones merged into codes (``merge(requantize=True)``), or if
-    a merged weight would not be finite; no layer has been replaced then.
+    adapters, several (`add_adapter`), or ones merged into codes (``merge(requantize=True)``), if it
+    is sharded, a layer has hooks, or a merged weight would not be finite; no layer has been
+    replaced then.
     """
     paths: dict[FusedLoRALinear, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -42,7 +46,18 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
                 "with save_adapter, load it into a plain model without a name, and merge that"
             )
     if not paths:
-        raise ValueError("model: has no FusedLoRALinear; wanted one made with fused_lora.inject")
+        theirs = "; PEFT's models have their own merge_and_unload" * has_peft_layers(model)
+        raise ValueError(
+            f"model: has no FusedLoRALinear; wanted one made with fused_lora.inject{theirs}"
+        )
+    for layer, (path, *_) in paths.items():
+        if any(map(is_sharded, layer.parameters())):
+            raise ValueError(
+                f"model: {path}'s weight is spread over processes, and an nn.Linear in its place "
+                "would have no part in that; wanted a model that is whole (each layer's merge() is "
+                "right where it is, and leaves the layer there)"
+            )
+        checks.check_unhooked(f"model: {path}", layer)
     for layer in paths:
         layer.merge()
     for layer, places in paths.items():

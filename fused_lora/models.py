@@ -41,8 +41,11 @@ def _loading(model: str) -> Iterator[None]:
     """Whatever damaged files make transformers and safetensors raise, as a ValueError."""
     try:
         yield
-    except (OSError, ValueError):  # what they raise for files that are not there, or no config
-        raise
+    except OSError as error:  # what they raise for files that are not there
+        where = "" if Path(model).exists() else "is no folder here; from the Hub: "
+        raise OSError(f"model: {model}: {where}{error}") from error
+    except ValueError as error:  # and for no config
+        raise ValueError(f"model: {model}: {error}") from error
     except Exception as error:
         raise ValueError(
             f"model: {model}: cannot be loaded ({type(error).__name__}: {error})"

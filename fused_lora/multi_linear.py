@@ -210,8 +210,8 @@ class FusedMultiLoRALinear(FrozenLinear):
             given, elsewhere = self._route.given, self._route.known
         if len(given) != 1:
             raise ValueError(
-                f"adapter_names, adapter_indices, segments: got {len(given)} of the three, wanted "
-                "one, or a call inside fused_lora.route"
+                "adapters: wanted a call inside fused_lora.route(model, adapter_names=...), or one "
+                f"of adapter_names, adapter_indices, segments; got {len(given)} of the three"
             )
         index = dict.fromkeys((BASE, *elsewhere), -1)
         index |= {name: i for i, name in enumerate(self.adapters)}
@@ -315,9 +315,10 @@ def route(
 ) -> Iterator[None]:
     """Inside, every `FusedMultiLoRALinear` of ``model`` is called as with this argument.
 
-    For models whose forward passes x alone. As in PEFT, an adapter that a layer does not have is
-    none there, if another layer has it. The backward pass may be outside, unless activation
-    checkpointing runs the forward again in it. One thread's at a time: calls of other threads
+    For models whose forward passes x alone; entered outside of a compiled function. As in PEFT, an
+    adapter that a layer does not have is none there, if another layer has it. The backward pass may
+    be outside, unless activation checkpointing runs the forward again in it. One thread's at a
+    time: calls of other threads
     follow it too (a generation, a checkpoint's second forward). A generation by beams repeats each
     sample ``num_beams`` times: so does ``adapter_names`` for it.
 

@@ -41,6 +41,8 @@ from torch.distributed.tensor import parallel as torch_parallel
 
 from . import checks
 from .linear import FusedLoRALinear
+from .multi_linear import FusedMultiLoRALinear
+from .quantize import QuantizedWeight
 
 NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
 WHOLE, SUM = Replicate(), Partial()
@@ -216,6 +218,9 @@ def _distribute(
         raise ValueError(f"{name}: got the {mesh.ndim}-D mesh {mesh}, wanted one of its dimensions")
     if layer.merged:
         raise RuntimeError(f"{name}: the layer is merged: call unmerge() first")
+    if isinstance(layer.weight, QuantizedWeight) or layer.use_dora:
+        what = "DoRA" if layer.use_dora else "a quantised weight"
+        raise TypeError(f"{name}: the layer has {what}, which cannot be distributed")
     size = getattr(layer, split)
     if size % mesh.size():
         raise ValueError(f"{name}: {split} = {size} does not divide by the mesh's {mesh.size()}")
@@ -239,28 +244,38 @@ def _distribute(
     )
 
 
+def _refuse_several(style: ColwiseParallel | RowwiseParallel, module: nn.Module) -> None:
+    if isinstance(module, FusedMultiLoRALinear):
+        name = type(style).__name__
+        raise TypeError(f"{name}: got a layer of several adapters, which cannot be distributed")
+
+
 class ColwiseParallel(torch_parallel.ColwiseParallel):
     """torch's `ColwiseParallel` that takes a `FusedLoRALinear` too: splits out_features.
 
     Same arguments, and the same behaviour for `nn.Linear` and `nn.Embedding`. Raises ValueError
-    if out_features does not divide by the number of ranks.
+    if out_features does not divide by the number of ranks, TypeError for a quantised weight, DoRA
+    or several adapters.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if not isinstance(module, FusedLoRALinear):
-            return super()._apply(module, device_mesh)
-        return _distribute(self, module, device_mesh, _rules(2)[1], "out_features")
+        if isinstance(module, FusedLoRALinear):
+            return _distribute(self, module, device_mesh, _rules(2)[1], "out_features")
+        _refuse_several(self, module)
+        return super()._apply(module, device_mesh)
 
 
 class RowwiseParallel(torch_parallel.RowwiseParallel):
     """torch's `RowwiseParallel` that takes a `FusedLoRALinear` too: splits in_features.
 
     Same arguments, and the same behaviour for `nn.Linear` and `nn.Embedding`. Raises ValueError
-    if in_features does not divide by the number of ranks.
+    if in_features does not divide by the number of ranks, TypeError for a quantised weight, DoRA or
+    several adapters.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if not isinstance(module, FusedLoRALinear):
-            return super()._apply(module, device_mesh)
-        self.desired_input_layouts = (Shard(-1),)
-        return _distribute(self, module, device_mesh, _rules(2)[2], "in_features")
+        if isinstance(module, FusedLoRALinear):
+            self.desired_input_layouts = (Shard(-1),)
+            return _distribute(self, module, device_mesh, _rules(2)[2], "in_features")
+        _refuse_several(self, module)
+        return super()._apply(module, device_mesh)

@@ -270,8 +270,19 @@ class QuantizedWeight(nn.Module):
         values = _unpack(codes, self.codebook).view(*scales.shape, block_cols)
         return values.mul_(scales[..., None]).view(len(codes), 2 * codes.shape[1]).to(dtype)
 
+    def _check_tables(self) -> None:
+        """TypeError if something has cast what `to` does not."""
+        table = self.scales if self.codebook is None else self.codebook
+        if table.dtype != torch.float32:
+            raise TypeError(
+                f"weight: its tables are in {table.dtype}, wanted torch.float32. FSDP2's "
+                "MixedPrecisionPolicy(param_dtype=...) casts them; leave it out: the layers take "
+                "fp32 adapters and an x in 16 bits as they are"
+            )
+
     def _all_scales(self) -> Tensor:
         """The scales in fp32, flat."""
+        self._check_tables()
         scales = self.scales.view(-1)
         if self.nested_scales is None:
             return scales
@@ -286,6 +297,7 @@ class QuantizedWeight(nn.Module):
         """What the kernels' launchers take in place of a tensor; ``layout.tiled`` ones only."""
         from .kernels.quantized import QuantizedMatrix, Tables
 
+        self._check_tables()
         tables = Tables(
             self.scales,
             self.codebook,
@@ -576,7 +588,8 @@ def _quantize_4bit(
     if double_quant:
         offset = absmax.mean()
         absmax, tables["nested_scales"] = _quantize_scales(absmax - offset)
-        tables["nested_codebook"] = _nested_codebook().to(weight.device)
+        # A copy: transformers saves no model whose tensors share memory.
+        tables["nested_codebook"] = _nested_codebook().to(weight.device, copy=True)
         tables["nested_offset"] = offset.view(1)
     N, K = weight.shape
     return QuantizedWeight(

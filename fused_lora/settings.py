@@ -42,7 +42,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         checks.check_rank(self.r)
-        checks.check_number("lora_alpha", self.lora_alpha)
         checks.check_dropout("lora_dropout", self.lora_dropout)
         checks.check_backend(self.backend)
         for name in ("steps", "batch_size", "held_out"):
@@ -51,9 +50,11 @@ class Settings:
         self._check_integer("seed", 0)
         if self.seed >= 2**31:  # of PyTorch's 64 bits a step's number and the process take 32
             raise ValueError(f"seed: got {self.seed}, wanted less than 2^31")
-        checks.check_number("lr", self.lr)
-        if self.lr <= 0:
-            raise ValueError(f"lr: got {self.lr}, wanted more than 0")
+        for name in ("lr", "lora_alpha"):  # with an alpha of 0 nothing is learnt
+            value = getattr(self, name)
+            checks.check_number(name, value)
+            if value <= 0:
+                raise ValueError(f"{name}: got {value}, wanted more than 0")
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise ValueError(f"dtype: got {self.dtype!r}, wanted auto or one of {list(DTYPES)}")
         if self.quantize not in ("none", *FORMATS):
@@ -69,6 +70,13 @@ class Settings:
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, wanted a string")
         if not self.target_modules or not all(isinstance(t, str) for t in self.target_modules):
             raise TypeError(f"target_modules: got {self.target_modules!r}, wanted names")
+
+        if self.device != "auto":
+            try:
+                torch.device(self.device)
+            except RuntimeError:
+                wanted = "auto, cpu, cuda or cuda:N"
+                raise ValueError(f"device: got {self.device!r}, wanted {wanted}") from None
 
     def _check_integer(self, name: str, least: int) -> None:
         value = getattr(self, name)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 PYTHON_DOCS = "python-docs"  # what `--data` is by default: no file, nothing to download
+_LINES = (".jsonl", ".ndjson")
+_NO_TEXT = (".json", ".csv", ".tsv", ".parquet", ".arrow")  # one would train on brackets and commas
 
 
 def read_documents(data: str, tokenizer: Any) -> list[str]:
-    """The documents of ``data``: a text file (one document), a .jsonl file, or "python-docs".
+    """The documents of ``data``: a text file (one document), a .jsonl file or "python-docs".
 
     A line of JSON has "text", or "messages" for the tokenizer's chat template. "python-docs" is
     Python's own language reference, which lies in its standard library.
@@ -26,15 +28,25 @@ def read_documents(data: str, tokenizer: Any) -> list[str]:
         return list(topics.values())
     path = Path(data)
     if not path.is_file():
-        raise FileNotFoundError(f"data: {path}: there is no such file")
+        what = "is a folder, wanted a file" if path.is_dir() else "there is no such file"
+        raise FileNotFoundError(f"data: {path}: {what}")
+    if path.suffix in _NO_TEXT:
+        raise ValueError(
+            f"data: {path}: wanted plain text, or a .jsonl file of an object a line with a string "
+            '"text" or a list "messages"'
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"data: {path}: is not UTF-8 text: {error}") from None
-    if path.suffix != ".jsonl":
-        return [text]
-    lines = enumerate(text.split("\n"), start=1)  # a string may have the other separators in it
-    return [_document(f"data: {path}:{n}", line, tokenizer) for n, line in lines if line.strip()]
+    documents = [text]
+    if path.suffix in _LINES:
+        lines = enumerate(text.split("\n"), start=1)  # a string may have the other separators in it
+        filled = [(n, line) for n, line in lines if line.strip()]
+        documents = [_document(f"data: {path}:{n}", line, tokenizer) for n, line in filled]
+    if not any(map(str.strip, documents)):
+        raise ValueError(f"data: {path}: has no text in it")
+    return documents
 
 
 def _document(where: str, line: str, tokenizer: Any) -> str:

@@ -12,9 +12,11 @@ import json
 import os
 import re
 import sys
+import tempfile
 import time
 import traceback
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -36,7 +38,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import plan_parallel
-from fused_lora import FusedLoRALinear, explain, lora_linear, reference, triton_backend
+from fused_lora import (
+    FusedLoRALinear,
+    FusedMultiLoRALinear,
+    explain,
+    inject,
+    load_adapter,
+    lora_linear,
+    merge_and_unload,
+    reference,
+    save_adapter,
+    triton_backend,
+)
 from fused_lora.functional import draw_seeds
 from fused_lora.parallel import ColwiseParallel, RowwiseParallel
 
@@ -238,6 +251,67 @@ def fsdp_merge():
                     layer.reshard()
                 layer.merge()
         assert_close(model(x), single(x))
+
+
+def _adapted(**options):
+    """A whole model, its adapters trained a little."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    inject(model, R, 2 * R, ["0", "1"], **options)
+    for layer in model:
+        nn.init.normal_(layer.lora_B)
+    return model
+
+
+def _spread():
+    """It whole, and in FSDP2 layer by layer, once gathered; from a residual; in tensor parallel."""
+    for options in ({}, {"init_lora_weights": "pissa"}):
+        model = _adapted(**options)
+        for layer in model:
+            fully_shard(layer)
+        fully_shard(model)
+        with torch.no_grad():
+            model(torch.randn(1, 64))
+        yield _adapted(**options), model
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    styles = {"0": ColwiseParallel(), "1": RowwiseParallel()}
+    yield _adapted(), parallelize_module(_adapted(), mesh, styles)
+
+
+@check
+def adapters_of_sharded_models():
+    """Every process saves and loads, the first one writes, and nobody puts plain layers in."""
+    folders = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folders)
+    x = torch.randn(3, 64)
+    for number, (single, model) in enumerate(_spread()):
+        folder = Path(folders[0], str(number))
+        expected = single(x).detach()
+        save_adapter(model, folder)
+        dist.barrier()
+        torch.manual_seed(0)
+        loaded = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+        load_adapter(loaded, folder)
+        assert_close(loaded(x), expected)
+        if single[0].lora_A_init is None:  # a residual's adapter goes into the original model
+            with torch.no_grad():
+                for p in model.parameters():
+                    if p.requires_grad:
+                        p.zero_()
+            load_adapter(model, folder)
+            assert_close(model(x), expected)
+        raises(ValueError, "spread over processes", partial(merge_and_unload, model))
+        assert not model[0].merged
+
+
+@check
+def fsdp_mixed_precision_of_codes():
+    """The policy casts tables too, which the layer notices."""
+    for format in ("nf4", "int8", "fp8"):
+        model = _adapted(quantize=format)
+        fully_shard(model, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+        call = partial(model, torch.randn(70, 64))
+        raises(TypeError, "MixedPrecisionPolicy(param_dtype=...) casts them", call)
 
 
 @check
@@ -480,6 +554,14 @@ def tensor_parallel_refusals():
     merged = FusedLoRALinear(K, N, R)
     merged.merge()
     raises(RuntimeError, "unmerge()", lambda: parallelize_module(merged, mesh, ColwiseParallel()))
+    several = FusedMultiLoRALinear(64, 64)
+    for refused, why in (
+        (_adapted(quantize="nf4")[0], "the layer has a quantised weight"),
+        (FusedLoRALinear(K, N, R, use_dora=True), "the layer has DoRA"),
+        (several, "a layer of several adapters"),
+    ):
+        for style in (ColwiseParallel(), RowwiseParallel()):
+            raises(TypeError, why, lambda m=refused, s=style: parallelize_module(m, mesh, s))
     square = init_device_mesh("cpu", (size, 1), mesh_dim_names=("dp", "tp"))
     raises(
         ValueError,

@@ -403,6 +403,49 @@ def test_what_is_saved_is_what_the_layers_compute(tmp_path):
     torch.testing.assert_close(other.eval()(X), model(X))
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora", "loftq"])
+def test_the_codes_of_a_residual_are_not_in_the_files(tmp_path, start):
+    model = _base().float()
+    inject(model, 2, 4, ["q_proj"], init_lora_weights=start, quantize="int8")
+    with pytest.warns(UserWarning, match="trained over the codes of a residual"):
+        save_adapter(model, tmp_path)
+
+
+def test_a_folder_that_is_not_there_or_is_a_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_adapter(_base(), "somebody/an-adapter")
+    save_adapter(_adapted(), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    with pytest.raises(FileNotFoundError, match="is a file, wanted the adapter's folder"):
+        load_adapter(_base(), file)
+
+
+def test_transformers_saves_a_model_with_codes_and_peft_finds_its_class(tmp_path):
+    """Codebooks share no memory, which `save_pretrained` refuses."""
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    inject(model, 2, 4, ["q_proj", "v_proj"])
+    for module in model.modules():
+        if isinstance(module, FusedLoRALinear):
+            nn.init.normal_(module.lora_B)
+    save_adapter(model, tmp_path / "adapter")
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(theirs(ids).logits, model(ids).logits)
+
+    quantised = transformers.LlamaForCausalLM(config)
+    inject(quantised, 2, 4, "all-linear", quantize="nf4")
+    quantised.save_pretrained(tmp_path / "codes")
+
+
 def test_values_that_the_layers_dtype_has_not_are_refused(tmp_path):
     model = _adapted()
     with torch.no_grad():

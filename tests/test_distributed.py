@@ -80,6 +80,7 @@ EVERYWHERE = [
     "tensor_parallel_dropout",
     "tensor_parallel_layer_methods",
     "tensor_parallel_refusals",
+    "adapters_of_sharded_models",
     "plan_is_what_is_measured",
 ]
 TWO = [
@@ -87,6 +88,7 @@ TWO = [
     "ddp_static_graph_with_checkpointing",
     "fsdp_cpu_offload",
     "fsdp_mixed_precision",
+    "fsdp_mixed_precision_of_codes",
     "tensor_parallel_autocast",
     "tensor_parallel_checkpointing_and_compile",
     "dcp_save",

@@ -200,6 +200,7 @@ def test_documents(tmp_path, model_dir):
     text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
     path.write_text(text + "\n\n", encoding="utf-8")
     assert read_documents(str(path), tokenizer) == ["the layer", "the input ", lines[2]["text"]]
+    assert read_documents(str(path.rename(tmp_path / "d.ndjson")), tokenizer)[0] == "the layer"
     blocks = token_blocks(["the layer", "the input"], tokenizer, 3)
     assert blocks.shape == (2, 3)
     assert (blocks[:, -1] == tokenizer.eos_token_id).all()
@@ -215,6 +216,7 @@ BAD_DATA = {
     "not UTF-8": (b"\xff\xfe", "is not UTF-8"),
     "not Unicode": (b'{"text": "\\ud800"}', "d.jsonl:1: is not Unicode text"),
     "too short": (b'{"text": "the layer"}', "makes 0 blocks of 16 tokens"),
+    "empty": (b"\n\n", "d.jsonl: has no text in it"),
 }
 
 
@@ -227,10 +229,21 @@ def test_bad_data(settings, tmp_path, name):
         Run(replace(settings, data=str(path)), tmp_path, say=lambda _: None)
 
 
+@pytest.mark.parametrize("suffix", ["json", "csv", "parquet"])
+def test_data_that_is_no_text(settings, tmp_path, suffix):
+    """Else a run would learn brackets and commas."""
+    path = tmp_path / f"d.{suffix}"
+    path.write_text('[{"text": "the layer"}]')
+    with pytest.raises(ValueError, match=r"wanted plain text, or a \.jsonl file"):
+        Run(replace(settings, data=str(path)), tmp_path, say=lambda _: None)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"r": 0}, "r: got 0"),
+        ({"lora_alpha": 0}, "lora_alpha: got 0, wanted more than 0"),
+        ({"device": "gpu"}, "device: got 'gpu', wanted auto, cpu, cuda or cuda:N"),
         ({"steps": 0}, "steps: got 0, wanted an integer of at least 1"),
         ({"batch_size": True}, "batch_size: got True"),
         ({"seq_len": 1}, "seq_len: got 1"),
@@ -252,7 +265,7 @@ def test_what_cannot_be_resumed(settings, tmp_path):
         Run(settings, out, resume=True, say=lambda _: None)
     _train(settings, out)
     resume = {"resume": True, "say": lambda _: None}
-    with pytest.raises(ValueError, match="wanted more than the 6"):
+    with pytest.raises(ValueError, match="has done 6 of 6; wanted a larger number"):
         Run(settings, out, **resume)
     with pytest.raises(ValueError, match="a run with other settings"):
         Run(replace(settings, steps=9, lr=0.5), out, **resume)
@@ -302,6 +315,7 @@ def test_command(settings, tmp_path, quantize):
     [
         (["--r", "0"], "error: r: got 0"),
         (["--data", "/nowhere"], "error: data: /nowhere: there is no such file"),
+        (["--data", "/"], "error: data: /: is a folder, wanted a file"),
         (["--model", "/nowhere/model.gguf"], "error: model: /nowhere/model.gguf: there is no"),
         (["--target-modules", "nope"], "error: target_modules:"),
         (["--model", "/nowhere"], "error: model: /nowhere: there is no such folder"),

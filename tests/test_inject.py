@@ -1,13 +1,15 @@
 """`inject`: which modules it takes, what it freezes, what it reports and what it refuses."""
 
+import contextlib
 import copy
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from fused_lora import FusedLoRALinear, add_adapter, inject
+from fused_lora import FusedLoRALinear, add_adapter, inject, route
 
 
 class Block(nn.Module):
@@ -90,7 +92,7 @@ def test_numbers_of_the_report():
 def test_what_matches_but_is_no_linear_is_reported():
     report = inject(_model(), 2, 4, ["q_proj", "norm"])
     assert report.layers == ("0.q_proj", "2.q_proj")
-    assert report.skipped["0.norm"] == "is a LayerNorm, not an nn.Linear"
+    assert report.skipped["0.norm"] == "is of type LayerNorm, not an nn.Linear"
     assert "skipped 2.norm" in str(report)
 
 
@@ -113,8 +115,14 @@ def test_a_module_used_twice_stays_one_module():
         ({"model": [1]}, TypeError, "model: got list"),
         ({"model": nn.Linear(2, 2)}, ValueError, "use FusedLoRALinear.from_linear"),
         ({"target_modules": ["k_proj"]}, ValueError, "wanted some of ['1', 'q_proj', 'v_proj']"),
-        ({"target_modules": ["norm"]}, ValueError, "it does match {'0.norm': 'is a LayerNorm"),
+        ({"target_modules": ["norm"]}, ValueError, "it does match {'0.norm': 'is of type"),
         ({"target_modules": []}, ValueError, "target_modules: [] matches no nn.Linear"),
+        ({"target_modules": "q_proj"}, ValueError, "in a list, a regular expression for the whole"),
+        (
+            {"exclude_modules": ["q_proj"]},
+            ValueError,
+            "and not all of them in exclude_modules, ['q_proj']",
+        ),
         ({"target_modules": [""]}, ValueError, "matches no nn.Linear"),
         ({"target_modules": "("}, ValueError, "target_modules: '(' is no regular expression"),
         ({"target_modules": [1]}, TypeError, "target_modules: got [1], wanted a string or a list"),
@@ -136,7 +144,45 @@ def test_refused_and_unchanged(changes, error, message):
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("add", [inject, lambda *a: add_adapter(a[0], "one", *a[1:])])
+BOTH_WAYS = [
+    pytest.param(inject, id="inject"),
+    pytest.param(lambda *a: add_adapter(a[0], "one", *a[1:]), id="add_adapter"),
+]
+
+
+@pytest.mark.parametrize("add", BOTH_WAYS)
+def test_layers_whose_owner_reads_their_weight(add):
+    """nn.TransformerEncoderLayer's fast path, in eval(): the adapters would be left out."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(16, 2, dropout=0.0, batch_first=True)
+    with pytest.raises(ValueError, match=r"model: linear1: .*set_fastpath_enabled\(False\)"):
+        add(encoder, 2, 4, ["linear1", "linear2"])
+    assert type(encoder.linear1) is nn.Linear
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        add(encoder, 2, 4, ["linear1", "linear2"])
+        x = torch.randn(2, 3, 16)
+        names = {} if add is inject else {"adapter_names": ["one"] * 2}
+        for layer in (encoder.linear1, encoder.linear2):
+            nn.init.normal_(layer.lora_B if add is inject else layer.lora_B["one"])
+        with route(encoder, **names) if names else contextlib.nullcontext():
+            torch.testing.assert_close(encoder.eval()(x), encoder.train()(x))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+@pytest.mark.parametrize("add", BOTH_WAYS)
+def test_mambas_out_proj(add):
+    """As PEFT: the model's kernels read its weight."""
+    model = nn.ModuleDict({"in_proj": nn.Linear(4, 8), "out_proj": nn.Linear(8, 4)})
+    model.config = SimpleNamespace(model_type="mamba2")
+    with pytest.raises(ValueError, match="out_proj: a mamba2 model's kernels read its weight"):
+        add(model, 2, 4, "all-linear")
+    add(model, 2, 4, ["in_proj"])
+    assert type(model["out_proj"]) is nn.Linear
+
+
+@pytest.mark.parametrize("add", BOTH_WAYS)
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
 def test_a_layer_with_hooks_is_refused(kind, add):
     model = _model()

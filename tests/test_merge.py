@@ -42,6 +42,31 @@ def test_merge_and_unload_gives_plain_layers_that_compute_the_same():
     assert not [p for p in model.parameters() if p.requires_grad]
 
 
+def test_a_weight_that_is_another_modules_too_stays():
+    """Tied after `inject`: the very same Parameter."""
+    model = nn.ModuleDict({"embedding": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+    inject(model, 2, 4, ["head"])
+    head = model["head"]
+    nn.init.normal_(head.lora_B)
+    head.weight = model["embedding"].weight
+    before = head.weight.detach().clone()
+    for change in (head.merge, head.unmerge, head.merge):
+        change()
+        assert torch.equal(model["embedding"].weight, before)
+    assert not torch.equal(head.weight, before)
+    assert head.weight.requires_grad == model["embedding"].weight.requires_grad
+
+
+def test_hooks_are_not_dropped():
+    model = _adapted(Tied())
+    handle = model.last.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="model: last: has hooks"):
+        merge_and_unload(model)
+    assert not model.first.merged
+    handle.remove()
+    merge_and_unload(model)
+
+
 def test_nothing_to_merge():
     with pytest.raises(ValueError, match="has no FusedLoRALinear"):
         merge_and_unload(Tied())
