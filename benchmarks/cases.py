@@ -21,6 +21,7 @@ RANKS: dict[Kind, tuple[int, ...]] = {
     "group": (16, 64),
     "skinny": (16,),
     "expand": (16, 64),
+    "expand_group": (16, 64),
     "multi_grad": (16, 32, 64),
     "tma_one_pass": (16, 64),
     "tma_second": (16, 64, 128),
@@ -83,6 +84,8 @@ def cases(archs: list[int], dtypes: list[str]) -> Iterator[Case]:
                     # The persistent launches that make y mask it in the input gradient alone; the
                     # forward masks x, in the produced form.
                     if is_tma(kind) and dropout and not transposed and kind != "tma_produced":
+                        continue
+                    if kind == "expand_group" and not dropout:  # only what has masks is apart
                         continue
                     if kind == "quantized" and dropout and not transposed:
                         continue
@@ -149,7 +152,7 @@ def _operands(kind: Kind, dtype: str, r: int, dropout: bool) -> list[tuple[str, 
         forward = [(dtype, False, False)] * (kind != "ws_group")
         return forward + [(dtype, True, False)] + [(dtype, False, True)] * (kind == "ws_second")
     sampled = r == 16 and dtype != "fp32" and not is_tma(kind) and kind != "skinny"
-    if kind == "group":
+    if kind in ("group", "expand_group"):
         return [("fp32", True, False)] + [(dtype, True, False)] * sampled
     operands = [("fp32", False, False)]
     if kind != "plain":

@@ -26,7 +26,7 @@ from typing import Any
 import triton
 
 from fused_lora.cost_model import CEILINGS
-from fused_lora.kernels.configs import is_specialized, is_tma
+from fused_lora.kernels.configs import MAX_GROUP, is_specialized, is_tma
 from fused_lora.kernels.device import SHARED_MEMORY
 
 from .cases import RANKS, Case, cases, heaviest
@@ -177,6 +177,8 @@ def work(case: Case) -> tuple[int, int]:
         return 2 * M * K * (N + r), x + w + a + part
     if case.kind == "plain":
         return 2 * M * K * r, x + a + h
+    if case.kind == "expand_group":
+        return MAX_GROUP * 2 * M * r * N, MAX_GROUP * (h + b) + 2 * y
     if case.kind == "expand":
         return 2 * M * r * N, (4 * M * r if case.multi else h) + b + 2 * y
     if case.kind == "multi_grad":  # one of the two

@@ -24,11 +24,14 @@ FP8_ARCH = 89  # from there on there is the type, and a product in it
 
 
 def _group_source(case: Case) -> ASTSource:
-    """dx of as many members as a launch takes; their operands are tuples."""
+    """dx of as many members as a launch takes, or the adapters' part; operands are tuples."""
+    kernel = group.lora_group_kernel if case.kind == "group" else group.add_group_kernel
     x, adapter = f"*{case.dtype}", f"*{case.adapter_dtype}"
     constants: dict[str, object] = {k: v for k, v in case.config.meta().items() if k.isupper()}
     constants |= {"GROUP_M": gemm.GROUP_M, "EVEN_K": True, "PRECISION": "ieee"}
-    constants["BLOCK_R"] = min(padded(case.r), case.config.BLOCK_K)
+    constants["BLOCK_R" if case.kind == "group" else "BLOCK_K"] = min(
+        padded(case.r), case.config.BLOCK_K
+    )
     contiguous = ("i32", 1)  # the strides of a row-major matrix
     types = {
         "x_ptrs": x,
@@ -58,9 +61,9 @@ def _group_source(case: Case) -> ASTSource:
             attrs[path] = [["tt.divisibility", 16]]
         return value
 
-    for index, name in enumerate(group.lora_group_kernel.arg_names):
+    for index, name in enumerate(kernel.arg_names):
         signature[name] = describe(name, (index,), values[name])
-    return ASTSource(group.lora_group_kernel, signature, constexprs, attrs)
+    return ASTSource(kernel, signature, constexprs, attrs)
 
 
 def _gemm_source(case: Case) -> tuple[Any, dict[str, Any], dict[str, object]]:
@@ -259,7 +262,7 @@ def _multi_source(case: Case) -> tuple[Any, dict[str, str], dict[str, object]]:
 
 def source(case: Case) -> ASTSource:
     """The case's kernel with contiguous rows, as the launcher specialises it."""
-    if case.kind == "group":
+    if case.kind in ("group", "expand_group"):
         return _group_source(case)
     if is_tma(case.kind):
         build = _tma_source

@@ -371,7 +371,7 @@ def _describe(
         if any(call.quantized for call in calls):
             dx += ", with the values of all that are quantised in scratch tensors"
         if way == "ws_split" and any(call.dropout for call in calls):
-            dx += ", and one for each member's h B, which has a mask"
+            dx += ", and one for every member's h B, with its mask"
     return {"h": h, "dx": dx}
 
 

@@ -20,7 +20,7 @@ from .kernels.dropout import Dropout
 from .kernels.expand import add_lora
 from .kernels.gemm import ColumnScale, gemm_add_lora, gemm_one_pass, gemm_scaled
 from .kernels.grads import grad_lora_a, grad_lora_b, lora_grads
-from .kernels.group import gemm_group, stack_rows
+from .kernels.group import add_group, gemm_group, stack_rows
 from .kernels.persistent import persistent_add_lora, persistent_one_pass, persistent_produced
 from .kernels.quantized import QuantizedMatrix, dequantize
 from .kernels.skinny import skinny
@@ -294,9 +294,9 @@ def _group_dx(
             if A is not None or g is not gs[0]:
                 dx.addmm_(g, _values(weight, dtype))
     if masked:
-        for dh_i, lora_A, dropout in zip(dhs, lora_As, dropouts, strict=True):
-            config = _config("expand", dh, K, len(lora_A), dropout)
-            add_lora(config, dx, dh_i, lora_A, dropout=dropout)
+        dropout = next(filter(None, dropouts))
+        config = _config("expand_group", dh, K, max(map(len, lora_As)), dropout)
+        add_group(config, dx, dhs, lora_As, dropouts)
     return dx
 
 

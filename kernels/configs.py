@@ -20,7 +20,7 @@ from .device import DeviceInfo
 TmaKind = Literal["tma_one_pass", "tma_second", "tma_produced"]
 SpecializedKind = Literal["ws_second", "ws_produced", "ws_group"]
 # "quantized" is gemm.py's second form with a quantised W, "fp8" the same with an x in fp8 too;
-# "expand" is expand.py's, and multi.py's of the same name.
+# "expand" is expand.py's, and multi.py's of the same name; "expand_group" group.py's.
 Kind = Literal[
     "one_pass",
     "second",
@@ -31,6 +31,7 @@ Kind = Literal[
     "group",
     "skinny",
     "expand",
+    "expand_group",
     "multi_grad",
     TmaKind,
     SpecializedKind,
@@ -219,6 +220,7 @@ _TILES: dict[Kind, tuple[tuple[TileConfig, ...], tuple[TileConfig, ...]]] = {
     "group": (_GEMM_16BIT, _GEMM_32BIT),
     "skinny": (_SKINNY_16BIT, _SKINNY_32BIT),
     "expand": (_EXPAND_16BIT, _GEMM_32BIT),
+    "expand_group": (_EXPAND_16BIT, _GEMM_32BIT),
     "multi_grad": (_MULTI_GRAD_16BIT, _GRAD_32BIT),
     "tma_one_pass": (_TMA_16BIT, ()),
     "tma_second": (_TMA_16BIT, ()),
@@ -275,7 +277,8 @@ def is_valid(
     if dropout and kind == "plain" and config.BLOCK_M > 32:  # on x: 38 instead of 32 us on an H200
         return False
     if dropout:  # drawing a mask takes about five words per eight elements on top
-        return accumulators <= (32 if kind == "group" else 64)  # a group has two accumulators
+        # A group has two accumulators.
+        return accumulators <= (32 if kind in ("group", "expand_group") else 64)
     if dora and accumulators > 96:  # two outputs and a scale: the largest tiles spill
         return False
     if itemsize == 4 and kind == "one_pass":

@@ -59,36 +59,29 @@ def stack_rows(matrices: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Te
 
 
 @triton.jit
-def lora_group_kernel(
-    y_ptr,
-    x_ptrs,
-    w_ptrs,
+def add_adapters(
+    acc,
     h_ptrs,
     b_ptrs,
     seed_ptrs,  # one a member: None where it has no dropout
-    M,
-    N,
-    Ks,
+    offs_m,
+    rows,
+    cols,
+    in_m,
+    in_n,
+    first_col,
     Rs,
-    strides_x,
-    strides_w,
     stride_hm,  # the h_i are columns of one matrix
     strides_b,
     scales,
     thresholds,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr,  # every K_i is a whole number of BLOCK_K
     PRECISION: tl.constexpr,
 ):
-    pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    offs_m, rows, cols, in_m, in_n = tile_places(pid_m, pid_n, M, N, BLOCK_M, BLOCK_N)
-
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for i in tl.static_range(len(x_ptrs)):
+    """acc [BLOCK_M, BLOCK_N] + sum_i D_i o (h_i b_i)."""
+    for i in tl.static_range(len(h_ptrs)):
         part = add_product(
             acc if seed_ptrs[i] is None else tl.zeros([BLOCK_M, BLOCK_N], tl.float32),
             h_ptrs[i],
@@ -111,9 +104,62 @@ def lora_group_kernel(
             acc = part
         else:
             keep = keep_mask(
-                tl.load(seed_ptrs[i]), thresholds[i], offs_m, pid_n * BLOCK_N, BLOCK_M, BLOCK_N
+                tl.load(seed_ptrs[i]), thresholds[i], offs_m, first_col, BLOCK_M, BLOCK_N
             )
             acc += tl.where(keep, part * scales[i], 0.0)
+    return acc
+
+
+@triton.jit
+def lora_group_kernel(
+    y_ptr,
+    x_ptrs,
+    w_ptrs,
+    h_ptrs,
+    b_ptrs,
+    seed_ptrs,
+    M,
+    N,
+    Ks,
+    Rs,
+    strides_x,
+    strides_w,
+    stride_hm,
+    strides_b,
+    scales,
+    thresholds,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,  # every K_i is a whole number of BLOCK_K
+    PRECISION: tl.constexpr,
+):
+    pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    offs_m, rows, cols, in_m, in_n = tile_places(pid_m, pid_n, M, N, BLOCK_M, BLOCK_N)
+
+    acc = add_adapters(
+        tl.zeros([BLOCK_M, BLOCK_N], tl.float32),
+        h_ptrs,
+        b_ptrs,
+        seed_ptrs,
+        offs_m,
+        rows,
+        cols,
+        in_m,
+        in_n,
+        pid_n * BLOCK_N,
+        Rs,
+        stride_hm,
+        strides_b,
+        scales,
+        thresholds,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_R,
+        PRECISION,
+    )
     for i in tl.static_range(len(x_ptrs)):
         acc = add_product(
             acc,
@@ -138,6 +184,67 @@ def lora_group_kernel(
 _launch_group = Launcher(lora_group_kernel)
 
 
+@triton.jit
+def add_group_kernel(
+    y_ptr,
+    h_ptrs,
+    b_ptrs,
+    seed_ptrs,
+    M,
+    N,
+    Rs,
+    stride_hm,
+    strides_b,
+    scales,
+    thresholds,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # ranks
+    PRECISION: tl.constexpr,
+):
+    # As in expand.py.
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    pid_m = tl.program_id(0) // tiles_n
+    pid_n = tl.program_id(0) % tiles_n
+    offs_m, rows, cols, in_m, in_n = tile_places(pid_m, pid_n, M, N, BLOCK_M, BLOCK_N)
+
+    y_ptrs = y_ptr + rows * N + cols
+    y = tl.load(y_ptrs, mask=in_m & in_n, other=0.0)
+    acc = add_adapters(
+        tl.zeros([BLOCK_M, BLOCK_N], tl.float32),
+        h_ptrs,
+        b_ptrs,
+        seed_ptrs,
+        offs_m,
+        rows,
+        cols,
+        in_m,
+        in_n,
+        pid_n * BLOCK_N,
+        Rs,
+        stride_hm,
+        strides_b,
+        scales,
+        thresholds,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        PRECISION,
+    )
+    tl.store(y_ptrs, (y.to(tl.float32) + acc).to(y.dtype), mask=in_m & in_n)
+
+
+_launch_add_group = Launcher(add_group_kernel)
+
+
+def _ranks_at_a_time(
+    config: TileConfig, hs: Sequence[torch.Tensor], bs: Sequence[torch.Tensor]
+) -> int:
+    if any(h.shape[1] % ALIGNED for h in hs) or is_odd(*hs, *bs):  # as in gemm.py
+        return MIN_DOT
+    return min(padded(max(h.shape[1] for h in hs)), config.BLOCK_K)
+
+
 def gemm_group(
     config: TileConfig,
     xs: Sequence[torch.Tensor],
@@ -155,11 +262,9 @@ def gemm_group(
     y = torch.empty((M, N), dtype=xs[0].dtype, device=xs[0].device)
     if M == 0 or N == 0:
         return y
-    BLOCK_R = min(padded(max(h.shape[1] for h in hs)), config.BLOCK_K)
+    BLOCK_R = _ranks_at_a_time(config, hs, bs)
     if is_odd(*xs, *ws, y):
         config = for_odd_rows(config, y.dtype.itemsize)
-    if any(h.shape[1] % ALIGNED for h in hs) or is_odd(*hs, *bs):  # as in gemm.py
-        BLOCK_R = MIN_DOT
     tiles = cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N)
     seeds = tuple(map(seed_of, dropouts))
     with device_guard(y):
@@ -186,3 +291,37 @@ def gemm_group(
             **config.meta(),
         )
     return y
+
+
+def add_group(
+    config: TileConfig,
+    y: torch.Tensor,
+    hs: Sequence[torch.Tensor],
+    bs: Sequence[torch.Tensor],
+    dropouts: Sequence[Dropout | None],
+) -> None:
+    """y += sum_i D_i o (h_i b_i), in place and in one launch: y is read and written once.
+
+    y [M, N]: contiguous. h_i [M, R_i] and b_i [R_i, N]: as for `gemm_group`.
+    """
+    M, N = y.shape
+    if M == 0 or N == 0:
+        return
+    tiles = cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N)
+    meta = config.meta() | {"BLOCK_K": _ranks_at_a_time(config, hs, bs)}
+    with device_guard(y):
+        _launch_add_group(
+            (tiles, 1, 1),
+            (y, tuple(hs), tuple(bs), tuple(map(seed_of, dropouts))),
+            (
+                M,
+                N,
+                tuple(h.shape[1] for h in hs),
+                hs[0].stride(0),
+                tuple(b.stride() for b in bs),
+                *zip(*map(scale_and_threshold, dropouts), strict=True),
+            ),
+            (),
+            PRECISION=dot_precision(y.dtype),
+            **meta,
+        )

@@ -93,6 +93,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "gemm_add_lora",
         "gemm_scaled",
         "gemm_group",
+        "add_group",
         "add_lora",
         "persistent_one_pass",
         "persistent_add_lora",

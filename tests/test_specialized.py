@@ -388,6 +388,6 @@ def test_a_group_on_a_gpu(device, launches, dropout_p):
     ys = lora_linear_group(x, *tensors, scalings=scalings, dropout_ps=[dropout_p] * 3)
     (dx,) = torch.autograd.grad(ys, x, [p.g for p in ps])
     assert launches.count("specialized_group") == 1
-    assert launches.count("add_lora") == (3 if dropout_p else 0)
+    assert launches.count("add_group") == bool(dropout_p)
     error = ((dx - alone).norm() / alone.norm()).item()
     assert error < (1.0 if dropout_p else 0.02)
