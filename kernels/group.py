@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import ALIGNED, MIN_DOT, TileConfig, cdiv, for_odd_rows, is_odd, padded
+from .configs import ALIGNED, FP_FUSION, MIN_DOT, TileConfig, cdiv, for_odd_rows, is_odd, padded
 from .device import device_guard
 from .dropout import Dropout, scale_and_threshold, seed_of
 from .gemm import GROUP_M, dot_precision
@@ -38,7 +38,7 @@ def stack_rows_kernel(out_ptr, a_ptrs, Rs, strides_a, K, BLOCK_K: tl.constexpr):
 
 
 _launch_stack = Launcher(stack_rows_kernel)
-STACK_TILE = {"BLOCK_K": 1024, "num_warps": 4}
+STACK_TILE = {"BLOCK_K": 1024, "num_warps": 4} | FP_FUSION
 
 
 def stack_rows(matrices: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

@@ -54,6 +54,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from . import persistent, tiles
 from .configs import MAX_GROUP, TileConfig, cdiv, is_transposed, padded
+from .copy import aligned_copy
 from .device import device_guard, device_info
 from .gemm import ColumnScale
 from .launch import Launcher, Tiled
@@ -733,9 +734,7 @@ def _fit(t: torch.Tensor, dtype: torch.dtype, turned: bool = False) -> torch.Ten
     step, inner = view.stride()
     aligned = step and step * dtype.itemsize % 16 == 0 and t.data_ptr() % 16 == 0
     if t.dtype != dtype or inner != 1 or not aligned:
-        rows, columns = view.shape
-        copy = torch.empty((rows, _padded_row(columns)), dtype=dtype, device=t.device)
-        view = copy[:, :columns].copy_(view)
+        view = aligned_copy(view, dtype)
     return view.t() if turned else view
 
 

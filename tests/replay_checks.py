@@ -364,6 +364,8 @@ if __name__ == "__main__":
         check_replays(Layer(strategy), (1,), True)
         check_replays(Layer(strategy), (1,), True, train_x=False)
         check_replays(Layer(strategy, bias=True, adapters=torch.float32), (2, 3), True)
+    for strategy in (s for s in STRATEGIES if s.startswith("ws_")):  # A and B are copied
+        check_replays(Layer(strategy, adapters=torch.float32), (70,), True)
     for strategy in ("split", "skinny", "one_launch", "tma_split"):
         check_replays(Layer(strategy, dropout_p=0.1), (4, 8), True)
     group.better_apart = lambda x, dropout, backend: False  # as on a GPU

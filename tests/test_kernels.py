@@ -9,6 +9,7 @@ from outside import run_outside
 
 from fused_lora import reference
 from fused_lora.kernels import configs
+from fused_lora.kernels.copy import aligned_copy
 from fused_lora.kernels.device import INTERPRETED, SHARED_MEMORY, DeviceInfo
 from fused_lora.kernels.dropout import Dropout
 from fused_lora.kernels.expand import add_lora
@@ -122,6 +123,17 @@ def test_gradients_of_empty_problems(device, m, k, n):
     )
     _assert_shape_and_value(dA, h.t() @ x)
     _assert_shape_and_value(dB, g.t() @ h)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (130, 16), (16, 4100), (0, 4), (7, 0)])
+def test_copies_that_descriptors_can_have(device, size, dtype):
+    wide = torch.randn(size[0], 2 * size[1] + 3).to(device, dtype)
+    for t in (wide[:, 1 : 1 + size[1]], wide[:, 3::2], wide.t()[: size[1]].t()):
+        assert t.shape == size
+        got = aligned_copy(t, torch.float16)
+        assert torch.equal(got, t.half())
+        assert not got.numel() or (got.stride(0) % 8, got.stride(1)) == (0, 1)
 
 
 def _assert_shape_and_value(got, exact):
