@@ -130,6 +130,32 @@ def backward(
     return dx, dA, dB
 
 
+def dora_norm(
+    weight: Tensor | QuantizedWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    plan: Plan,
+    replays: Replays | None = None,
+) -> Tensor:
+    """||W0 + scaling * B A|| of each row, [N], in fp32 or better; inf for rows of zeros."""
+    if plan.backend == "torch":
+        with no_autocast(lora_A):
+            norm = torch_backend.weight_norm(weight, lora_A, lora_B, scaling)
+            return norm.masked_fill_(norm == 0, torch.inf)
+    from .kernels.dora import weight_norm
+
+    def run() -> tuple[Tensor]:
+        w = weight if isinstance(weight, Tensor) else weight.matrix()
+        return (weight_norm(w, lora_A, lora_B, scale=scaling),)
+
+    if replays is None:
+        return run()[0]
+    # Under autocast W0 has another dtype here than in the layer's product.
+    found: Tensor = replays(("norm", weight.dtype), (lora_A, *_parts(weight), lora_B), run)[0]
+    return found
+
+
 def dora_forward(
     x: Tensor,
     weight: Tensor | QuantizedWeight,
@@ -142,38 +168,69 @@ def dora_forward(
     *,
     need_h: bool,
     need_z: bool,
+    replays: Replays | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y = c o z + bias [..., N] and, if needed, h [M, r] and z = x W0^T + h B^T [M, N].
 
     column_scale: c [N] in fp32 or better.
     """
-    x2 = as_matrix(x)
-    h: Tensor | None
-    z: Tensor | None
-    with no_autocast(x):
-        if plan.backend == "triton":
-            from .kernels.gemm import ColumnScale
 
-            z = x.new_empty((x2.shape[0], weight.shape[0])) if need_z else None
-            dora = ColumnScale(column_scale, z)
-            arguments = (x2, weight, lora_A, lora_B, bias, scaling, None, plan)
-            y, h = _kernels().forward(*arguments, need_h=need_h, dora=dora)
-        else:
-            z, h = torch_backend.forward(x2, weight, lora_A, lora_B, None, scaling, None)
-            y = torch_backend.scale_columns(z, column_scale, bias)
-    return _shaped_as(x, y), h if need_h else None, z if need_z else None
+    def run() -> tuple[Tensor, Tensor | None, Tensor | None]:
+        x2 = as_matrix(x)
+        h: Tensor | None
+        z: Tensor | None
+        with no_autocast(x):
+            if plan.backend == "triton":
+                from .kernels.gemm import ColumnScale
+
+                z = x.new_empty((x2.shape[0], weight.shape[0])) if need_z else None
+                dora = ColumnScale(column_scale, z)
+                arguments = (x2, weight, lora_A, lora_B, bias, scaling, None, plan)
+                y, h = _kernels().forward(*arguments, need_h=need_h, dora=dora)
+            else:
+                z, h = torch_backend.forward(x2, weight, lora_A, lora_B, None, scaling, None)
+                y = torch_backend.scale_columns(z, column_scale, bias)
+        return _shaped_as(x, y), h if need_h else None, z if need_z else None
+
+    if replays is None:
+        return run()
+    operands = (x, *_parts(weight), lora_A, lora_B, column_scale, bias)
+    y, h, z = replays(("dora forward", need_h, need_z), operands, run)
+    return y, h, z
 
 
 def dora_backward(
-    g: Tensor, column_scale: Tensor, z: Tensor | None, plan: Plan
-) -> tuple[Tensor, Tensor | None]:
-    """g' = c o g [..., N] and, if z is given, sum_M g o z [N]."""
-    if plan.backend == "triton":
-        from .kernels.dora import scale_columns_backward
-    else:
-        from .torch_backend import scale_columns_backward
-    gs, dot = scale_columns_backward(as_gradient(g, plan.backend), column_scale, z)
-    return gs.view(g.shape), dot
+    g: Tensor,
+    x: Tensor | None,
+    weight: Tensor | QuantizedWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    column_scale: Tensor,
+    h: Tensor | None,
+    z: Tensor | None,
+    scaling: float,
+    plan: Plan,
+    *,
+    need_dx: bool,
+    replays: Replays | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dA and dB as of `backward` for g' = c o g; and, if z is given, sum_M g o z [N]."""
+    g2 = as_gradient(g, plan.backend)
+
+    def run() -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        if plan.backend == "triton":
+            from .kernels.dora import scale_columns_backward
+        else:
+            from .torch_backend import scale_columns_backward
+        gs, dot = scale_columns_backward(g2, column_scale, z)
+        arguments = (gs.view(g.shape), x, weight, lora_A, lora_B, h, scaling, None, plan)
+        return *backward(*arguments, need_dx=need_dx), dot
+
+    if replays is None or torch.compiler.is_compiling():
+        return run()
+    operands = (g2, x, *_parts(weight), lora_A, lora_B, column_scale, h, z)
+    dx, dA, dB, dot = replays(("dora backward", need_dx), operands, run)
+    return dx, dA, dB, dot
 
 
 def forward_group(

@@ -1,4 +1,4 @@
-"""DoRA: the norm of each row of W0 + scaling * B A, and `DoRALinearFunction`.
+"""`DoRALinearFunction`, and what it makes of the norm of each row of W0 + scaling * B A.
 
     y = c o z + bias    z = x W0^T + scaling * x A^T B^T [M, N], c = m / norm [N]
     dm = sum_M g o z / norm, and with g' = c o g the gradients of x, A and B are LoRA's
@@ -13,33 +13,18 @@ only: the kernels could put c on each tile of g instead, and their products woul
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import backends, torch_backend
-from .autocast import no_autocast
+from . import backends
 from .autograd import Codes, alias, raise_second_derivative
 from .dispatch import Plan
 from .quantize import QuantizedWeight
 
-
-def weight_norm(
-    weight: Tensor | QuantizedWeight, lora_A: Tensor, lora_B: Tensor, scaling: float, plan: Plan
-) -> Tensor:
-    """||W0 + scaling * B A|| of each row, [N], in fp32 or better, computed anew in each call.
-
-    Rows of zeros have inf: what is divided by it is 0, and their y is the bias.
-    """
-    if plan.backend == "triton":
-        from .kernels import dora
-
-        w = weight if isinstance(weight, Tensor) else weight.matrix()
-        return dora.weight_norm(w, lora_A, lora_B, scale=scaling)
-    with no_autocast(lora_A):
-        norm = torch_backend.weight_norm(weight, lora_A, lora_B, scaling)
-        return norm.masked_fill_(norm == 0, torch.inf)
+if TYPE_CHECKING:
+    from .kernels.replay import Replays
 
 
 def column_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
@@ -66,11 +51,12 @@ def gradients(
     plan: Plan,
     *,
     need_dx: bool,
+    replays: Replays | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dA, dB and dm for g = dL/dy: dA iff x is given, dB iff h is given, dm iff z is given."""
-    gs, dot = backends.dora_backward(g, column_scale(magnitude, norm), z, plan)
-    dx, dA, dB = backends.backward(
-        gs, x, weight, lora_A, lora_B, h, scaling, None, plan, need_dx=need_dx
+    tensors = (g, x, weight, lora_A, lora_B, column_scale(magnitude, norm), h, z)
+    dx, dA, dB, dot = backends.dora_backward(
+        *tensors, scaling, plan, need_dx=need_dx, replays=replays
     )
     dm = None if dot is None else (dot / norm).to(magnitude.dtype)
     return dx, dA, dB, dm
@@ -96,6 +82,7 @@ class DoRALinearFunction(torch.autograd.Function):
         bias: Tensor | None,
         scaling: float,
         plan: Plan,
+        replays: Replays | None,
     ) -> Tensor:
         """As `LoRALinearFunction`, with magnitude and norm [N]; norm in fp32 or better."""
         needs_x, _, needs_A, needs_B, needs_m = ctx.needs_input_grad[:5]
@@ -110,6 +97,7 @@ class DoRALinearFunction(torch.autograd.Function):
             plan,
             need_h=needs_B,
             need_z=needs_m,
+            replays=replays,
         )
         ctx.save_for_backward(
             x if needs_A else None,
@@ -122,7 +110,7 @@ class DoRALinearFunction(torch.autograd.Function):
             z,
         )
         ctx.quantized = Codes.of(weight) if needs_x else None
-        ctx.scaling, ctx.plan = scaling, plan
+        ctx.scaling, ctx.plan, ctx.replays = scaling, plan, replays
         return y
 
     @staticmethod
@@ -144,6 +132,7 @@ class DoRALinearFunction(torch.autograd.Function):
             ctx.scaling,
             ctx.plan,
             need_dx=ctx.needs_input_grad[0],
+            replays=ctx.replays,
         )
         dbias = g.sum_to_size(g.shape[-1:]) if ctx.needs_input_grad[6] else None
-        return dx, None, dA, dB, dm, None, dbias, None, None
+        return dx, None, dA, dB, dm, None, dbias, None, None, None

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .backends import dora_norm
 from .calls import Backend, checked_call
 from .differentiable import differentiable
 from .dispatch import plan
-from .dora import column_scale, gradients, weight_norm
+from .dora import column_scale, gradients
 from .packing import pack, unpack
 
 
@@ -41,7 +42,7 @@ def dora_linear_op(
     of_norm: Any = exact[0] if exact else W
     call = checked_call(x, W, lora_A, lora_B, bias, False)
     chosen = plan(call, cast(Backend, backend), "dora")
-    norm = weight_norm(of_norm, lora_A, lora_B, scaling, chosen)
+    norm = dora_norm(of_norm, lora_A, lora_B, scaling, chosen)
     c = column_scale(magnitude, norm)
     y, h, z = backends.dora_forward(
         x, W, lora_A, lora_B, c, bias, scaling, chosen, need_h=need_h, need_z=need_z

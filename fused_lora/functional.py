@@ -14,9 +14,10 @@ from . import backends, checks, dora_ops, ops, torch_backend
 from .arguments import Arguments
 from .autocast import autocast
 from .autograd import LoRALinearFunction
+from .backends import dora_norm
 from .calls import Backend, checked_call
 from .dispatch import Decision, plan, replays_of
-from .dora import DoRALinearFunction, weight_norm
+from .dora import DoRALinearFunction
 from .explanation import Explanation, explain_call
 from .kernels.dropout import dropout_of, dropout_threshold
 from .packing import pack
@@ -309,7 +310,8 @@ def dora_linear(
         checks.check_tensors(x, weight, lora_A, lora_B, bias)
         check_frozen(weight)
     else:
-        chosen = plan(checked_call(x, weight, lora_A, lora_B, bias, False), backend, "dora")
+        call = checked_call(x, weight, lora_A, lora_B, bias, False)
+        chosen = plan(call, backend, "dora")
     _check_magnitude(weight, magnitude)
     if dropout_p > 0.0:
         dropped = F.dropout(x, dropout_p)
@@ -332,11 +334,12 @@ def dora_linear(
         rest = (*packed, scaling, backend, _is_trained(lora_B), _is_trained(magnitude))
         y: Tensor = apply(x, lora_A, lora_B, magnitude, bias, *rest)[0]
         return y
+    scaling = float(scaling)
+    replays = replays_of(x.shape, Decision(call, chosen, scaling, threshold=0))
     with torch.no_grad():
-        norm = weight_norm(exact_weight, lora_A, lora_B, scaling, chosen)
-    y = DoRALinearFunction.apply(
-        x, weight, lora_A, lora_B, magnitude, norm, bias, float(scaling), chosen
-    )
+        norm = dora_norm(exact_weight, lora_A, lora_B, scaling, chosen, replays)
+    numbers = (scaling, chosen, replays)
+    y = DoRALinearFunction.apply(x, weight, lora_A, lora_B, magnitude, norm, bias, *numbers)
     return y
 
 

@@ -203,6 +203,6 @@ def scale_columns_backward(
             return gs, None
         dot = partial[0]
         if SPLIT_M > 1:
-            dot = torch.empty_like(dot)
+            dot = partial.new_empty(N)
             sum_partials(partial, dot, SPLIT_M)
     return gs, dot

@@ -18,6 +18,8 @@ from triton.runtime import driver
 from benchmarks import launch_overhead
 from fused_lora import (
     dispatch,
+    dora,
+    dora_linear,
     group,
     lora_linear,
     lora_linear_group,
@@ -90,6 +92,21 @@ class Layer:
         parts = self.weight
         parts = {"W": parts} if isinstance(parts, torch.Tensor) else dict(parts._parameters)
         return {**parts, "A": self.A, "B": self.B, "bias": self.bias}
+
+
+class DoRA(Layer):
+    """With the norm, whose launch is a function of its own."""
+
+    def __init__(self, strategy, **options):
+        super().__init__(strategy, **options)
+        self.m = torch.rand(N, requires_grad=True)
+
+    def __call__(self, x):
+        adapter = (self.A, self.B, self.m)
+        return dora_linear(x, self.weight, *adapter, scaling=2.0, bias=self.bias)
+
+    def tensors(self):
+        return {**super().tensors(), "m": self.m}
 
 
 class Group:
@@ -169,6 +186,7 @@ def all_memory_kept():
     with (
         mock.patch.object(torch, "empty", keeping(torch.empty)),
         mock.patch.object(torch.Tensor, "new_empty", keeping(torch.Tensor.new_empty)),
+        mock.patch.object(dora, "column_scale", keeping(dora.column_scale)),
     ):
         yield
 
@@ -179,13 +197,14 @@ def check_replays(layer, shape, backward, train_x=True):
             expected = what_happens(layer, shape, backward, train_x)
     dispatch.forget_plans()
     with replayed() as counts:
-        for _ in range(2):
+        for _ in range(1 if isinstance(layer, DoRA) else 2):  # what is recalled, is recorded then
             assert what_happens(layer, shape, backward, train_x) == expected
         assert counts["replayed"] == 0
         counts["launched"] = 0
         for _ in range(3):
             assert what_happens(layer, shape, backward, train_x) == expected
-        assert counts == {"replayed": 3 * (1 + backward), "launched": 0}, counts
+        forward = 2 if isinstance(layer, DoRA) else 1
+        assert counts == {"replayed": 3 * (forward + backward), "launched": 0}, counts
 
 
 def check_compiled_layers():
@@ -368,6 +387,11 @@ if __name__ == "__main__":
         check_replays(Layer(strategy, adapters=torch.float32), (70,), True)
     for strategy in ("split", "skinny", "one_launch", "tma_split"):
         check_replays(Layer(strategy, dropout_p=0.1), (4, 8), True)
+    for strategy in ("one_pass", "split", *(["ws_split"] if "ws_split" in STRATEGIES else [])):
+        for backward in (False, True):
+            check_replays(DoRA(strategy), (70,), backward)
+        check_replays(DoRA(strategy, bias=True, adapters=torch.float32), (5, 14), True)
+    check_replays(DoRA("codes"), (70,), True)
     group.better_apart = lambda x, dropout, backend: False  # as on a GPU
     plain = ["split"] * 3
     check_replays(Group(plain), (70,), True, train_x=False)

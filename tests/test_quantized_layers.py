@@ -31,8 +31,9 @@ from fused_lora import (
 )
 from fused_lora import quantize as quantize_module
 from fused_lora import torch_backend as torch_path
+from fused_lora.backends import dora_norm
 from fused_lora.dispatch import Plan
-from fused_lora.dora import DoRALinearFunction, weight_norm
+from fused_lora.dora import DoRALinearFunction
 from fused_lora.group import LoRALinearGroupFunction
 from fused_lora.group_ops import lora_linear_group_backward_op, lora_linear_group_op
 from fused_lora.kernels import dora as kernels
@@ -101,8 +102,8 @@ def _dora(weight, backend, **options):
             return dora_linear(
                 *arguments, scaling=p.scaling, bias=p.bias, backend=backend, **options
             )
-        norm = weight_norm(weight, p.lora_A, p.lora_B, p.scaling, backend)
-        return DoRALinearFunction.apply(*arguments, norm, p.bias, p.scaling, backend)
+        norm = dora_norm(weight, p.lora_A, p.lora_B, p.scaling, backend)
+        return DoRALinearFunction.apply(*arguments, norm, p.bias, p.scaling, backend, None)
 
     return call
 
@@ -471,13 +472,11 @@ def test_a_group_over_nf4_is_explained():
 
 
 def test_group_layers_over_nf4_run_together(monkeypatch):
-    from fused_lora import group
+    from fused_lora import together
 
     calls = []
-    real = group.lora_linear_group
-    monkeypatch.setattr(
-        group, "lora_linear_group", lambda *a, **k: calls.append(len(a[1])) or real(*a, **k)
-    )
+    real = together.call_group
+    monkeypatch.setattr(together, "call_group", lambda x, m: calls.append(len(m)) or real(x, m))
     layers = {
         name: FusedLoRALinear.from_linear(nn.Linear(64, N), 4, quantize=format)
         for name, N, format in (("q", 32, "nf4"), ("k", 16, "int8"), ("v", 16, None))
