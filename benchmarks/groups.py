@@ -152,8 +152,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.workers:
         in_processes(_compile, todo, args.workers)
     failed = False
-    with path.open("w", newline="") as file:
-        table: csv.DictWriter[str] | None = None
+    table: csv.DictWriter[str] | None = None
+    with contextlib.ExitStack() as files:
         for problem in todo:
             members = problem.members()
             if better_apart(members.x, problem.dropout_p > 0, "auto"):
@@ -167,7 +167,8 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             for mode, medians in _measured(members, args.seconds_a_mode):
                 row = problem._asdict() | {"mode": mode} | medians | environment
-                if table is None:
+                if table is None:  # not before: what an earlier run left may be all there is
+                    file = files.enter_context(path.open("w", newline=""))
                     table = csv.DictWriter(file, row)
                     table.writeheader()
                 table.writerow(row)
@@ -175,8 +176,6 @@ def main(argv: list[str] | None = None) -> int:
                 ratio = medians["apart"] / medians["group"]
                 times = "  ".join(f"{name} {us:8.1f} us" for name, us in medians.items())
                 print(f"{problem} {mode:16} {times}  {ratio:.3f}x", flush=True)
-    if table is None:
-        path.unlink()
     return int(failed)
 
 

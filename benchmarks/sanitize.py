@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, product
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -32,8 +32,10 @@ from fused_lora import (
     quantize_nf4,
 )
 from fused_lora.dispatch import Plan
+from fused_lora.group import LoRALinearGroupFunction
 from fused_lora.kernels.configs import MAX_SKINNY_M
 from fused_lora.kernels.device import device_info
+from fused_lora.kernels.dropout import dropout_threshold
 from fused_lora.multi import LoRALinearMultiFunction
 from fused_lora.multi_backends import MultiPlan
 from fused_lora.multi_rows import row_groups
@@ -122,6 +124,10 @@ def _others() -> Iterator[Case]:
                 dora_linear, x, weights[0], As[0], Bs[0], normal(N).abs() + 0.5, scaling=1.0
             ),
         }
+        for way, p in (("split", 0.3), ("library", 0.3), ("library", 0.0)):
+            calls[f"group, dx {way}, dropout {p}"] = partial(
+                _group, x, weights, As, Bs, cast(Strategy, way), p
+            )
         leaves = [x, *As, *Bs]
         if whole:
             x4, A4s = normal(M, whole), [normal(r, whole) for _ in range(3)]
@@ -145,6 +151,30 @@ def _others() -> Iterator[Case]:
         for name, call in calls.items():
             name = f"{dtype} M, N, K, r {(M, N, K, r)} {name}"
             yield name, partial(_same_on_both, call, leaves)
+
+
+def _group(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    As: list[torch.Tensor],
+    Bs: list[torch.Tensor],
+    strategy_dx: Strategy,
+    dropout_p: float,
+    *,
+    backend: Literal["triton", "torch"],
+) -> tuple[torch.Tensor, ...]:
+    """Layers on one x, their dx by one strategy, the last one without dropout."""
+    n = len(weights)
+    plan = Plan("triton", "split", strategy_dx)
+    if backend == "torch":
+        plan = Plan("torch", "library", "library")
+    thresholds = [dropout_threshold(dropout_p)] * (n - 1) + [0]
+    seeds = torch.arange(2 * n, device=x.device).view(n, 2)[:, 0] if dropout_p else None
+    tensors = *weights, *As, *Bs, *[None] * n
+    ys: tuple[torch.Tensor, ...] = LoRALinearGroupFunction.apply(
+        x, [1.0] * n, seeds, thresholds, [plan] * n, None, *tensors
+    )
+    return ys
 
 
 def _multi(

@@ -62,6 +62,8 @@ def save_adapter(
         OSError: the folder cannot be made or written.
     """
     model = _inner(model)
+    if isinstance(model, nn.Module):
+        reshard(model)
     layers = _layers(model, adapter_name)
     if not layers:
         if has_peft_layers(model):
@@ -74,7 +76,6 @@ def save_adapter(
     merged = [path for path, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(f"model: {merged[0]} is merged; call unmerge() before saving")
-    reshard(model)
     for path, layer in layers.items():
         if layer.lora_A_init is not None and isinstance(layer.weight, QuantizedWeight):
             warnings.warn(
@@ -382,9 +383,14 @@ def _config(
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        # Without it PEFT's AutoPeftModelForCausalLM does not know the model's class.
-        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
+        "task_type": _task_type(model),
     }
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """Without it PEFT's AutoPeftModelForCausalLM does not know the class; it wants `generate`'s."""
+    generates = hasattr(model, "prepare_inputs_for_generation")
+    return "CAUSAL_LM" if generates and type(model).__name__.endswith("ForCausalLM") else None
 
 
 def _target_modules(model: nn.Module, layers: dict[str, Any]) -> list[str] | str:

@@ -62,7 +62,9 @@ def inject(
     Raises:
         ValueError: nothing matched (the message lists what there is to match), the model is itself
             an `nn.Linear` or already has adapters, a pattern is no regular expression, a layer's
-            argument is out of range, or a matched layer has hooks. The model is unchanged then.
+            argument is out of range, a matched layer has hooks, or what it is in is known to read
+            its weight instead of calling it (`nn.TransformerEncoderLayer`'s fast path, Mamba's
+            kernels, WavLM's attention). The model is unchanged then.
         TypeError: an argument is of the wrong type.
     """
     if not isinstance(model, nn.Module):
@@ -82,9 +84,9 @@ def inject(
         check_format(quantize)
     adapted = [path for path, m in model.named_modules() if isinstance(m, FrozenLinear)]
     if adapted:
-        more = len(adapted) - 1
+        more = f" and {len(adapted) - 1} more" * (len(adapted) > 1)
         raise ValueError(
-            f"model: has adapters already, at {adapted[0]} and {more} more; wanted a plain model "
+            f"model: has adapters already, at {adapted[0]}{more}; wanted a plain model "
             "(merge_and_unload makes one of it), or add_adapter for all of several"
         )
     targets = find_targets(model, target_modules, exclude_modules, is_linear)

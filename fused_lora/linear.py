@@ -18,7 +18,7 @@ from .functional import call_layer, dora_linear, explain
 from .initial import check_init, initial_values
 from .lookup import parameters
 from .quantize import Format, QuantizedWeight, Quantizer
-from .sharded import fill
+from .sharded import fill, is_sharded
 from .torch_backend import weight_norm
 
 _ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_A_init", "lora_B_init")
@@ -329,7 +329,13 @@ class FusedLoRALinear(FrozenLinear):
 
     def _set_parameter(self, value: Tensor) -> None:
         """A new one: the storage may be another layer's too (from_linear), and so may the old one
-        itself (tied weights)."""
+        itself (tied weights, which then are no longer)."""
+        gathered = not (is_sharded(self.weight) or is_sharded(self.lora_A))
+        if gathered and getattr(self, "_is_fsdp_managed_module", False):
+            raise RuntimeError(
+                "weight: is gathered by FSDP2, which keeps nothing that is put into it; call "
+                "reshard() of what fully_shard returned before"
+            )
         self.weight = nn.Parameter(value, requires_grad=self._plain().requires_grad)
 
     def _merge_quantized(self, weight: QuantizedWeight, requantize: bool) -> float:
@@ -351,9 +357,10 @@ class FusedLoRALinear(FrozenLinear):
     def merge(self, *, requantize: bool = False) -> float:
         """Puts the adapter into ``weight``; the adapter stays. Nothing happens if merged.
 
-        ``weight`` gets new storage: layers that shared the old one are not changed. Raises
-        ValueError, and merges nothing, if the result is not finite in the weight's dtype or has
-        DoRA rows of magnitude 0, which could not be brought back (of a quantised weight they are).
+        ``weight`` is a new parameter: layers that shared the old one, or its storage, are not
+        changed. Raises RuntimeError if FSDP2 has gathered it, and ValueError, and merges nothing,
+        if the result is not finite in the weight's dtype or has DoRA rows of magnitude 0, which
+        could not be brought back (of a quantised weight they are).
 
         A quantised weight becomes a plain parameter in its dtype, or with ``requantize`` a
         quantised one again. Returns the error that this makes, ||Q(W) - W|| / ||W|| over the merged

@@ -48,28 +48,49 @@ def find_targets(
     for path in layers:
         if is_linear(modules[path]):
             checks.check_unhooked(f"model: {path}", modules[path])
-        _check_called(model, modules[path.rpartition(".")[0]], path)
+        _check_called(modules[path.rpartition(".")[0]], path)
     return Targets(modules, layers, skipped)
 
 
-# transformers' model types whose kernels read out_proj's weight, as in PEFT.
-_MAMBAS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+# Of transformers' modules by class: which layers' weights they read, in training or always.
+_READ = {
+    "BambaMixer": ("out_proj",),
+    "FalconH1Mixer": ("out_proj",),
+    "FalconMambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "GraniteMoeHybridMambaLayer": ("out_proj",),
+    "JambaMambaMixer": ("dt_proj",),
+    "Mamba2Mixer": ("out_proj",),
+    "MambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "NemotronHMamba2Mixer": ("out_proj",),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "Zamba2MambaMixer": ("out_proj",),
+}
 
 
-def _check_called(model: nn.Module, owner: nn.Module, path: str) -> None:
-    """ValueError if the module's owner may take its weight instead of calling it."""
-    if isinstance(owner, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+def _check_called(owner: nn.Module, path: str) -> None:
+    """ValueError if what a layer is in may take its weight instead of calling it."""
+    kind, name = type(owner), path.rpartition(".")[2]
+    if name in _READ.get(kind.__name__, ()):
+        raise ValueError(
+            f"model: {path}: a {kind.__name__} reads its weight and does not call it, so that its "
+            f"adapter would be left out; wanted exclude_modules={list(_READ[kind.__name__])}"
+        )
+    if isinstance(owner, nn.TransformerEncoderLayer) and _has_fast_path(owner):
         raise ValueError(
             f"model: {path}: in eval() an nn.TransformerEncoderLayer reads its weight and does not "
             "call it, so that its adapter would be left out; call "
             "torch.backends.mha.set_fastpath_enabled(False) before, and keep it so"
         )
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind in _MAMBAS and path.rpartition(".")[2] == "out_proj":
-        raise ValueError(
-            f"model: {path}: a {kind} model's kernels read its weight and do not call it, so that "
-            'its adapter would be left out; wanted exclude_modules=["out_proj"]'
-        )
+
+
+def _has_fast_path(layer: nn.TransformerEncoderLayer) -> bool:
+    return (
+        torch.backends.mha.get_fastpath_enabled()
+        and type(layer).forward is nn.TransformerEncoderLayer.forward
+        and layer.self_attn.batch_first
+        and layer.self_attn.in_proj_bias is not None
+        and bool(layer.activation_relu_or_gelu)
+    )
 
 
 def _why_skipped(

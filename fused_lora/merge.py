@@ -54,8 +54,8 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         if any(map(is_sharded, layer.parameters())):
             raise ValueError(
                 f"model: {path}'s weight is spread over processes, and an nn.Linear in its place "
-                "would have no part in that; wanted a model that is whole (each layer's merge() is "
-                "right where it is, and leaves the layer there)"
+                "would have no part in that; wanted a model that is whole (each layer's merge(), "
+                "after FSDP2's reshard(), is right where it is and leaves the layer there)"
             )
         checks.check_unhooked(f"model: {path}", layer)
     for layer in paths:

@@ -318,9 +318,8 @@ def route(
     For models whose forward passes x alone; entered outside of a compiled function. As in PEFT, an
     adapter that a layer does not have is none there, if another layer has it. The backward pass may
     be outside, unless activation checkpointing runs the forward again in it. One thread's at a
-    time: calls of other threads
-    follow it too (a generation, a checkpoint's second forward). A generation by beams repeats each
-    sample ``num_beams`` times: so does ``adapter_names`` for it.
+    time: calls of other threads follow it too (a generation, a checkpoint's second forward). A
+    generation by beams repeats each sample ``num_beams`` times: so does ``adapter_names`` for it.
 
         with route(model, segments=[("german", 700), ("french", 324)]):
             loss = model(packed).loss

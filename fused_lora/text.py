@@ -15,7 +15,7 @@ _NO_TEXT = (".json", ".csv", ".tsv", ".parquet", ".arrow")  # one would train on
 
 
 def read_documents(data: str, tokenizer: Any) -> list[str]:
-    """The documents of ``data``: a text file (one document), a .jsonl file or "python-docs".
+    """The documents of ``data``: a text file (one), JSON lines (.jsonl, .ndjson) or "python-docs".
 
     A line of JSON has "text", or "messages" for the tokenizer's chat template. "python-docs" is
     Python's own language reference, which lies in its standard library.
@@ -30,7 +30,7 @@ def read_documents(data: str, tokenizer: Any) -> list[str]:
     if not path.is_file():
         what = "is a folder, wanted a file" if path.is_dir() else "there is no such file"
         raise FileNotFoundError(f"data: {path}: {what}")
-    if path.suffix in _NO_TEXT:
+    if path.suffix.lower() in _NO_TEXT:
         raise ValueError(
             f"data: {path}: wanted plain text, or a .jsonl file of an object a line with a string "
             '"text" or a list "messages"'
@@ -40,7 +40,7 @@ def read_documents(data: str, tokenizer: Any) -> list[str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"data: {path}: is not UTF-8 text: {error}") from None
     documents = [text]
-    if path.suffix in _LINES:
+    if path.suffix.lower() in _LINES:
         lines = enumerate(text.split("\n"), start=1)  # a string may have the other separators in it
         filled = [(n, line) for n, line in lines if line.strip()]
         documents = [_document(f"data: {path}:{n}", line, tokenizer) for n, line in filled]

@@ -290,9 +290,9 @@ def _group_dx(
         dx = specialized_group(config, gs, values, None if masked else dh, A)
     else:
         dx = gs[0] @ _values(weights[0], dtype) if A is None else dh @ A
-        for g, weight in zip(gs, weights, strict=True):
-            if A is not None or g is not gs[0]:
-                dx.addmm_(g, _values(weight, dtype))
+        first = 1 if A is None else 0
+        for g, weight in zip(gs[first:], weights[first:], strict=True):
+            dx.addmm_(g, _values(weight, dtype))
     if masked:
         dropout = next(filter(None, dropouts))
         config = _config("expand_group", dh, K, max(map(len, lora_As)), dropout)

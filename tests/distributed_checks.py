@@ -41,12 +41,14 @@ from benchmarks import plan_parallel
 from fused_lora import (
     FusedLoRALinear,
     FusedMultiLoRALinear,
+    add_adapter,
     explain,
     inject,
     load_adapter,
     lora_linear,
     merge_and_unload,
     reference,
+    route,
     save_adapter,
     triton_backend,
 )
@@ -245,12 +247,22 @@ def fsdp_merge():
     x, _ = data(torch.float64)
     with torch.no_grad():
         model(x)
+        if not isinstance(model.up.weight, DTensor):  # gathered: what is put there would be lost
+            raises(RuntimeError, "call reshard() of what fully_shard returned", model.up.merge)
         for m in (single, model):
             for layer in (m.up, m.down):
                 if isinstance(m, FSDPModule):
                     layer.reshard()
                 layer.merge()
         assert_close(model(x), single(x))
+    whole = fully_shard(MLP(dtype=torch.float64).eval())  # one group, which stays gathered
+    with torch.no_grad():
+        whole(x)
+        raises(RuntimeError, "call reshard() of what fully_shard returned", whole.up.merge)
+        whole.reshard()
+        for layer in (whole.up, whole.down):
+            layer.merge()
+        assert_close(whole(x), single(x))
 
 
 def _adapted(**options):
@@ -302,6 +314,29 @@ def adapters_of_sharded_models():
             assert_close(model(x), expected)
         raises(ValueError, "spread over processes", partial(merge_and_unload, model))
         assert not model[0].merged
+
+
+@check
+def named_adapters_of_sharded_models():
+    """Saved while a forward's parameters are still gathered."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    add_adapter(model, "one", R, 2 * R, ["0", "1"])
+    for layer in model:
+        nn.init.normal_(layer.lora_B["one"])
+    x = torch.randn(3, 64)
+    folders = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folders)
+    with route(model, adapter_names="one"), torch.no_grad():
+        expected = model(x)
+        fully_shard(model)
+        model(x)
+    save_adapter(model, folders[0], adapter_name="one")
+    dist.barrier()
+    torch.manual_seed(0)
+    loaded = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    load_adapter(loaded, folders[0])
+    assert_close(loaded(x), expected)
 
 
 @check

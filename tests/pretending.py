@@ -11,8 +11,10 @@ def pretend(put: Callable[[Any, str, Any], None], **functions: Any) -> None:
 
     ``put``: `monkeypatch.setattr`, or `setattr` for good.
     """
-    for module in (cost_model, dispatch, explanation, strategies):
-        for name, function in functions.items():
-            if hasattr(module, name):
-                put(module, name, function)
+    modules = cost_model, dispatch, explanation, strategies
+    for name, function in functions.items():
+        having = [module for module in modules if hasattr(module, name)]
+        assert having, name
+        for module in having:
+            put(module, name, function)
     dispatch.forget_plans()

@@ -441,6 +441,16 @@ def test_transformers_saves_a_model_with_codes_and_peft_finds_its_class(tmp_path
     ids = torch.arange(8)[None]
     torch.testing.assert_close(theirs(ids).logits, model(ids).logits)
 
+    class OursForCausalLM(nn.Module):  # without `generate`, which PEFT's class for it wants
+        def __init__(self):
+            super().__init__()
+            self.q_proj = nn.Linear(4, 4)
+
+    ours = OursForCausalLM()
+    inject(ours, 2, 4, ["q_proj"])
+    save_adapter(ours, tmp_path / "ours")
+    peft.PeftModel.from_pretrained(OursForCausalLM(), tmp_path / "ours")
+
     quantised = transformers.LlamaForCausalLM(config)
     inject(quantised, 2, 4, "all-linear", quantize="nf4")
     quantised.save_pretrained(tmp_path / "codes")

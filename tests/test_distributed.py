@@ -81,6 +81,7 @@ EVERYWHERE = [
     "tensor_parallel_layer_methods",
     "tensor_parallel_refusals",
     "adapters_of_sharded_models",
+    "named_adapters_of_sharded_models",
     "plan_is_what_is_measured",
 ]
 TWO = [

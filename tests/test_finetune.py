@@ -229,7 +229,7 @@ def test_bad_data(settings, tmp_path, name):
         Run(replace(settings, data=str(path)), tmp_path, say=lambda _: None)
 
 
-@pytest.mark.parametrize("suffix", ["json", "csv", "parquet"])
+@pytest.mark.parametrize("suffix", ["json", "JSON", "csv", "parquet"])
 def test_data_that_is_no_text(settings, tmp_path, suffix):
     """Else a run would learn brackets and commas."""
     path = tmp_path / f"d.{suffix}"
@@ -244,6 +244,7 @@ def test_data_that_is_no_text(settings, tmp_path, suffix):
         ({"r": 0}, "r: got 0"),
         ({"lora_alpha": 0}, "lora_alpha: got 0, wanted more than 0"),
         ({"device": "gpu"}, "device: got 'gpu', wanted auto, cpu, cuda or cuda:N"),
+        ({"device": "meta"}, "device: got 'meta'"),
         ({"steps": 0}, "steps: got 0, wanted an integer of at least 1"),
         ({"batch_size": True}, "batch_size: got True"),
         ({"seq_len": 1}, "seq_len: got 1"),

@@ -125,6 +125,28 @@ def test_each_member_by_its_own_strategy(device, launches, adapter_dtype, dropou
     assert "gemm_group" in launches
 
 
+@pytest.mark.parametrize("strategy", ["library", "split"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_members_whose_outputs_have_the_same_gradient(device, strategy, dropout_p):
+    """q + k: autograd gives both one and the same tensor."""
+    problems = _group(37, 72, [(32, 8), (32, 5)], [dropout_p] * 2, dtype=torch.float16)
+    tensors = [[getattr(p, kind) for p in problems] for kind in ("weight", "lora_A", "lora_B")]
+    x = problems[0].x.clone().requires_grad_()
+    plans = [Plan("triton", "split", strategy)] * 2
+    thresholds = [dropout_threshold(dropout_p)] * 2
+    seeds = torch.tensor([[1, 0], [2, 0]])[:, 0] if dropout_p else None
+
+    def dx(gradients):
+        flat = [t for kind in tensors for t in kind]
+        ys = LoRALinearGroupFunction.apply(
+            x, [2.0, 2.0], seeds, thresholds, plans, None, *flat, None, None
+        )
+        return torch.autograd.grad(ys, x, gradients)[0]
+
+    g = torch.randn(37, 32, dtype=torch.float16)
+    assert torch.equal(dx([g, g]), dx([g, g.clone()]))
+
+
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("dropout_ps", [None, (0.1, 0.0, 0.3)])
 @pytest.mark.parametrize("sizes", [[(80, 16), (32, 5), (48, 32)], [(80, 5), (104, 5)]])

@@ -2,8 +2,9 @@
 
 import contextlib
 import copy
+import importlib
+import inspect
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,6 +155,8 @@ BOTH_WAYS = [
 def test_layers_whose_owner_reads_their_weight(add):
     """nn.TransformerEncoderLayer's fast path, in eval(): the adapters would be left out."""
     torch.manual_seed(0)
+    for options in ({}, {"batch_first": True, "bias": False}, {"activation": torch.tanh}):
+        add(nn.TransformerEncoderLayer(16, 2, **options), 2, 4, ["linear1"])  # has no such path
     encoder = nn.TransformerEncoderLayer(16, 2, dropout=0.0, batch_first=True)
     with pytest.raises(ValueError, match=r"model: linear1: .*set_fastpath_enabled\(False\)"):
         add(encoder, 2, 4, ["linear1", "linear2"])
@@ -172,14 +175,29 @@ def test_layers_whose_owner_reads_their_weight(add):
 
 
 @pytest.mark.parametrize("add", BOTH_WAYS)
-def test_mambas_out_proj(add):
-    """As PEFT: the model's kernels read its weight."""
-    model = nn.ModuleDict({"in_proj": nn.Linear(4, 8), "out_proj": nn.Linear(8, 4)})
-    model.config = SimpleNamespace(model_type="mamba2")
-    with pytest.raises(ValueError, match="out_proj: a mamba2 model's kernels read its weight"):
-        add(model, 2, 4, "all-linear")
-    add(model, 2, 4, ["in_proj"])
-    assert type(model["out_proj"]) is nn.Linear
+@pytest.mark.parametrize(
+    ("family", "layer", "name"),
+    [
+        ("mamba", "MambaMixer", "dt_proj"),
+        ("mamba2", "Mamba2Mixer", "out_proj"),
+        ("jamba", "JambaMambaMixer", "dt_proj"),
+        ("wavlm", "WavLMAttention", "q_proj"),
+    ],
+)
+def test_layers_of_transformers_that_are_not_called(add, family, layer, name):
+    """As PEFT refuses Mamba's: kernels, or PyTorch's attention, read their weights."""
+    pytest.importorskip("transformers")
+    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    kind = getattr(modeling, layer)
+    assert f"self.{name}.weight" in inspect.getsource(kind)
+    owner = kind.__new__(kind)
+    nn.Module.__init__(owner)
+    setattr(owner, name, nn.Linear(4, 8))
+    owner.in_proj = nn.Linear(4, 8)
+    with pytest.raises(ValueError, match=rf"m.{name}: a {layer} reads its weight"):
+        add(nn.ModuleDict({"m": owner}), 2, 4, "all-linear")
+    add(nn.ModuleDict({"m": owner}), 2, 4, ["in_proj"])
+    assert type(getattr(owner, name)) is nn.Linear
 
 
 @pytest.mark.parametrize("add", BOTH_WAYS)
