@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends import dora_norm
 from .calls import Backend, checked_call
 from .differentiable import differentiable
-from .dispatch import plan
+from .dispatch import Decision, plan, replays_of
 from .dora import column_scale, gradients
 from .packing import pack, unpack
 
@@ -42,10 +41,11 @@ def dora_linear_op(
     of_norm: Any = exact[0] if exact else W
     call = checked_call(x, W, lora_A, lora_B, bias, False)
     chosen = plan(call, cast(Backend, backend), "dora")
-    norm = dora_norm(of_norm, lora_A, lora_B, scaling, chosen)
-    c = column_scale(magnitude, norm)
+    replays = replays_of(x.shape, Decision(call, chosen, scaling, threshold=0))
+    norm = backends.dora_norm(of_norm, lora_A, lora_B, scaling, chosen, replays)
+    tensors = (x, W, lora_A, lora_B, column_scale(magnitude, norm), bias)
     y, h, z = backends.dora_forward(
-        x, W, lora_A, lora_B, c, bias, scaling, chosen, need_h=need_h, need_z=need_z
+        *tensors, scaling, chosen, need_h=need_h, need_z=need_z, replays=replays
     )
     return y, norm, x.new_empty(0) if h is None else h, x.new_empty(0) if z is None else z
 
@@ -97,9 +97,9 @@ def dora_linear_backward_op(
     like_x = g.new_empty(1).expand(*g.shape[:-1], lora_A.shape[1])
     call = checked_call(like_x, W, lora_A, lora_B, None, False)
     chosen = plan(call, cast(Backend, backend))
-    found = gradients(
-        g, x, W, lora_A, lora_B, magnitude, norm, h, z, scaling, chosen, need_dx=need_dx
-    )
+    replays = replays_of(like_x.shape, Decision(call, chosen, scaling, threshold=0))
+    tensors = (g, x, W, lora_A, lora_B, magnitude, norm, h, z)
+    found = gradients(*tensors, scaling, chosen, need_dx=need_dx, replays=replays)
     dx, dA, dB, dm = (g.new_empty(0) if t is None else t for t in found)
     return dx, dA, dB, dm
 

@@ -14,7 +14,6 @@ from . import backends, checks, dora_ops, ops, torch_backend
 from .arguments import Arguments
 from .autocast import autocast
 from .autograd import LoRALinearFunction
-from .backends import dora_norm
 from .calls import Backend, checked_call
 from .dispatch import Decision, plan, replays_of
 from .dora import DoRALinearFunction
@@ -337,7 +336,7 @@ def dora_linear(
     scaling = float(scaling)
     replays = replays_of(x.shape, Decision(call, chosen, scaling, threshold=0))
     with torch.no_grad():
-        norm = dora_norm(exact_weight, lora_A, lora_B, scaling, chosen, replays)
+        norm = backends.dora_norm(exact_weight, lora_A, lora_B, scaling, chosen, replays)
     numbers = (scaling, chosen, replays)
     y = DoRALinearFunction.apply(x, weight, lora_A, lora_B, magnitude, norm, bias, *numbers)
     return y
