@@ -37,7 +37,6 @@ from .tables import Product, Strategy
 if TYPE_CHECKING:
     from .kernels.replay import Replays
 
-
 # Few rows. Up to here PyTorch's own nodes beat one of ours on a CPU, which saves passes but costs
 # 25 us; and members of a group are faster apart.
 FEW_ROWS = 64

@@ -11,7 +11,7 @@ from . import checks, sharing
 from .arguments import Arguments
 from .calls import Backend
 from .frozen import FrozenLinear
-from .inject_report import InjectReport, change, count_parameters, relative
+from .inject_report import InjectReport, count_parameters, norms_of_change, relative_norm
 from .linear import FusedLoRALinear
 from .matching import find_targets, has_peft_layers, is_linear, per_layer
 from .quantize import Format, Quantizer, check_format
@@ -89,8 +89,7 @@ def inject(
             f"model: has adapters already, at {adapted[0]}{more}; wanted a plain model "
             "(merge_and_unload makes one of it), or add_adapter for all of several"
         )
-    targets = find_targets(model, target_modules, exclude_modules, is_linear)
-    modules, layers, skipped = targets
+    modules, layers, skipped = find_targets(model, target_modules, exclude_modules, is_linear)
     # Built first and put in last, so that a failure leaves the model as it was. A module that is
     # used at several paths stays one module.
     ranks = per_layer("rank_pattern", rank_pattern or {}, r, layers)
@@ -115,7 +114,7 @@ def inject(
             layer, start = replacements[linear], None
             if layer.lora_A_init is not None and layer.lora_B_init is not None:
                 start = layer._product(layer.lora_A_init, layer.lora_B_init)
-            changes += change(linear, layer.weight, start)
+            changes += norms_of_change(linear, layer.weight, start)
     model.requires_grad_(False)
     for path in layers:
         model.set_submodule(path, replacements[modules[path]])
@@ -131,7 +130,7 @@ def inject(
         total=count_parameters(model),
         adapted=sum(layer.weight.numel() for layer in replacements.values()),
         groups=found,
-        quantization_error=relative(changes) if changes else None,
+        quantization_error=relative_norm(changes) if changes else None,
     )
 
 

@@ -57,7 +57,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def change(
+def norms_of_change(
     linear: nn.Module, weight: Tensor | QuantizedWeight, start: Tensor | None = None
 ) -> list[tuple[float, float]]:
     """||W - W0|| and ||W|| if W0 is codes that were made here of W, or of W less ``start``."""
@@ -75,7 +75,7 @@ def change(
     return [((now - original).norm().item(), original.norm().item())]
 
 
-def relative(changes: list[tuple[float, float]]) -> float:
+def relative_norm(changes: list[tuple[float, float]]) -> float:
     """The norm of all changes over that of all weights."""
     changed, size = (math.hypot(*norms) for norms in zip(*changes, strict=True))
     return changed / size if size else 0.0

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .calls import Backend
-from .inject_report import InjectReport, change, count_parameters, relative
+from .inject_report import InjectReport, count_parameters, norms_of_change, relative_norm
 from .linear import FusedLoRALinear
 from .matching import find_targets, is_linear, is_peft_layer, per_layer
 from .multi_linear import FusedMultiLoRALinear, check_name
@@ -89,8 +89,7 @@ def add_adapter(
         raise ValueError(f"adapter_name: there is an adapter {adapter_name!r} already")
     if adapter_dtype is not None:
         checks.check_dtype("adapter_dtype", adapter_dtype)
-    targets = find_targets(model, target_modules, exclude_modules, can_adapt)
-    modules, layers, skipped = targets
+    modules, layers, skipped = find_targets(model, target_modules, exclude_modules, can_adapt)
     ranks = per_layer("rank_pattern", rank_pattern or {}, r, layers)
     alphas = per_layer("alpha_pattern", alpha_pattern or {}, lora_alpha, layers)
     for rank in ranks.values():
@@ -119,7 +118,7 @@ def add_adapter(
                 backend=backend,
                 quantize=quantize,
             )
-            changes += change(module, multi[module].weight)
+            changes += norms_of_change(module, multi[module].weight)
     for path in layers:
         layer = multi[modules[path]]
         if adapter_name not in layer.adapters:  # a module used at several paths is one
@@ -146,7 +145,7 @@ def add_adapter(
         ),
         total=count_parameters(model),
         adapted=sum(layer.weight.numel() for layer in multi.values()),
-        quantization_error=relative(changes) if changes else None,
+        quantization_error=relative_norm(changes) if changes else None,
     )
 
 

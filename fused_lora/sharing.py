@@ -39,6 +39,9 @@ _FAMILIES = ("gemma", "gemma2", "gemma3", "llama", "mistral", "qwen2", "qwen3")
 _MODULES = {f"transformers.models.{name}.modeling_{name}" for name in _FAMILIES}
 _SHARING = {"Attention": ("q_proj", "k_proj", "v_proj"), "MLP": ("gate_proj", "up_proj")}
 
+# Without gradients a group saves nothing but reads of x, which are 2 us of an H200 at 512 x 4096 by
+# the model, and takes 105 us of CPU time instead of 66 (three layers, the driver stubbed).
+_ROWS_WITHOUT_GRADIENTS = 512  # on a GPU, up to which layers are called apart
 _PATIENCE = 8  # groups in a row that were computed and not asked for, before the warning
 
 
@@ -125,6 +128,8 @@ class SharedInput:
         """Whether `output` may have something to give: a quick look, before the arguments'."""
         if torch.compiler.is_compiling() or not isinstance(x, Tensor):
             return False
+        if x.is_cuda and backend != "triton" and not torch.is_grad_enabled():
+            return x.shape[:-1].numel() > _ROWS_WITHOUT_GRADIENTS
         return not better_apart(x, False, backend)
 
     def output(self, layer: nn.Module, x: Tensor, own: Arguments | None) -> Tensor | None:

@@ -525,6 +525,25 @@ def test_few_rows_on_a_cpu_prepare_nothing(monkeypatch):
         torch.testing.assert_close(model(batch).logits, expected)
 
 
+class OnGPU(torch.Tensor):
+    """As far as its device is asked for."""
+
+    is_cuda = True
+
+
+def test_without_gradients_a_gpu_wants_more_rows():
+    group = sharing.SharedInput([nn.Linear(2, 2)] * 2, lambda layer, x: None)
+    for rows, grad_enabled, backend, expected in (
+        (100, True, "auto", True),
+        (100, False, "auto", False),
+        (100, False, "triton", True),
+        (513, False, "auto", True),
+    ):
+        with torch.set_grad_enabled(grad_enabled):
+            assert group.pays(torch.randn(rows, 2).as_subclass(OnGPU), backend) == expected
+            assert group.pays(torch.randn(rows, 2), backend)
+
+
 @pytest.mark.parametrize("twice", ["in two blocks", "in one"])
 def test_a_projection_used_twice(groups, twice):
     """It is in one group, or in none where it would be two members."""
