@@ -62,8 +62,6 @@ def save_adapter(
         OSError: the folder cannot be made or written.
     """
     model = _inner(model)
-    if isinstance(model, nn.Module):
-        reshard(model)
     layers = _layers(model, adapter_name)
     if not layers:
         if has_peft_layers(model):
@@ -197,7 +195,6 @@ def load_adapter(
             **options,
         )
         layers = _layers(model)
-    reshard(model)
     for path, layer in layers.items():
         for name in _TENSORS:
             if _key(path, name) in tensors:
@@ -240,7 +237,6 @@ def _load_named(
     numbers = (config["r"], config["lora_alpha"], config["target_modules"])
     options = {name: config[name] for name in names}
     add_adapter(model, adapter_name, *numbers, quantize=quantize, **options)
-    reshard(model)
     for path, layer in layers_with(model, adapter_name).items():
         fill(layer.lora_A[adapter_name], tensors[_key(path, "lora_A")])
         fill(layer.lora_B[adapter_name], tensors[_key(path, "lora_B")])
@@ -278,12 +274,14 @@ def _inner(model: Any) -> Any:
 
 
 def _layers(model: object, adapter_name: str | None = None) -> dict[str, Any]:
+    """The adapted layers, with the parameters that they keep, by their paths without wrappers."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
     if isinstance(model, (FusedLoRALinear, FusedMultiLoRALinear)):
         raise ValueError(
             f"model: got a {type(model).__name__} itself, wanted a module that contains some"
         )
+    reshard(model)
     if adapter_name is not None:
         found = layers_with(model, adapter_name)
         # Layers that had an adapter before have its dropout; PEFT's format has one for all.

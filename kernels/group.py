@@ -59,8 +59,7 @@ def stack_rows(matrices: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Te
 
 
 @triton.jit
-def add_adapters(
-    acc,
+def adapters_sum(
     h_ptrs,
     b_ptrs,
     seed_ptrs,  # one a member: None where it has no dropout
@@ -80,7 +79,8 @@ def add_adapters(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """acc [BLOCK_M, BLOCK_N] + sum_i D_i o (h_i b_i)."""
+    """sum_i D_i o (h_i b_i) [BLOCK_M, BLOCK_N]."""
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i in tl.static_range(len(h_ptrs)):
         part = add_product(
             acc if seed_ptrs[i] is None else tl.zeros([BLOCK_M, BLOCK_N], tl.float32),
@@ -139,8 +139,7 @@ def lora_group_kernel(
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     offs_m, rows, cols, in_m, in_n = tile_places(pid_m, pid_n, M, N, BLOCK_M, BLOCK_N)
 
-    acc = add_adapters(
-        tl.zeros([BLOCK_M, BLOCK_N], tl.float32),
+    acc = adapters_sum(
         h_ptrs,
         b_ptrs,
         seed_ptrs,
@@ -210,8 +209,7 @@ def add_group_kernel(
 
     y_ptrs = y_ptr + rows * N + cols
     y = tl.load(y_ptrs, mask=in_m & in_n, other=0.0)
-    acc = add_adapters(
-        tl.zeros([BLOCK_M, BLOCK_N], tl.float32),
+    acc = adapters_sum(
         h_ptrs,
         b_ptrs,
         seed_ptrs,

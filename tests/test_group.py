@@ -127,7 +127,7 @@ def test_each_member_by_its_own_strategy(device, launches, adapter_dtype, dropou
 
 @pytest.mark.parametrize("strategy", ["library", "split"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_members_whose_outputs_have_the_same_gradient(device, strategy, dropout_p):
+def test_members_whose_outputs_have_the_same_gradient(device, launches, strategy, dropout_p):
     """q + k: autograd gives both one and the same tensor."""
     problems = _group(37, 72, [(32, 8), (32, 5)], [dropout_p] * 2, dtype=torch.float16)
     tensors = [[getattr(p, kind) for p in problems] for kind in ("weight", "lora_A", "lora_B")]
@@ -145,6 +145,8 @@ def test_members_whose_outputs_have_the_same_gradient(device, strategy, dropout_
 
     g = torch.randn(37, 32, dtype=torch.float16)
     assert torch.equal(dx([g, g]), dx([g, g.clone()]))
+    assert launches.count("gemm_group") == (2 if strategy == "split" else 0)
+    assert launches.count("add_group") == (2 if strategy == "library" and dropout_p else 0)
 
 
 @pytest.mark.usefixtures("everywhere")
