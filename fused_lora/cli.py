@@ -53,8 +53,8 @@ def finetune(
     data: Annotated[
         str,
         typer.Option(
-            help='A text file, a .jsonl file ("text" or "messages"; loss is on every token), or '
-            "python-docs."
+            help='A text file, a .jsonl file ("text", "messages", or "prompt" and "completion", '
+            "whose prompts do not count in the loss), or python-docs."
         ),
     ] = _DEFAULT.data,
     out: Annotated[

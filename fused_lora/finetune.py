@@ -34,7 +34,7 @@ from .models import load_model, load_tokenizer
 from .processes import Processes
 from .quantize import Format, QuantizedWeight
 from .settings import DTYPES, Settings
-from .text import read_documents, split_held_out, token_blocks
+from .text import counted, next_token_loss, read_documents, split_held_out, token_blocks
 
 STATE_NAME = "training_state.safetensors"
 _MAX_GRAD_NORM = 1.0
@@ -180,12 +180,12 @@ class Run:
         self.model.eval()
         with torch.no_grad():
             losses = [self._loss(self.model, row[None]).item() for row in self.held_out]
-        return sum(losses) / len(losses)
+        return sum(losses) / counted(self.held_out[:, 1])
 
     def _loss(self, model: nn.Module, rows: Tensor) -> Tensor:
-        rows = rows.to(self.device)
-        loss: Tensor = model(input_ids=rows, labels=rows, use_cache=False).loss
-        return loss
+        """Summed over the tokens of ``rows`` that count."""
+        tokens, labels = rows.to(self.device).unbind(1)
+        return next_token_loss(model(input_ids=tokens, use_cache=False).logits, labels)
 
     def train(self, on_step: Callable[[History, float], None]) -> History:
         """Trains up to ``settings.steps``; a new run measures the held-out loss first.
@@ -222,7 +222,9 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = s.lr * learning_rate(step, s.steps)
         model.train()
-        loss = self._loss(model, self.training[share])
+        # DDP divides by the processes; tokens that count may be more in one's rows than another's.
+        loss = self._loss(model, self.training[share]) * processes.count
+        loss = loss / counted(self.training[rows][:, 1])
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.trained.values(), _MAX_GRAD_NORM)
         self.optimizer.step()
@@ -284,7 +286,7 @@ class Run:
         """
         from peft import PeftModel
 
-        rows = self.held_out[:1].to(self.device)
+        rows = self.held_out[:1, 0].to(self.device)
 
         def logits(model: nn.Module) -> Tensor:
             model.eval()

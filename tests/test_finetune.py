@@ -26,7 +26,15 @@ from fused_lora import FusedLoRALinear
 from fused_lora.cli import app
 from fused_lora.finetune import STATE_NAME, Run, batch, learning_rate, saved_settings
 from fused_lora.settings import Settings
-from fused_lora.text import read_documents, split_held_out, token_blocks
+from fused_lora.text import (
+    NOT_COUNTED,
+    Document,
+    counted,
+    next_token_loss,
+    read_documents,
+    split_held_out,
+    token_blocks,
+)
 
 ROOT = Path(__file__).parents[1]
 TEXT = "the frozen layer and the adapter share one pass over the input of the layer " * 40
@@ -194,25 +202,70 @@ def test_documents(tmp_path, model_dir):
     from fused_lora.models import load_tokenizer
 
     tokenizer = load_tokenizer(str(model_dir))
-    lines = [{"text": "the layer"}, {"messages": [{"role": "user", "content": "the input"}]}]
+    user = {"role": "user", "content": "the input"}
+    lines = [{"text": "the layer"}, {"messages": [user]}]
     lines.append({"text": "a\u2028b\x85c"})  # separators of lines, but for JSON
+    lines.append({"prompt": "the input", "completion": "the layer"})
+    lines.append({"prompt": [user], "completion": [{"role": "assistant", "content": "the layer"}]})
     path = tmp_path / "d.jsonl"
     text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
     path.write_text(text + "\n\n", encoding="utf-8")
-    assert read_documents(str(path), tokenizer) == ["the layer", "the input ", lines[2]["text"]]
-    assert read_documents(str(path.rename(tmp_path / "d.ndjson")), tokenizer)[0] == "the layer"
-    blocks = token_blocks(["the layer", "the input"], tokenizer, 3)
-    assert blocks.shape == (2, 3)
-    assert (blocks[:, -1] == tokenizer.eos_token_id).all()
+    documents = read_documents(str(path), tokenizer)
+    assert [d.text for d in documents[:3]] == ["the layer", "the input ", lines[2]["text"]]
+    assert documents[3:] == [
+        Document("the layer", prompt="the input"),
+        Document("the layer ", prompt="the input "),
+    ]
+    assert read_documents(str(path.rename(tmp_path / "d.ndjson")), tokenizer) == documents
+    blocks = token_blocks([Document("the layer"), Document("the input")], tokenizer, 3)
+    assert blocks.shape == (2, 2, 3)
+    assert (blocks[:, 0] == blocks[:, 1]).all()
+    assert (blocks[:, :, -1] == tokenizer.eos_token_id).all()
     training, held_out = split_held_out(torch.arange(20).view(10, 2), 3)
     assert len(training) == 7
     assert sorted([*training[:, 0].tolist(), *held_out[:, 0].tolist()]) == list(range(0, 20, 2))
 
 
+def test_prompts_do_not_count(model_dir):
+    """And a row that only they fill is left out, as is one whose only label is never predicted."""
+    from fused_lora.models import load_tokenizer
+
+    tokenizer = load_tokenizer(str(model_dir))
+    end = tokenizer.eos_token_id
+    the, layer, share = tokenizer.convert_tokens_to_ids(["the", "layer", "share"])
+    documents = [
+        Document("share", prompt="the layer the layer"),
+        Document("the layer", prompt="the"),
+        Document("", prompt="the layer the"),
+    ]
+    blocks = token_blocks(documents, tokenizer, 4)
+    assert blocks.tolist() == [
+        [[share, end, the, the], [share, end, NOT_COUNTED, the]],
+        [[layer, end, the, layer], [layer, end, NOT_COUNTED, NOT_COUNTED]],
+    ]
+    assert counted(blocks[:, 1]) == 3
+
+
+@pytest.mark.parametrize("hidden", [0, 5])
+def test_loss_is_that_of_transformers(model_dir, hidden):
+    model = LlamaForCausalLM.from_pretrained(model_dir)
+    tokens = torch.randint(0, model.config.vocab_size, (3, 16))
+    labels = tokens.clone()
+    labels[:, :hidden] = NOT_COUNTED
+    with torch.no_grad():
+        output = model(input_ids=tokens, labels=labels)
+    loss = next_token_loss(output.logits, labels) / counted(labels)
+    torch.testing.assert_close(loss, output.loss)
+
+
 BAD_DATA = {
     "not JSON": (b"{'text': 1}", "d.jsonl:1: is not JSON"),
     "no text": (b'{"text": "a"}\n{"body": 1}', 'd.jsonl:2: wanted an object with a string "text"'),
-    "messages of another form": (b'{"messages": 3}', "d.jsonl:1: .messages. do not fit"),
+    "messages of another form": (b'{"messages": 3}', "d.jsonl:1: .messages. does not fit"),
+    "a prompt alone": (b'{"prompt": "the layer"}', 'd.jsonl:1: wanted .*or "prompt" and "compl'),
+    "two kinds": (b'{"prompt": "the", "completion": []}', "d.jsonl:1: wanted an object with"),
+    "no messages": (b'{"prompt": [3], "completion": []}', "d.jsonl:1: .prompt. does not fit"),
+    "only prompts": (b'{"prompt": "the layer", "completion": ""}', "d.jsonl: has no text in it"),
     "not UTF-8": (b"\xff\xfe", "is not UTF-8"),
     "not Unicode": (b'{"text": "\\ud800"}', "d.jsonl:1: is not Unicode text"),
     "too short": (b'{"text": "the layer"}', "makes 0 blocks of 16 tokens"),
@@ -386,10 +439,20 @@ def test_interrupted_command_saves_and_says_how_to_go_on(settings, tmp_path):
     assert saved_settings(out).steps == 100_000
 
 
-@pytest.mark.parametrize("quantize", ["none", "nf4"])
-def test_two_processes_have_the_losses_of_one(settings, tmp_path, quantize):
-    """The same global batch under torchrun, step for step, also in a run that goes on from it."""
+@pytest.mark.parametrize(("quantize", "prompts"), [("none", False), ("nf4", False), ("none", True)])
+def test_two_processes_have_the_losses_of_one(settings, tmp_path, quantize, prompts):
+    """The same global batch under torchrun, step for step, also in a run that goes on from it.
+
+    With prompts in each process other numbers of tokens count.
+    """
     settings = replace(settings, quantize=quantize)
+    if prompts:
+        words = TEXT.split()
+        cuts = [(words[i : i + i % 7], words[i + 7 : i + 10]) for i in range(100)]
+        lines = [{"prompt": " ".join(p), "completion": " ".join(c)} for p, c in cuts]
+        data = tmp_path / "prompts.jsonl"
+        data.write_text("\n".join(map(json.dumps, lines)))
+        settings = replace(settings, data=str(data))
     out = tmp_path / "two"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
