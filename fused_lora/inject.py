@@ -13,7 +13,7 @@ from .calls import Backend
 from .frozen import FrozenLinear
 from .inject_report import InjectReport, count_parameters, norms_of_change, relative_norm
 from .linear import FusedLoRALinear
-from .matching import find_targets, has_peft_layers, is_linear, per_layer
+from .matching import find_targets, has_peft_layers, is_linear, per_layer, unmatched
 from .quantize import Format, Quantizer, check_format
 
 
@@ -94,6 +94,8 @@ def inject(
     # used at several paths stays one module.
     ranks = per_layer("rank_pattern", rank_pattern or {}, r, layers)
     alphas = per_layer("alpha_pattern", alpha_pattern or {}, lora_alpha, layers)
+    skipped |= unmatched("rank_pattern", rank_pattern, layers)
+    skipped |= unmatched("alpha_pattern", alpha_pattern, layers)
     replacements: dict[nn.Module, FusedLoRALinear] = {}
     changes: list[tuple[float, float]] = []
     for path in layers:

@@ -17,7 +17,7 @@ class InjectReport:
     """What `inject` did; ``print`` it to read it."""
 
     layers: tuple[str, ...]  # paths of the modules that were replaced
-    skipped: dict[str, str]  # paths and targets that were not replaced -> why
+    skipped: dict[str, str]  # paths, targets and patterns that got no adapter -> why
     trainable: int  # parameters of the adapters that were put in
     total: int  # all parameters, the adapters' included, shared ones counted once
     adapted: int  # parameters of the replaced weights: what full fine-tuning of them would train

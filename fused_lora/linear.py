@@ -207,15 +207,14 @@ class FusedLoRALinear(FrozenLinear):
 
         A ``weight`` that is a residual is made W0 again first, exact up to rounding in its dtype or
         the error of its codes. On the meta device nothing happens. Raises RuntimeError if merged,
-        or if the weight is a DTensor and the start depends on its values ("pissa", "olora",
-        use_dora).
+        or if the weight is no parameter of its own (a DTensor, parametrised) and the start
+        depends on its values ("pissa", "olora", use_dora).
         """
         if self.merged:
             raise RuntimeError("FusedLoRALinear is merged: call unmerge() before the reset")
         original = None
         if self.lora_A_init is not None and self.lora_B_init is not None:
-            if self._is_sharded():
-                raise RuntimeError("weight: is sharded, and the start depends on all of it")
+            self._check_whole()
             product = self._product(self.lora_A_init, self.lora_B_init)
             if isinstance(self.weight, QuantizedWeight):
                 original = self.weight.dequantize(product.dtype) + product
@@ -225,16 +224,20 @@ class FusedLoRALinear(FrozenLinear):
             self.lora_A_init = self.lora_B_init = None
         self._start(original)
 
-    def _is_sharded(self) -> bool:
-        return type(self.weight) not in (nn.Parameter, QuantizedWeight)
+    def _check_whole(self) -> None:
+        if type(self.weight) not in (nn.Parameter, QuantizedWeight):
+            raise RuntimeError(
+                "weight: is sharded or computed by a parametrization, and the start depends on all "
+                f"of it; wanted an nn.Parameter, got a {type(self.weight).__name__}"
+            )
 
     @torch.no_grad()
     def _start(self, original: Tensor | None) -> None:
         """``original``: of which a quantised weight has the codes, where it is known."""
         if self.weight.device.type == "meta":
             return
-        if self.use_dora and self._is_sharded():
-            raise RuntimeError("weight: is sharded, and the start depends on all of it")
+        if self.use_dora:
+            self._check_whole()
         start = initial_values(self.init_lora_weights, self.weight, self.r, self.scaling, original)
         fill(self.lora_A, start.lora_A)
         fill(self.lora_B, start.lora_B)

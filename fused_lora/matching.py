@@ -136,9 +136,19 @@ def per_layer(
     """The number for each path, by PEFT's rule for rank_pattern and alpha_pattern."""
     values = dict.fromkeys(paths, default)
     for key, value in reversed(list(pattern.items())):  # the first match counts, so it comes last
-        for path in match_paths(name, rf"(.*\.)?({key})", paths):
+        for path in match_paths(name, _ending(key), paths):
             values[path] = value
     return values
+
+
+def unmatched(name: str, pattern: Mapping[str, float] | None, paths: list[str]) -> dict[str, str]:
+    """The keys of rank_pattern or alpha_pattern that are for none of the paths, for a report."""
+    keys = [key for key in pattern or {} if not match_paths(name, _ending(key), paths)]
+    return {f"{key} of {name}": "matches no layer that gets an adapter" for key in keys}
+
+
+def _ending(key: str) -> str:
+    return rf"(.*\.)?({key})"
 
 
 def match_modules(

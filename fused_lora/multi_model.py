@@ -23,7 +23,7 @@ from . import checks
 from .calls import Backend
 from .inject_report import InjectReport, count_parameters, norms_of_change, relative_norm
 from .linear import FusedLoRALinear
-from .matching import find_targets, is_linear, is_peft_layer, per_layer
+from .matching import find_targets, is_linear, is_peft_layer, per_layer, unmatched
 from .multi_linear import FusedMultiLoRALinear, check_name
 from .quantize import Format, QuantizedWeight, Quantizer, check_format
 
@@ -92,6 +92,8 @@ def add_adapter(
     modules, layers, skipped = find_targets(model, target_modules, exclude_modules, can_adapt)
     ranks = per_layer("rank_pattern", rank_pattern or {}, r, layers)
     alphas = per_layer("alpha_pattern", alpha_pattern or {}, lora_alpha, layers)
+    skipped |= unmatched("rank_pattern", rank_pattern, layers)
+    skipped |= unmatched("alpha_pattern", alpha_pattern, layers)
     for rank in ranks.values():
         checks.check_rank(rank)
     for alpha in alphas.values():

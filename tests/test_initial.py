@@ -120,6 +120,14 @@ def test_reset_starts_again_from_the_original_weight(init):
         layer.reset_lora_parameters()
 
 
+@pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"use_dora": True}])
+def test_reset_of_a_parametrised_weight_is_refused(options):
+    layer = FusedLoRALinear.from_linear(nn.Linear(12, 20), 4, **options)
+    nn.utils.parametrizations.weight_norm(layer)
+    with pytest.raises(RuntimeError, match=r"weight: .* parametrization, .*got a Tensor"):
+        layer.reset_lora_parameters()
+
+
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("init", INITS)

@@ -263,3 +263,10 @@ def test_a_name_that_matches_nothing_is_reported():
     report = inject(nn.Sequential(Block()), 2, 4, ["q_proj", "vproj"])
     assert report.skipped == {"vproj": "matches no module"}
     assert "skipped vproj: matches no module" in str(report)
+
+
+def test_patterns_that_match_nothing_are_reported():
+    patterns = {"rank_pattern": {"qproj": 4, "q_proj": 3}, "alpha_pattern": {"k_proj": 1}}
+    report = inject(nn.Sequential(Block()), 2, 4, ["q_proj"], **patterns)
+    why = "matches no layer that gets an adapter"
+    assert report.skipped == {"qproj of rank_pattern": why, "k_proj of alpha_pattern": why}

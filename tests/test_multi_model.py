@@ -335,11 +335,16 @@ def test_multi_adapters_of_peft_over_a_bitsandbytes_nf4_model(tmp_path):
 def test_multi_report_counts_the_new_adapter_and_names_what_matches_nothing():
     model = llama()
     add_adapter(model, "one", 8, 8, "all-linear")
-    report = add_adapter(model, "two", 2, 4, ["q_proj", "nothing"])
+    report = add_adapter(
+        model, "two", 2, 4, ["q_proj", "nothing"], rank_pattern={"nowhere": 3, "q_proj": 2}
+    )
     q = model.model.layers[0].self_attn.q_proj
     new = [*q.lora_A["two"].shape, *q.lora_B["two"].shape]
     assert report.trainable == 2 * (new[0] * new[1] + new[2] * new[3])
-    assert report.skipped == {"nothing": "matches no module"}
+    assert report.skipped == {
+        "nothing": "matches no module",
+        "nowhere of rank_pattern": "matches no layer that gets an adapter",
+    }
     assert report.quantization_error is None
     plain = llama()
     report = add_adapter(plain, "one", 2, 4, ["q_proj"], quantize="nf4")
