@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,12 +114,15 @@ def token_blocks(documents: list[Document], tokenizer: Any, length: int) -> Tens
     tokens: list[int] = []
     labels: list[int] = []
     for document in documents:
-        prompt, text = (
-            tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
-            for part in (document.prompt, document.text)
+        # Together, as the model will see them: some tokenizers begin every text with a space.
+        prompt, both = (
+            tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            for text in (document.prompt, document.prompt + document.text)
         )
-        tokens += prompt + text + end
-        labels += [NOT_COUNTED] * len(prompt) + text + end
+        pairs = zip(prompt, both, strict=False)
+        shared = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        tokens += both + end
+        labels += [NOT_COUNTED] * shared + both[shared:] + end
     count = len(tokens) // length * length
     rows = torch.tensor([tokens[:count], labels[:count]], dtype=torch.int64)
     rows = rows.view(2, -1, length).transpose(0, 1)

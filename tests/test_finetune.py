@@ -234,8 +234,8 @@ def test_prompts_do_not_count(model_dir):
     end = tokenizer.eos_token_id
     the, layer, share = tokenizer.convert_tokens_to_ids(["the", "layer", "share"])
     documents = [
-        Document("share", prompt="the layer the layer"),
-        Document("the layer", prompt="the"),
+        Document("share", prompt="the layer the layer "),
+        Document("the layer", prompt="the "),
         Document("", prompt="the layer the"),
     ]
     blocks = token_blocks(documents, tokenizer, 4)
@@ -244,6 +244,20 @@ def test_prompts_do_not_count(model_dir):
         [[layer, end, the, layer], [layer, end, NOT_COUNTED, NOT_COUNTED]],
     ]
     assert counted(blocks[:, 1]) == 3
+
+
+def test_prompts_and_completions_are_tokenised_together():
+    """A tokenizer that begins every text with a space would else put one between them."""
+
+    class Tokenizer:
+        eos_token_id = 0
+
+        def __call__(self, text, **_):
+            return {"input_ids": list(f" {text}".encode()) if text else []}
+
+    blocks = token_blocks([Document("yes", prompt="no: ")], Tokenizer(), 9)
+    expected = [*b" no: yes", 0]
+    assert blocks.tolist() == [[expected, [NOT_COUNTED] * 5 + expected[5:]]]
 
 
 @pytest.mark.parametrize("hidden", [0, 5])
@@ -449,7 +463,7 @@ def test_two_processes_have_the_losses_of_one(settings, tmp_path, quantize, prom
     if prompts:
         words = TEXT.split()
         cuts = [(words[i : i + i % 7], words[i + 7 : i + 10]) for i in range(100)]
-        lines = [{"prompt": " ".join(p), "completion": " ".join(c)} for p, c in cuts]
+        lines = [{"prompt": " ".join([*p, ""]), "completion": " ".join(c)} for p, c in cuts]
         data = tmp_path / "prompts.jsonl"
         data.write_text("\n".join(map(json.dumps, lines)))
         settings = replace(settings, data=str(data))
