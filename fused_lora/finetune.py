@@ -216,15 +216,14 @@ class Run:
 
     def _step(self, model: nn.Module, step: int) -> float:
         s, processes = self.settings, self.processes
-        rows = batch(step, s.batch_size, len(self.training), s.seed)
+        rows = self.training[batch(step, s.batch_size, len(self.training), s.seed)]
         share = rows[processes.rank :: processes.count]
         torch.manual_seed((s.seed << 32) + (step << 8) + processes.rank)  # of the dropout masks
         for group in self.optimizer.param_groups:
             group["lr"] = s.lr * learning_rate(step, s.steps)
         model.train()
         # DDP divides by the processes; tokens that count may be more in one's rows than another's.
-        loss = self._loss(model, self.training[share]) * processes.count
-        loss = loss / counted(self.training[rows][:, 1])
+        loss = self._loss(model, share) * processes.count / counted(rows[:, 1])
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.trained.values(), _MAX_GRAD_NORM)
         self.optimizer.step()

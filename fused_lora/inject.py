@@ -94,8 +94,7 @@ def inject(
     # used at several paths stays one module.
     ranks = per_layer("rank_pattern", rank_pattern or {}, r, layers)
     alphas = per_layer("alpha_pattern", alpha_pattern or {}, lora_alpha, layers)
-    skipped |= unmatched("rank_pattern", rank_pattern, layers)
-    skipped |= unmatched("alpha_pattern", alpha_pattern, layers)
+    skipped |= unmatched(layers, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
     replacements: dict[nn.Module, FusedLoRALinear] = {}
     changes: list[tuple[float, float]] = []
     for path in layers:

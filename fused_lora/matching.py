@@ -141,10 +141,14 @@ def per_layer(
     return values
 
 
-def unmatched(name: str, pattern: Mapping[str, float] | None, paths: list[str]) -> dict[str, str]:
-    """The keys of rank_pattern or alpha_pattern that are for none of the paths, for a report."""
-    keys = [key for key in pattern or {} if not match_paths(name, _ending(key), paths)]
-    return {f"{key} of {name}": "matches no layer that gets an adapter" for key in keys}
+def unmatched(paths: list[str], **patterns: Mapping[str, float] | None) -> dict[str, str]:
+    """The keys of rank_pattern and alpha_pattern that are for none of the paths, for a report."""
+    return {
+        f"{key} of {name}": "matches no layer that gets an adapter"
+        for name, pattern in patterns.items()
+        for key in pattern or {}
+        if not match_paths(name, _ending(key), paths)
+    }
 
 
 def _ending(key: str) -> str:

@@ -92,8 +92,7 @@ def add_adapter(
     modules, layers, skipped = find_targets(model, target_modules, exclude_modules, can_adapt)
     ranks = per_layer("rank_pattern", rank_pattern or {}, r, layers)
     alphas = per_layer("alpha_pattern", alpha_pattern or {}, lora_alpha, layers)
-    skipped |= unmatched("rank_pattern", rank_pattern, layers)
-    skipped |= unmatched("alpha_pattern", alpha_pattern, layers)
+    skipped |= unmatched(layers, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
     for rank in ranks.values():
         checks.check_rank(rank)
     for alpha in alphas.values():

@@ -1,4 +1,4 @@
-"""Text to fine-tune on: a file of text or of JSON lines, cut into equal blocks of tokens."""
+"""Text to fine-tune on: text or JSON lines, cut into equal blocks of tokens; and its loss."""
 
 from __future__ import annotations
 
@@ -113,12 +113,15 @@ def token_blocks(documents: list[Document], tokenizer: Any, length: int) -> Tens
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens: list[int] = []
     labels: list[int] = []
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
     for document in documents:
         # Together, as the model will see them: some tokenizers begin every text with a space.
-        prompt, both = (
-            tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            for text in (document.prompt, document.prompt + document.text)
-        )
+        both = encode(document.prompt + document.text)
+        prompt = encode(document.prompt) if document.prompt else []
         pairs = zip(prompt, both, strict=False)
         shared = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
         tokens += both + end

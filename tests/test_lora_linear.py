@@ -301,6 +301,32 @@ def test_few_rows_in_the_dtype_of_wider_adapters(dtype, M):
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("K", [33, 1031])
+def test_a_large_mask_of_few_rows_is_saved_in_the_dtype_of_x(launches, K):
+    """And changes nothing but that: to the bit what a mask in the adapters' dtype gives."""
+    p = problem(
+        FEW_ROWS, 21, K, 4, dtype=torch.bfloat16, adapter_dtype=torch.float32, dropout_p=0.5
+    )  # of which the scale, 2, is exact
+    x, A, B = (t.requires_grad_() for t in (p.x, p.lora_A, p.lora_B))
+    mask, saved = _drawn(p).seed, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = lora_linear(x, p.weight, A, B, scaling=2.0, dropout_p=p.dropout_p)
+    masks = [t.dtype for t in saved if t.shape == x.shape and t.unique().tolist() == [0, 1]]
+    assert masks == [torch.bfloat16 if K == 1031 else torch.float32]
+    assert not launches
+
+    update = F.linear(F.linear(x.float() * mask, A), B)
+    expected = (F.linear(x, p.weight) + update * 4.0).to(x.dtype)
+    assert torch.equal(y, expected)
+    g = torch.randn_like(y)
+    for got, want in zip(
+        torch.autograd.grad(y, (x, A, B), g),
+        torch.autograd.grad(expected, (x, A, B), g),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
+
+
 def test_second_derivatives_of_few_rows_on_a_cpu():
     """PyTorch's own there, and right."""
     p = problem(3, 5, 4, 2, dtype=torch.float64)
