@@ -266,7 +266,7 @@ def forward_group(
             *biases,
             *map(seed_of, dropouts),
         )
-        *ys, h = replays("forward", operands, run)
+        *ys, h = replays("group forward", operands, run)
     return ys, h
 
 
@@ -309,5 +309,5 @@ def backward_group(
             *hs,
             *map(seed_of, dropouts),
         )
-        dx, *gradients = replays(("backward", need_dx), operands, run)
+        dx, *gradients = replays(("group backward", need_dx), operands, run)
     return dx, gradients[: len(gs)], gradients[len(gs) :]

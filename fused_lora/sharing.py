@@ -70,7 +70,12 @@ def _mode(x: Tensor) -> tuple[object, ...]:
         torch.is_inference_mode_enabled(),
         autocast_enabled(x) and torch.get_autocast_dtype(device),
         torch.cuda.current_stream(x.device) if device == "cuda" else None,
+        _is_captured(x),
     )
+
+
+def _is_captured(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _versions(arguments: Arguments) -> tuple[object, ...]:
@@ -143,7 +148,9 @@ class SharedInput:
 
     def _prepare(self, x: Tensor, own: Arguments | None) -> Tensor | None:
         self._drop_prepared()
-        if torch._C._are_functorch_transforms_active():  # their tensors have no address to compare
+        # torch.func's tensors have no address to compare; and a CUDA graph of another member alone,
+        # with the same x, would be empty, and its output that of this graph.
+        if torch._C._are_functorch_transforms_active() or _is_captured(x):
             return None
         calls: list[Arguments] = []
         for layer in self.members:

@@ -177,7 +177,7 @@ def _range(t: Tensor) -> range:
 class Replay:
     """One function's launches, for operands of the same shapes, strides and dtypes."""
 
-    __slots__ = ("_launches", "_lender", "_made", "_modes", "_same", "_views")
+    __slots__ = ("_launches", "_lender", "_made", "_same", "_views")
 
     def __init__(
         self,
@@ -189,14 +189,13 @@ class Replay:
     ) -> None:
         self._same, self._made, self._lender = same, made, lender
         self._launches, self._views = launches, views
-        self._modes = modes()
 
     def __call__(self, first: Tensor, pointers: list[int | None]) -> Results | None:
         """The results; None, and nothing is done, where a launch would differ in more.
 
         first: one of the operands, to whose addresses others are added here.
         """
-        if is_hooked() or self._modes != modes():
+        if is_hooked():
             return None
         if self._same and any(pointers[i] != pointers[j] for i, j in self._same):
             return None
@@ -222,7 +221,7 @@ class Replay:
 class Replays:
     """What is known of some functions of tensors, by name; each is recorded where it comes first.
 
-    All calls under one name are to have the same shapes, dtypes and options.
+    All calls under one name are to have the same shapes and options.
     """
 
     def __init__(self) -> None:
@@ -235,7 +234,12 @@ class Replays:
         pointers = [None if t is None else t.data_ptr() for t in operands]
         if reduce(or_, filter(None, pointers), 0) & 15:  # which the launches are not known for
             return function()
-        key = name, *[None if t is None else t.stride() for t in operands]
+        key = (
+            name,
+            modes(),
+            *[None if t is None else t.stride() for t in operands],
+            *[None if t is None else t.dtype for t in operands],  # what looks at them is skipped
+        )
         known = self._known.get(key, 0)
         if isinstance(known, Replay):
             first = operands[0]

@@ -9,6 +9,7 @@ from functools import partial
 from itertools import product
 from unittest import mock
 
+import pytest
 import torch
 from launch_checks import launches_of
 from pretending import pretend
@@ -241,6 +242,7 @@ def check_what_is_not_replayed():
         with knobs.runtime.scope():
             knobs.runtime.debug = True  # device-side assertions
             assert not is_replayed(lambda: layer(x))
+            assert is_replayed(lambda: layer(x))  # by a record of its own
         heard = []
 
         def hear(metadata):
@@ -345,6 +347,39 @@ def check_quantised_groups():
     assert counts["launched"] > 0
 
 
+def check_tables_of_another_dtype():
+    """What FSDP2's param_dtype makes of codes is refused after calls of a layer that is whole."""
+    whole, cast = Layer("codes"), Layer("codes")
+    x, g = inputs((70,))
+    for _ in range(3):
+        whole(x).backward(g)
+    cast.weight.codebook.data = cast.weight.codebook.bfloat16()
+    with replayed() as counts:
+        whole(x)
+        assert counts["replayed"] == 1
+        with pytest.raises(TypeError, match="its tables are in torch.bfloat16"):
+            cast(x)
+
+
+def check_a_group_of_one():
+    """It has launches of its own, and a layer of the same facts keeps its."""
+    layer = Layer("split")
+
+    def group_of_one(x):
+        return lora_linear_group(x, [layer.weight], [layer.A], [layer.B], scalings=2.0)[0]
+
+    x, g = inputs((70,))
+    dispatch.forget_plans()
+    for _ in range(3):
+        group_of_one(x).backward(g)
+    with replayed() as counts:
+        for _ in range(2):  # one that decides, and one that is recorded
+            layer(x).backward(g)
+        assert counts["replayed"] == 0
+        layer(x).backward(g)
+        assert counts["replayed"] == 2
+
+
 def check_frozen_adapters():
     """A bias alone is trained: nothing is launched in the backward."""
     layer = Layer("split", bias=True)
@@ -403,6 +438,8 @@ if __name__ == "__main__":
             check_replays(Group(["ws_split"] * 3), (70,), backward)
             check_replays(Group(["ws_split"] * 3, dropout_p=0.1), (70,), backward)
     check_quantised_groups()
+    check_tables_of_another_dtype()
+    check_a_group_of_one()
     check_compiled_layers()
     check_compiled_autograd()
     check_frozen_adapters()
