@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import checks
+from .matching import alphas_of, ranks_of
 
 CONFIG_NAME = "adapter_config.json"
 _MAX_CONFIG_BYTES = 1 << 20
@@ -117,10 +118,10 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
     for pattern in (*config["rank_pattern"], *config["alpha_pattern"]):
         _check_pattern(path, pattern)
     try:
-        for r in (config["r"], *config["rank_pattern"].values()):
-            checks.check_rank(r)
-        for alpha in (config["lora_alpha"], *config["alpha_pattern"].values()):
-            checks.check_number("lora_alpha", alpha)
+        checks.check_rank(config["r"])
+        checks.check_number("lora_alpha", config["lora_alpha"])
+        ranks_of(config["rank_pattern"], config["r"], [])
+        alphas_of(config["alpha_pattern"], config["lora_alpha"], [])
         checks.check_dropout("lora_dropout", config["lora_dropout"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None

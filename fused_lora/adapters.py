@@ -7,7 +7,6 @@ field and every tensor is checked before the model is touched, and nothing is ev
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import warnings
@@ -23,13 +22,23 @@ from torch import Tensor, nn
 
 from . import checks
 from .adapter_config import CONFIG_NAME, read_config
+from .codes import Format
 from .files import write_atomically
 from .inject import inject
 from .linear import FusedLoRALinear
-from .matching import has_peft_layers, is_linear, match_modules, match_paths, own_path, per_layer
+from .matching import (
+    alphas_of,
+    has_peft_layers,
+    is_linear,
+    match_modules,
+    match_paths,
+    own_path,
+    ranks_of,
+)
 from .multi_linear import FusedMultiLoRALinear
 from .multi_model import add_adapter, can_adapt, layers_with
-from .quantize import Format, QuantizedWeight, Quantizer
+from .quantize import Quantizer
+from .quantized_weight import QuantizedWeight
 from .sharded import fill, is_sharded, reshard, whole, writes_files
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -61,6 +70,7 @@ def save_adapter(
             that differ in dropout or rsLoRA, which PEFT's format has one value for.
         OSError: the folder cannot be made or written.
     """
+    folder = _folder(directory)
     model = _inner(model)
     layers = _layers(model, adapter_name)
     if not layers:
@@ -94,7 +104,6 @@ def save_adapter(
     if not writes_files() and any(is_sharded(layer.lora_A) for layer in layers.values()):
         return
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(
         folder / WEIGHTS_NAME, lambda to: save_file(tensors, to, metadata={"format": "pt"})
@@ -128,9 +137,10 @@ def load_adapter(
             computation and is not supported (the field is named), or does not fit the model. The
             model is unchanged then.
     """
+    folder = _folder(directory)
     model = _inner(model)
     if adapter_name is not None:
-        _load_named(model, Path(directory), adapter_name, quantize)
+        _load_named(model, folder, adapter_name, quantize)
         return
     layers = _layers(model)
     named = _adapter_names(model)
@@ -158,7 +168,6 @@ def load_adapter(
                 f"{layer.init_lora_weights!r}), and adapters on disk go with the original one; "
                 "load into the model without adapters"
             )
-    folder = Path(directory)
     config = read_config(folder / CONFIG_NAME)
     tensors = _read_weights(folder)
     options = {k: config[k] for k in ("exclude_modules", "rank_pattern", "alpha_pattern")}
@@ -176,7 +185,7 @@ def load_adapter(
                 f"of the model, which has {names}; is it the adapter's base model?"
             )
         _check_one_path(model, [linears[path] for path in paths])
-        ranks = per_layer("rank_pattern", config["rank_pattern"], config["r"], paths)
+        ranks = ranks_of(config["rank_pattern"], config["r"], paths)
     expected = {path: (ranks[path], linears[path]) for path in ranks}
     _check_tensors(tensors, expected, config["use_dora"])
     if layers:
@@ -199,6 +208,14 @@ def load_adapter(
         for name in _TENSORS:
             if _key(path, name) in tensors:
                 fill(getattr(layer, name), tensors[_key(path, name)])
+
+
+def _folder(directory: object) -> Path:
+    if not isinstance(directory, str | os.PathLike):
+        raise TypeError(f"directory: got {directory!r}, wanted a path")
+    if not os.fspath(directory):  # which Path takes for the current folder
+        raise ValueError(f"directory: got {directory!r}, wanted a folder's path")
+    return Path(directory)
 
 
 def _check_finite(tensors: dict[str, Tensor], layers: dict[str, FusedLoRALinear]) -> None:
@@ -231,7 +248,7 @@ def _load_named(
     matched = match_modules(model, config["target_modules"], config["exclude_modules"])
     paths = [path for path in matched if path in modules and can_adapt(modules[path])]
     _check_one_path(model, [modules[path] for path in paths])
-    ranks = per_layer("rank_pattern", config["rank_pattern"], config["r"], paths)
+    ranks = ranks_of(config["rank_pattern"], config["r"], paths)
     _check_tensors(tensors, {path: (ranks[path], modules[path]) for path in paths}, False)
     names = ("exclude_modules", "rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora")
     numbers = (config["r"], config["lora_alpha"], config["target_modules"])
@@ -273,10 +290,9 @@ def _inner(model: Any) -> Any:
     return model
 
 
-def _layers(model: object, adapter_name: str | None = None) -> dict[str, Any]:
+def _layers(model: Any, adapter_name: str | None = None) -> dict[str, Any]:
     """The adapted layers, with the parameters that they keep, by their paths without wrappers."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
+    checks.check_module("model", model)
     if isinstance(model, (FusedLoRALinear, FusedMultiLoRALinear)):
         raise ValueError(
             f"model: got a {type(model).__name__} itself, wanted a module that contains some"
@@ -330,16 +346,14 @@ def _saved(layer: FusedLoRALinear | _Named) -> _Saved:
     magnitude = layer.lora_magnitude_vector
     if magnitude is not None:
         magnitude = whole(magnitude.detach())
-    alpha = layer.lora_alpha
-    of_one = FusedLoRALinear.scaling_of(1.0, A.shape[0], layer.use_rslora)
-    if layer.scaling != FusedLoRALinear.scaling_of(alpha, A.shape[0], layer.use_rslora):
-        alpha = layer.scaling / of_one  # the scaling, or A and B, were replaced
-    if layer.lora_A_init is None or layer.lora_B_init is None:
-        return _Saved(A, B, magnitude, alpha)
-    growth = math.sqrt(2) if layer.use_rslora else 2  # as r doubles, the scaling stays
-    A_init, B_init = whole(layer.lora_A_init), whole(layer.lora_B_init)
-    learnt = torch.cat([A, A_init]), torch.cat([B, -B_init], dim=1)
-    return _Saved(*learnt, magnitude, alpha * growth)
+    if layer.lora_A_init is not None and layer.lora_B_init is not None:
+        A = torch.cat([A, whole(layer.lora_A_init)])
+        B = torch.cat([B, -whole(layer.lora_B_init)], dim=1)
+    alpha, rank = layer.lora_alpha, A.shape[0]
+    if layer.scaling != FusedLoRALinear.scaling_of(alpha, rank, layer.use_rslora):
+        # It is the larger rank of a residual, or A and B or the scaling were replaced.
+        alpha = layer.scaling / FusedLoRALinear.scaling_of(1.0, rank, layer.use_rslora)
+    return _Saved(A, B, magnitude, alpha)
 
 
 def _key(path: str, name: str) -> str:
@@ -447,7 +461,7 @@ def _check_tensors(
 
 def _check_computation(layers: dict[str, FusedLoRALinear], config: dict[str, Any]) -> None:
     paths = list(layers)
-    alphas = per_layer("alpha_pattern", config["alpha_pattern"], config["lora_alpha"], paths)
+    alphas = alphas_of(config["alpha_pattern"], config["lora_alpha"], paths)
     for path, layer in layers.items():
         if config["use_dora"] != layer.use_dora:
             raise ValueError(

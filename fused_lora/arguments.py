@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .calls import Backend
-from .quantize import QuantizedWeight
+from .quantized_weight import QuantizedWeight
 
 
 class Arguments(NamedTuple):

@@ -27,8 +27,7 @@ class FusedLoRAAttention(nn.Module):
     together (`lora_linear_group`): q, k and v in self-attention, k and v where key is value.
 
     The adapter's input is the projection's input, y = W0 x + scaling * B A x, as in the paper
-    (https://arxiv.org/abs/2106.09685). The `LoRAAttention` of the document that this library
-    started from fed it with the projection's output, against its own formula.
+    (https://arxiv.org/abs/2106.09685).
 
     Args:
         embed_dim, num_heads, bias, kdim, vdim, dropout, batch_first, device, dtype: as in
@@ -66,7 +65,12 @@ class FusedLoRAAttention(nn.Module):
         adapter_dtype: torch.dtype | None = None,
         backend: Backend = "auto",
     ) -> None:
-        _check_positive("embed_dim", embed_dim)
+        checks.check_integer("embed_dim", embed_dim, 1)
+        kdim = embed_dim if kdim is None else kdim
+        vdim = embed_dim if vdim is None else vdim
+        checks.check_integer("kdim", kdim, 1)
+        checks.check_integer("vdim", vdim, 1)
+        checks.check_flag("bias", bias)
         kv_heads = _check_heads(embed_dim, num_heads, num_kv_heads)
         width = embed_dim // num_heads * kv_heads
         checks.check_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
@@ -74,8 +78,8 @@ class FusedLoRAAttention(nn.Module):
         self._adopt(
             {
                 "q_proj": nn.Linear(embed_dim, embed_dim, **options),
-                "k_proj": nn.Linear(embed_dim if kdim is None else kdim, width, **options),
-                "v_proj": nn.Linear(embed_dim if vdim is None else vdim, width, **options),
+                "k_proj": nn.Linear(kdim, width, **options),
+                "v_proj": nn.Linear(vdim, width, **options),
                 "out_proj": nn.Linear(embed_dim, embed_dim, **options),
             },
             num_heads,
@@ -208,12 +212,13 @@ class FusedLoRAAttention(nn.Module):
         **adapter: Any,
     ) -> None:
         super().__init__()
-        unknown = [name for name in target_modules if name not in PROJECTIONS]
-        if isinstance(target_modules, str) or unknown or not target_modules:
-            raise ValueError(
-                f"target_modules: got {target_modules!r}, wanted some of {list(PROJECTIONS)}"
-            )
+        wrong = f"target_modules: got {target_modules!r}, wanted some of {list(PROJECTIONS)}"
+        if isinstance(target_modules, str) or not isinstance(target_modules, Collection):
+            raise TypeError(wrong)
+        if not target_modules or any(name not in PROJECTIONS for name in target_modules):
+            raise ValueError(wrong)
         checks.check_dropout("dropout", dropout)
+        checks.check_flag("batch_first", batch_first)
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim = linears["q_proj"].out_features // num_heads
         self.dropout = float(dropout)
@@ -248,6 +253,7 @@ class FusedLoRAAttention(nn.Module):
 
         Raises TypeError or ValueError unless shapes and dtypes fit together.
         """
+        checks.check_flag("is_causal", is_causal)
         key, value = _or_query(query, key, value)
         unbatched, L, S, B = self._check(query, key, value)
         masks = [
@@ -371,18 +377,11 @@ def _frozen(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
-def _check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {value!r}, wanted an integer of at least 1")
-    if value < 1:
-        raise ValueError(f"{name}: got {value}, wanted at least 1")
-
-
 def _check_heads(width: int, num_heads: int, num_kv_heads: int | None) -> int:
     """The number of key and value heads."""
-    _check_positive("num_heads", num_heads)
+    checks.check_integer("num_heads", num_heads, 1)
     kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    _check_positive("num_kv_heads", kv_heads)
+    checks.check_integer("num_kv_heads", kv_heads, 1)
     if width % num_heads:
         raise ValueError(f"num_heads: got {num_heads}, wanted a divisor of {width}")
     if num_heads % kv_heads:

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import backends
 from .dispatch import Plan
 from .kernels.dropout import dropout_of
-from .quantize import QuantizedWeight
+from .quantized_weight import QuantizedWeight
 
 if TYPE_CHECKING:
     from .kernels.replay import Replays

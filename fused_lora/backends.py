@@ -19,7 +19,7 @@ from . import torch_backend
 from .autocast import no_autocast
 from .dispatch import Plan
 from .kernels.dropout import Dropout, seed_of
-from .quantize import QuantizedWeight
+from .quantized_weight import QuantizedWeight
 
 if TYPE_CHECKING:
     from .kernels.replay import Replays

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .quantize import Layout, QuantizedWeight
+from .quantized_weight import Layout, QuantizedWeight
 from .tables import Direction
 
 Backend = Literal["auto", "triton", "torch"]

@@ -8,18 +8,35 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from .quantize import QuantizedWeight
+from .quantized_weight import QuantizedWeight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = ("auto", "triton", "torch")
 
 
-def check_rank(r: object) -> None:
+def check_module(name: str, value: object) -> None:
+    """Raises TypeError unless value is a module."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted a torch.nn.Module")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raises TypeError unless value is True or False: "no" would count as True."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, wanted True or False")
+
+
+def check_integer(name: str, value: object, least: int) -> None:
+    """Raises TypeError or ValueError unless value is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {value!r}, wanted an integer of at least {least}")
+    if value < least:
+        raise ValueError(f"{name}: got {value}, wanted at least {least}")
+
+
+def check_rank(r: object, name: str = "r") -> None:
     """Raises TypeError or ValueError unless r is an integer of at least 1."""
-    if isinstance(r, bool) or not isinstance(r, int):
-        raise TypeError(f"r: got {r!r}, wanted an integer of at least 1")
-    if r < 1:
-        raise ValueError(f"r: got {r}, wanted at least 1")
+    check_integer(name, r, 1)
 
 
 def _check_real(name: str, value: object) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from . import checks
 from .frozen import FrozenLinear
 from .linear import FusedLoRALinear
 
@@ -30,8 +31,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
     Raises TypeError if model is no module, ValueError if it has no adapters of ours or merged ones.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
+    checks.check_module("model", model)
     layers = {path: m for path, m in model.named_modules() if isinstance(m, FrozenLinear)}
     if not layers:
         raise ValueError("model: has no adapters of fused_lora's; PEFT's models have their own")

@@ -21,7 +21,7 @@ from .kernels.configs import (
     tunable,
 )
 from .kernels.device import DeviceInfo, device_info
-from .quantize import QuantizedWeight
+from .quantized_weight import QuantizedWeight
 from .strategies import (
     PARTS,
     TAKES,

@@ -21,7 +21,7 @@ from torch import Tensor
 from . import backends
 from .autograd import Codes, alias, raise_second_derivative
 from .dispatch import Plan
-from .quantize import QuantizedWeight
+from .quantized_weight import QuantizedWeight
 
 if TYPE_CHECKING:
     from .kernels.replay import Replays

@@ -26,13 +26,14 @@ from torch import Tensor, nn
 
 from .adapter_config import CONFIG_NAME
 from .adapters import WEIGHTS_NAME, save_adapter
+from .codes import Format
 from .files import write_atomically
 from .functional import explain
 from .inject import inject
 from .linear import FusedLoRALinear
 from .models import load_model, load_tokenizer
 from .processes import Processes
-from .quantize import Format, QuantizedWeight
+from .quantized_weight import QuantizedWeight
 from .settings import DTYPES, Settings
 from .text import counted, next_token_loss, read_documents, split_held_out, token_blocks
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .quantize import FP8, QuantizedWeight
+from .codes import FP8
+from .quantized_weight import QuantizedWeight
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import checks, foreign
 from .calls import Backend
+from .codes import Format
 from .explanation import Explanation
 from .functional import base_linear
-from .quantize import Format, QuantizedWeight, Quantizer, quantize
+from .quantize import Quantizer, quantize
+from .quantized_weight import QuantizedWeight
 
 
 class FrozenLinear(nn.Module):
@@ -65,6 +68,16 @@ class FrozenLinear(nn.Module):
             how = "turned into values once, in a scratch tensor"
             reasons["quantised W0"] = f"{self.weight.layout.format}, {how}"
         return Explanation("torch", "library", "library", reasons)
+
+
+def check_linear(
+    in_features: object, out_features: object, bias: object, dtype: torch.dtype | None
+) -> None:
+    """TypeError or ValueError for what makes no frozen `nn.Linear`."""
+    checks.check_integer("in_features", in_features, 0)
+    checks.check_integer("out_features", out_features, 0)
+    checks.check_flag("bias", bias)
+    checks.check_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
 
 
 def read_base(

@@ -20,7 +20,7 @@ from .dora import DoRALinearFunction
 from .explanation import Explanation, explain_call
 from .kernels.dropout import dropout_of, dropout_threshold
 from .packing import pack
-from .quantize import QuantizedWeight
+from .quantized_weight import QuantizedWeight
 from .recall import recall, remember
 from .reference import drawn_mask, fp8_activations
 from .strategies import Form

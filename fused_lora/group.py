@@ -29,7 +29,7 @@ from .group_ops import dropouts_of, lora_linear_group_op, plans_of_all
 from .kernels.configs import MAX_GROUP
 from .kernels.dropout import dropout_threshold
 from .packing import pack
-from .quantize import QuantizedWeight
+from .quantized_weight import QuantizedWeight
 from .recall import recall, remember
 from .strategies import runs_as
 
@@ -254,6 +254,10 @@ def _apart(x: Tensor, members: Sequence[Arguments]) -> tuple[Tensor, ...]:
     return tuple(call_layer(x, member) for member in members)
 
 
+def _is_list(values: Any) -> bool:
+    return hasattr(values, "__len__") and not isinstance(values, Tensor | str)
+
+
 def _members(
     weights: Sequence[Weight],
     lora_As: Sequence[Tensor],
@@ -263,17 +267,17 @@ def _members(
     dropout_ps: Sequence[float] | None,
     backend: Backend,
 ) -> list[Arguments]:
-    n = len(weights) if hasattr(weights, "__len__") else 0
+    n = len(weights) if _is_list(weights) else 0
     lists: dict[str, Any] = {
         "weights": weights,
         "lora_As": lora_As,
         "lora_Bs": lora_Bs,
-        "scalings": scalings if hasattr(scalings, "__len__") else [scalings] * n,
+        "scalings": scalings if _is_list(scalings) else [scalings] * n,
         "biases": [None] * n if biases is None else biases,
         "dropout_ps": [0.0] * n if dropout_ps is None else dropout_ps,
     }
     for name, values in lists.items():
-        if not hasattr(values, "__len__"):
+        if not _is_list(values):
             raise TypeError(f"{name}: got {type(values).__name__}, wanted a list of one a member")
         if len(values) != n:
             raise ValueError(f"{name}: got {len(values)}, wanted {n}, one for each of weights")

@@ -18,7 +18,7 @@ from .calls import Backend, checked_call
 from .dispatch import Plan, plan
 from .kernels.dropout import Dropout
 from .packing import unpack
-from .quantize import QuantizedWeight
+from .quantized_weight import QuantizedWeight
 
 
 def dropouts_of(seeds: Tensor | None, thresholds: Sequence[int]) -> list[Dropout | None]:

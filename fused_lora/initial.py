@@ -26,7 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .quantize import QuantizedWeight
+from .quantize import quantize_like
+from .quantized_weight import QuantizedWeight
 
 _RESIDUAL = re.compile(r"pissa|pissa_niter_\d+|olora|loftq|loftq_niter_[1-9]\d*")
 _NAMES = '"gaussian", "orthogonal", "pissa", "pissa_niter_<N>", "olora", "loftq"'
@@ -108,7 +109,7 @@ def initial_values(
             lora_A, lora_B = decompose(init, exact, r, scaling)
             rest = exact - scaling * lora_B @ lora_A
             if isinstance(weight, QuantizedWeight):
-                residual = weight.requantize(rest)
+                residual = quantize_like(weight, rest)
             else:
                 residual = rest.to(weight.dtype)
     # PEFT brings adapters to the base's dtype first, and to float32 after.
@@ -143,7 +144,7 @@ def _loftq(
     turns = int(init.rpartition("_")[2]) if init != "loftq" else 1
     rest = weight
     for _ in range(turns):
-        codes = like.requantize(rest)
+        codes = quantize_like(like, rest)
         lora_A, lora_B = _pissa("pissa", weight - codes.dequantize(weight.dtype), r, scaling)
         rest = weight - scaling * lora_B @ lora_A
     return lora_A, lora_B, codes

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from . import checks, sharing
 from .arguments import Arguments
 from .calls import Backend
+from .codes import Format
 from .frozen import FrozenLinear
 from .inject_report import InjectReport, count_parameters, norms_of_change, relative_norm
 from .linear import FusedLoRALinear
-from .matching import find_targets, has_peft_layers, is_linear, per_layer, unmatched
-from .quantize import Format, Quantizer, check_format
+from .matching import alphas_of, find_targets, has_peft_layers, is_linear, ranks_of, unmatched
+from .quantize import Quantizer, check_format
 
 
 def inject(
@@ -43,7 +44,7 @@ def inject(
         target_modules: PEFT's rules. A list of names matches a module whose path is a name or ends
             in "." + name; a string is a regular expression for the whole path, or "all-linear" for
             every `nn.Linear` but the output head (`get_output_embeddings`, where there is one).
-        exclude_modules: matched in the same way, and left out.
+        exclude_modules: matched in the same way, and left out. The report has what matches nothing.
         rank_pattern, alpha_pattern: other r and lora_alpha for the layers whose path, or the end
             of it after a dot, is matched by the key, a regular expression; the first match counts.
         r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, init_lora_weights, use_dora,
@@ -61,14 +62,13 @@ def inject(
 
     Raises:
         ValueError: nothing matched (the message lists what there is to match), the model is itself
-            an `nn.Linear` or already has adapters, a pattern is no regular expression, a layer's
-            argument is out of range, a matched layer has hooks, or what it is in is known to read
+            an `nn.Linear` or already has adapters, a pattern is no regular expression, a number is
+            out of range, a matched layer has hooks, or what it is in is known to read
             its weight instead of calling it (`nn.TransformerEncoderLayer`'s fast path, Mamba's
             kernels, WavLM's attention). The model is unchanged then.
         TypeError: an argument is of the wrong type.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
+    checks.check_module("model", model)
     if type(model) is nn.Linear:
         raise ValueError("model: got an nn.Linear itself; use FusedLoRALinear.from_linear")
     if has_peft_layers(model):
@@ -79,7 +79,10 @@ def inject(
     checks.check_rank(r)
     checks.check_number("lora_alpha", lora_alpha)
     checks.check_dropout("lora_dropout", lora_dropout)
+    checks.check_flag("use_rslora", use_rslora)
+    checks.check_flag("use_dora", use_dora)
     checks.check_backend(backend)
+    checks.check_flag("groups", groups)
     if quantize is not None:
         check_format(quantize)
     adapted = [path for path, m in model.named_modules() if isinstance(m, FrozenLinear)]
@@ -92,8 +95,8 @@ def inject(
     modules, layers, skipped = find_targets(model, target_modules, exclude_modules, is_linear)
     # Built first and put in last, so that a failure leaves the model as it was. A module that is
     # used at several paths stays one module.
-    ranks = per_layer("rank_pattern", rank_pattern or {}, r, layers)
-    alphas = per_layer("alpha_pattern", alpha_pattern or {}, lora_alpha, layers)
+    ranks = ranks_of(rank_pattern, r, layers)
+    alphas = alphas_of(alpha_pattern, lora_alpha, layers)
     skipped |= unmatched(layers, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
     replacements: dict[nn.Module, FusedLoRALinear] = {}
     changes: list[tuple[float, float]] = []

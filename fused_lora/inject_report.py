@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import foreign, sharing
-from .quantize import QuantizedWeight
+from .quantized_weight import QuantizedWeight
 
 
 @dataclass(frozen=True)

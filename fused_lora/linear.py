@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from . import checks
 from .arguments import Arguments
 from .calls import Backend
+from .codes import Format
 from .dora import over_norm
 from .explanation import Explanation
-from .frozen import FrozenLinear, read_base
+from .frozen import FrozenLinear, check_linear, read_base
 from .functional import call_layer, dora_linear, explain
 from .initial import check_init, initial_values
 from .lookup import parameters
-from .quantize import Format, QuantizedWeight, Quantizer
+from .quantize import Quantizer, quantize_like
+from .quantized_weight import QuantizedWeight
 from .sharded import fill, is_sharded
 from .torch_backend import weight_norm
 
@@ -48,6 +50,8 @@ class FusedLoRALinear(FrozenLinear):
             (https://arxiv.org/abs/2402.09353), see `dora_linear`. With lora_dropout, training costs
             a second product with W0, as in PEFT.
         backend: "auto", "triton" or "torch", as for `lora_linear`.
+
+    Raises TypeError or ValueError where an argument is of the wrong type or out of range.
 
     Attributes:
         weight [N, K], bias [N] or None: see `FrozenLinear`.
@@ -86,7 +90,7 @@ class FusedLoRALinear(FrozenLinear):
         use_dora: bool = False,
         backend: Backend = "auto",
     ) -> None:
-        checks.check_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
+        check_linear(in_features, out_features, bias, dtype)
         base = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._adopt(
             base.weight,
@@ -169,6 +173,8 @@ class FusedLoRALinear(FrozenLinear):
     ) -> None:
         checks.check_rank(r)
         checks.check_number("lora_alpha", lora_alpha)
+        checks.check_flag("use_rslora", use_rslora)
+        checks.check_flag("use_dora", use_dora)
         self._adopt_base(weight, bias, lora_dropout, backend)
         if adapter_dtype is None:
             adapter_dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -218,7 +224,7 @@ class FusedLoRALinear(FrozenLinear):
             product = self._product(self.lora_A_init, self.lora_B_init)
             if isinstance(self.weight, QuantizedWeight):
                 original = self.weight.dequantize(product.dtype) + product
-                self.weight = self.weight.requantize(original)
+                self.weight = quantize_like(self.weight, original)
             else:
                 self._set_weight(self.weight.to(product.dtype) + product)
             self.lora_A_init = self.lora_B_init = None
@@ -304,8 +310,9 @@ class FusedLoRALinear(FrozenLinear):
 
     @torch.no_grad()
     def _product(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        """scaling * B A [N, K], in fp32 or better."""
-        dtype = torch.promote_types(lora_A.dtype, torch.float32)
+        """scaling * B A [N, K], in fp32 or better, and no worse than W0."""
+        dtype = torch.promote_types(lora_A.dtype, self.weight.dtype)
+        dtype = torch.promote_types(dtype, torch.float32)
         return self.scaling * (lora_B.to(dtype) @ lora_A.to(dtype))
 
     def _plain(self) -> nn.Parameter:
@@ -351,7 +358,7 @@ class FusedLoRALinear(FrozenLinear):
         new: nn.Parameter | QuantizedWeight = nn.Parameter(values, requires_grad=False)
         error = 0.0
         if requantize:
-            new = weight.requantize(values)
+            new = quantize_like(weight, values)
             error = ((new.dequantize(merged.dtype) - merged).norm() / merged.norm()).item()
         self._before_merge, self.weight, self.merged = (weight,), new, True
         return error

@@ -36,8 +36,7 @@ def lora_plus_param_groups(
     Raises:
         TypeError, ValueError: an argument is of the wrong type or range, or nothing is trainable.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
+    checks.check_module("model", model)
     numbers = {"lr": lr, "loraplus_lr_ratio": loraplus_lr_ratio}
     not_negative = {
         "loraplus_weight_decay": loraplus_weight_decay,
@@ -60,8 +59,7 @@ def lora_plus_param_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        owner = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
-        if isinstance(getattr(owner, "base_layer", None), nn.Embedding):
+        if "lora_embedding_" in name:
             group = embedding
         elif "lora_B" in name or parameter.ndim == 1:
             group = group_B if name in decayed else group_B_no_decay

@@ -36,10 +36,11 @@ def find_targets(
     matched = match_modules(model, target_modules, exclude_modules)
     layers = [path for path in matched if adaptable(modules[path])]
     skipped = _why_skipped(modules, matched, layers, target_modules)
+    skipped |= _excluding_nothing(exclude_modules, match_modules(model, target_modules, None))
     if not layers:
         names = sorted({p.rpartition(".")[2] for p, m in modules.items() if adaptable(m)})
         why = f"target_modules: {target_modules!r} matches no nn.Linear; wanted some of {names}"
-        if isinstance(target_modules, str) and target_modules != "all-linear":
+        if isinstance(target_modules, str) and target_modules.lower() != "all-linear":
             why += ' in a list, a regular expression for the whole path, or "all-linear"'
         if exclude_modules is not None:
             why += f", and not all of them in exclude_modules, {exclude_modules!r}"
@@ -50,6 +51,21 @@ def find_targets(
             checks.check_unhooked(f"model: {path}", modules[path])
         _check_called(modules[path.rpartition(".")[0]], path)
     return Targets(modules, layers, skipped)
+
+
+def _excluding_nothing(
+    exclude_modules: str | Collection[str] | None, targets: list[str]
+) -> dict[str, str]:
+    """What of ``exclude_modules`` is for none of the paths, for a report."""
+    if isinstance(exclude_modules, str):
+        patterns: dict[str, object] = {exclude_modules: exclude_modules}
+    else:
+        patterns = {name: [name] for name in exclude_modules or ()}
+    return {
+        f"{name} of exclude_modules": "matches nothing that target_modules matches"
+        for name, pattern in patterns.items()
+        if not match_paths("exclude_modules", pattern, targets)
+    }
 
 
 # Of transformers' modules by class: which layers' weights they read, in training or always.
@@ -130,10 +146,36 @@ def is_linear(module: nn.Module) -> bool:
 Number = TypeVar("Number", int, float)
 
 
-def per_layer(
+def ranks_of(pattern: Mapping[str, int] | None, r: int, paths: list[str]) -> dict[str, int]:
+    """r of each path, by PEFT's rule for rank_pattern; TypeError or ValueError names the key."""
+    ranks = _checked_pattern("rank_pattern", pattern)
+    for name, rank in ranks.items():
+        checks.check_rank(rank, f"rank_pattern[{name!r}]")
+    return _per_layer("rank_pattern", ranks, r, paths)
+
+
+def alphas_of(
+    pattern: Mapping[str, float] | None, lora_alpha: float, paths: list[str]
+) -> dict[str, float]:
+    """lora_alpha of each path, as `ranks_of`."""
+    alphas = _checked_pattern("alpha_pattern", pattern)
+    for name, alpha in alphas.items():
+        checks.check_number(f"alpha_pattern[{name!r}]", alpha)
+    return _per_layer("alpha_pattern", alphas, lora_alpha, paths)
+
+
+def _checked_pattern(name: str, pattern: Mapping[str, Number] | None) -> Mapping[str, Number]:
+    """The pattern; TypeError unless it is a mapping from strings, or None."""
+    if pattern is None:
+        return {}
+    if not isinstance(pattern, Mapping) or not all(isinstance(key, str) for key in pattern):
+        raise TypeError(f"{name}: got {pattern!r}, wanted a mapping from layers' names to numbers")
+    return pattern
+
+
+def _per_layer(
     name: str, pattern: Mapping[str, Number], default: Number, paths: list[str]
 ) -> dict[str, Number]:
-    """The number for each path, by PEFT's rule for rank_pattern and alpha_pattern."""
     values = dict.fromkeys(paths, default)
     for key, value in reversed(list(pattern.items())):  # the first match counts, so it comes last
         for path in match_paths(name, _ending(key), paths):
@@ -162,7 +204,7 @@ def match_modules(
 ) -> list[str]:
     """The paths of the modules that PEFT's rules match, of any type; see `inject`."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    if target_modules == "all-linear":
+    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         matched = _without_output_head(model, modules)
     else:
         matched = match_paths("target_modules", target_modules, list(modules))

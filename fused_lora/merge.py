@@ -14,7 +14,7 @@ from . import checks
 from .linear import FusedLoRALinear
 from .matching import has_peft_layers
 from .multi_linear import FusedMultiLoRALinear
-from .quantize import QuantizedWeight
+from .quantized_weight import QuantizedWeight
 from .sharded import is_sharded
 
 
@@ -26,9 +26,10 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
     Weights in codes become plain ones in their dtype. Raises ValueError if the model has no
     adapters, several (`add_adapter`), or ones merged into codes (``merge(requantize=True)``), if it
-    is sharded, a layer has hooks, or a merged weight would not be finite; no layer has been
-    replaced then.
+    is sharded, a layer has hooks, or a merged weight would not be finite; TypeError if it is no
+    module. No layer has been replaced then.
     """
+    checks.check_module("model", model)
     paths: dict[FusedLoRALinear, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, FusedLoRALinear):

@@ -23,7 +23,7 @@ from .kernels.configs import Kind, TileConfig, choose_config
 from .kernels.device import device_info
 from .kernels.dropout import Dropout
 from .kernels.rows import AdapterLayout, AdapterTable, RowGroups, adapter_table, addresses_of
-from .quantize import QuantizedWeight
+from .quantized_weight import QuantizedWeight
 from .reference import keep_mask
 from .torch_backend import add_base_dx, base_product
 

@@ -21,7 +21,7 @@ from .kernels.device import device_info
 from .kernels.dropout import dropout_threshold
 from .multi_backends import Adapted, MultiPlan, Strategy
 from .multi_rows import Segments, row_groups
-from .quantize import QuantizedWeight
+from .quantized_weight import QuantizedWeight
 
 # A piece's product waits for its loads, which the GEMM's K loop does not.
 _UNPIPELINED = 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from . import checks
 from .calls import Backend
+from .codes import Format
 from .explanation import Explanation
-from .frozen import FrozenLinear, read_base
+from .frozen import FrozenLinear, check_linear, read_base
 from .linear import FusedLoRALinear
 from .multi import explain_multi, lora_linear_multi
-from .quantize import Format, QuantizedWeight, Quantizer
+from .quantize import Quantizer
+from .quantized_weight import QuantizedWeight
 
 BASE = "__base__"  # PEFT's name for no adapter
 NamedSegments = Sequence[tuple[str, int]]
@@ -59,7 +61,7 @@ class FusedMultiLoRALinear(FrozenLinear):
         dtype: torch.dtype | None = None,
         backend: Backend = "auto",
     ) -> None:
-        checks.check_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
+        check_linear(in_features, out_features, bias, dtype)
         base = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._adopt(base.weight, base.bias, lora_dropout, backend)
 
@@ -118,11 +120,12 @@ class FusedMultiLoRALinear(FrozenLinear):
         Raises TypeError or ValueError, and adds nothing, if an argument is invalid, the name taken
         or not one that a parameter can have.
         """
-        check_name(name)
+        check_name("name", name)
         if name in self.lora_A:
             raise ValueError(f"name: there is an adapter {name!r} already")
         checks.check_rank(r)
         checks.check_number("lora_alpha", lora_alpha)
+        checks.check_flag("use_rslora", use_rslora)
         if adapter_dtype is None:
             adapter_dtype = torch.promote_types(self.weight.dtype, torch.float32)
         checks.check_dtype("adapter_dtype", adapter_dtype)
@@ -135,8 +138,8 @@ class FusedMultiLoRALinear(FrozenLinear):
 
     def delete_adapter(self, name: str) -> None:
         """Removes an adapter. Raises ValueError if there is none of that name."""
-        if name not in self.lora_A:
-            raise ValueError(f"adapter: got {name!r}, wanted one of {self.adapters}")
+        if name not in self.adapters:
+            raise ValueError(f"name: got {name!r}, wanted one of {self.adapters}")
         numbers = (self.r, self.lora_alpha, self.use_rslora, self.scaling)
         for by_name in (self.lora_A, self.lora_B, *numbers):
             del by_name[name]
@@ -199,6 +202,8 @@ class FusedMultiLoRALinear(FrozenLinear):
         segments: NamedSegments | None,
     ) -> dict[str, Any]:
         """The argument of `lora_linear_multi` that says which row takes which adapter."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: got {type(x).__name__}, wanted a torch.Tensor")
         given: dict[str, Any] = {
             "adapter_names": adapter_names,
             "adapter_indices": adapter_indices,
@@ -241,14 +246,14 @@ class FusedMultiLoRALinear(FrozenLinear):
         return ", ".join(parts)
 
 
-def check_name(name: object) -> None:
+def check_name(argument: str, name: object) -> None:
     """Raises TypeError or ValueError unless an adapter can have this name."""
     if not isinstance(name, str):
-        raise TypeError(f"name: got {type(name).__name__}, wanted a string")
+        raise TypeError(f"{argument}: got {type(name).__name__}, wanted a string")
     if not name or "." in name or name == BASE or hasattr(nn.ParameterDict(), name):
         raise ValueError(
-            f"name: got {name!r}, which no adapter can be called: wanted a name without a dot, "
-            f"not {BASE!r} and no attribute of nn.ParameterDict"
+            f"{argument}: got {name!r}, which no adapter can be called: wanted a name without a "
+            f"dot, not {BASE!r} and no attribute of nn.ParameterDict"
         )
 
 
@@ -280,26 +285,40 @@ def _rows_by_index(
 ) -> dict[str, Any]:
     if adapter_indices is not None:
         return {"adapter_indices": adapter_indices}
-
-    def place(name: object) -> int:
-        if not isinstance(name, str) or name not in index:
-            raise ValueError(f"adapter: got {name!r}, wanted one of {list(index)}")
-        return index[name]
-
+    names = _checked_names(index, adapter_names, segments)
     if isinstance(adapter_names, str):
         rows = x.shape[:-1].numel()
-        return {"segments": [(place(adapter_names), rows)] if rows else []}
+        return {"segments": [(index[adapter_names], rows)] if rows else []}
     if adapter_names is not None:
-        if not isinstance(adapter_names, (list, tuple)):
-            got = type(adapter_names).__name__
-            raise TypeError(f"adapter_names: got {got}, wanted a name or a list of names")
-        return {"segments": sample_segments(x, [place(name) for name in adapter_names])}
-    if not isinstance(segments, (list, tuple)):
-        raise TypeError(f"segments: got {type(segments).__name__}, wanted a list of pairs")
-    for i, segment in enumerate(segments):
-        if not isinstance(segment, (list, tuple)) or len(segment) != 2:
-            raise TypeError(f"segments[{i}]: got {segment!r}, wanted (adapter's name, rows)")
-    return {"segments": [(place(name), rows) for name, rows in segments]}
+        return {"segments": sample_segments(x, [index[name] for name in names])}
+    assert segments is not None
+    return {"segments": [(index[name], rows) for name, rows in segments]}
+
+
+def _checked_names(
+    known: Collection[str],
+    adapter_names: str | Sequence[str] | None,
+    segments: NamedSegments | None,
+) -> Sequence[str]:
+    """The names that one of the two arguments gives; TypeError or ValueError for any other."""
+    argument, names = "adapter_names", adapter_names
+    if adapter_names is None:
+        argument = "segments"
+        if not isinstance(segments, (list, tuple)):
+            raise TypeError(f"segments: got {type(segments).__name__}, wanted a list of pairs")
+        for i, segment in enumerate(segments):
+            if not isinstance(segment, (list, tuple)) or len(segment) != 2:
+                raise TypeError(f"segments[{i}]: got {segment!r}, wanted (adapter's name, rows)")
+        names = [name for name, _ in segments]
+    elif isinstance(adapter_names, str):
+        names = [adapter_names]
+    if not isinstance(names, (list, tuple)):
+        got = type(names).__name__
+        raise TypeError(f"adapter_names: got {got}, wanted a name or a list of names")
+    for name in names:
+        if not isinstance(name, str) or name not in known:
+            raise ValueError(f"{argument}: got {name!r}, wanted one of {list(known)}")
+    return names
 
 
 _entering = threading.Lock()
@@ -324,9 +343,10 @@ def route(
         with route(model, segments=[("german", 700), ("french", 324)]):
             loss = model(packed).loss
 
-    Raises ValueError: not one of the three is given, no layer has an adapter of a name, or
-    ``adapter_indices`` is given and the layers do not have the same adapters in the same order.
-    RuntimeError: another thread is inside `route` with one of the layers.
+    Raises TypeError: an argument is of the wrong type. ValueError: not one of the three is given,
+    no layer has an adapter of a name, or ``adapter_indices`` is given and the layers do not have
+    the same adapters in the same order. RuntimeError: another thread is inside `route` with one of
+    the layers.
     """
     given = {
         "adapter_names": adapter_names,
@@ -338,6 +358,7 @@ def route(
         raise ValueError(
             f"adapter_names, adapter_indices, segments: got {len(given)} of the three, wanted one"
         )
+    checks.check_module("model", model)
     layers = [module for module in model.modules() if isinstance(module, FusedMultiLoRALinear)]
     if not layers:
         raise ValueError(
@@ -350,6 +371,11 @@ def route(
             "wanted adapter_names or segments"
         )
     known = dict.fromkeys(name for order in orders for name in order)
+    if adapter_indices is None:
+        _checked_names({BASE: None, **known}, adapter_names, segments)
+    elif not isinstance(adapter_indices, (Tensor, list, tuple)):
+        got = type(adapter_indices).__name__
+        raise TypeError(f"adapter_indices: got {got}, wanted a tensor or a list of integers")
     entered = _Route(given, known, threading.get_ident())
     with _entering:
         before = [layer._route for layer in layers]

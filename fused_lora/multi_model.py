@@ -21,11 +21,20 @@ from torch import Tensor, nn
 
 from . import checks
 from .calls import Backend
+from .codes import Format
 from .inject_report import InjectReport, count_parameters, norms_of_change, relative_norm
 from .linear import FusedLoRALinear
-from .matching import find_targets, is_linear, is_peft_layer, per_layer, unmatched
+from .matching import (
+    alphas_of,
+    find_targets,
+    is_linear,
+    is_peft_layer,
+    ranks_of,
+    unmatched,
+)
 from .multi_linear import FusedMultiLoRALinear, check_name
-from .quantize import Format, QuantizedWeight, Quantizer, check_format
+from .quantize import Quantizer, check_format
+from .quantized_weight import QuantizedWeight
 
 
 def layers_with(model: nn.Module, adapter_name: str) -> dict[str, FusedMultiLoRALinear]:
@@ -74,8 +83,7 @@ def add_adapter(
     Raises TypeError or ValueError, and changes nothing, as `inject` does, and if there is an
     adapter of that name already.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
+    checks.check_module("model", model)
     if can_adapt(model):
         raise ValueError(f"model: got a {type(model).__name__} itself, wanted what contains some")
     for module in model.modules():
@@ -84,20 +92,20 @@ def add_adapter(
                 f"model: has adapters already, in a {type(module).__name__}; wanted a model "
                 "without, or with those of fused_lora.add_adapter"
             )
-    check_name(adapter_name)
+    check_name("adapter_name", adapter_name)
     if layers_with(model, adapter_name):
         raise ValueError(f"adapter_name: there is an adapter {adapter_name!r} already")
+    checks.check_rank(r)
+    checks.check_number("lora_alpha", lora_alpha)
+    checks.check_dropout("lora_dropout", lora_dropout)
+    checks.check_flag("use_rslora", use_rslora)
+    checks.check_backend(backend)
     if adapter_dtype is not None:
         checks.check_dtype("adapter_dtype", adapter_dtype)
     modules, layers, skipped = find_targets(model, target_modules, exclude_modules, can_adapt)
-    ranks = per_layer("rank_pattern", rank_pattern or {}, r, layers)
-    alphas = per_layer("alpha_pattern", alpha_pattern or {}, lora_alpha, layers)
+    ranks = ranks_of(rank_pattern, r, layers)
+    alphas = alphas_of(alpha_pattern, lora_alpha, layers)
     skipped |= unmatched(layers, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
-    for rank in ranks.values():
-        checks.check_rank(rank)
-    for alpha in alphas.values():
-        checks.check_number("lora_alpha", alpha)
-
     if quantize is not None:
         check_format(quantize)
         for path in layers:
@@ -167,6 +175,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
     The layers stay what they are, ready for the next one.
     """
+    checks.check_module("model", model)
     layers = layers_with(model, adapter_name)
     if not layers:
         raise ValueError(f"adapter_name: got {adapter_name!r}, which no layer has")

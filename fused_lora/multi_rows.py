@@ -84,10 +84,12 @@ def _of_tensor(indices: Tensor, device: torch.device, num_adapters: int) -> RowG
 
 
 def _as_tensor(indices: object) -> Tensor:
-    if not isinstance(indices, (list, tuple)) or not all(type(i) is int for i in indices):
-        raise TypeError(
-            f"adapter_indices: got {type(indices).__name__}, wanted a tensor or a list of integers"
-        )
+    wanted = "wanted a tensor or a list of integers"
+    if not isinstance(indices, (list, tuple)):
+        raise TypeError(f"adapter_indices: got {type(indices).__name__}, {wanted}")
+    for i, index in enumerate(indices):
+        if type(index) is not int:
+            raise TypeError(f"adapter_indices[{i}]: got {index!r}, {wanted}")
     return torch.tensor(indices, dtype=torch.int64)
 
 

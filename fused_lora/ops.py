@@ -22,7 +22,7 @@ from .differentiable import differentiable
 from .dispatch import Decision, Plan, plan, replays_of
 from .kernels.dropout import Dropout, dropout_of
 from .packing import unpack
-from .quantize import QuantizedWeight
+from .quantized_weight import QuantizedWeight
 
 if TYPE_CHECKING:
     from .kernels.replay import Replays

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .quantize import Layout, QuantizedWeight
+from .quantized_weight import Layout, QuantizedWeight
 
 _PARTS = ("codes", "scales")
 _CODEBOOK = ("codebook",)

@@ -42,7 +42,7 @@ from torch.distributed.tensor import parallel as torch_parallel
 from . import checks
 from .linear import FusedLoRALinear
 from .multi_linear import FusedMultiLoRALinear
-from .quantize import QuantizedWeight
+from .quantized_weight import QuantizedWeight
 
 NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
 WHOLE, SUM = Replicate(), Partial()

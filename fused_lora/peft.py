@@ -235,9 +235,10 @@ def fuse(
         ValueError: it has no LoRA layers of PEFT's; or, if ``strict``, one that is not fused. The
             model is unchanged then.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
+    checks.check_module("model", model)
+    checks.check_flag("strict", strict)
     checks.check_backend(backend)
+    checks.check_flag("groups", groups)
     layers = dict(_lora_layers(model))
     if not layers:
         raise ValueError(
@@ -268,7 +269,11 @@ def fuse(
 
 
 def unfuse(model: nn.Module) -> None:
-    """Gives every fused layer PEFT's own class back. Nothing happens where none is fused."""
+    """Gives every fused layer PEFT's own class back. Nothing happens where none is fused.
+
+    Raises TypeError if model is no module.
+    """
+    checks.check_module("model", model)
     sharing.forget()
     for _, layer in _lora_layers(model):
         for plain, fused in _FUSED.items():

@@ -24,7 +24,7 @@ from .autocast import autocast_enabled
 from .calls import Backend
 from .lookup import parameters
 from .multi_linear import sample_segments
-from .quantize import QuantizedWeight
+from .quantized_weight import QuantizedWeight
 
 _OVER_CODES: tuple[type, ...] = ()  # PEFT's classes whose base weight is quantised
 if is_bnb_4bit_available():

@@ -15,7 +15,7 @@ from torch import Tensor
 from .autocast import autocast_enabled
 from .guards import Sizes, guards_of
 from .lookup import parameters
-from .quantize import QuantizedWeight
+from .quantized_weight import QuantizedWeight
 
 if TYPE_CHECKING:
     from .arguments import Arguments

@@ -10,6 +10,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from numbers import Integral
 
 
 @dataclass(frozen=True, order=True)
@@ -57,10 +58,13 @@ def schedule(jobs: Sequence[Sequence[Sequence[int]]], max_tokens: int) -> list[M
     """
     if type(max_tokens) is not int or max_tokens < 1:
         raise ValueError(f"max_tokens: got {max_tokens!r}, wanted an integer of at least 1")
+    _check_list("jobs", jobs, "the jobs")
     for j, job in enumerate(jobs):
+        _check_list(f"jobs[{j}]", job, "the batches of a job")
         for s, batch in enumerate(job):
+            _check_list(f"jobs[{j}][{s}]", batch, "the samples of a batch")
             for tokens in batch:
-                if type(tokens) is not int:
+                if isinstance(tokens, bool) or not isinstance(tokens, Integral):  # NumPy's too
                     raise TypeError(f"jobs[{j}][{s}]: got {tokens!r}, wanted a number of tokens")
                 if not 1 <= tokens <= max_tokens:
                     raise ValueError(
@@ -69,7 +73,7 @@ def schedule(jobs: Sequence[Sequence[Sequence[int]]], max_tokens: int) -> list[M
     micro_batches = []
     for s in range(max(map(len, jobs), default=0)):
         samples = [
-            Sample(j, s, i, tokens)
+            Sample(j, s, i, int(tokens))
             for j, job in enumerate(jobs)
             for i, tokens in enumerate(job[s] if s < len(job) else ())
         ]
@@ -80,6 +84,11 @@ def schedule(jobs: Sequence[Sequence[Sequence[int]]], max_tokens: int) -> list[M
             complete = tuple(sorted(job for job in last if last[job] == b))
             micro_batches.append(MicroBatch(chosen, complete))
     return micro_batches
+
+
+def _check_list(name: str, value: object, what: str) -> None:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{name}: got {value!r}, wanted a list of {what}")
 
 
 def lower_bound(sizes: Sequence[int], capacity: int) -> int:

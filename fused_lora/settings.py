@@ -8,8 +8,8 @@ import torch
 
 from . import checks
 from .calls import Backend
+from .codes import FORMATS
 from .models import SMOLLM2
-from .quantize import FORMATS
 from .text import PYTHON_DOCS
 
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -27,7 +27,8 @@ def read_documents(data: str, tokenizer: Any) -> list[Document]:
     """The documents of ``data``: a text file (one), JSON lines (.jsonl, .ndjson) or "python-docs".
 
     A line of JSON has "text", "messages" for the tokenizer's chat template, or "prompt" and
-    "completion", both strings or both messages: TRL's forms. "python-docs" is Python's own language
+    "completion", both strings or both messages; with messages "tools", if any: TRL's forms.
+    "python-docs" is Python's own language
     reference, which lies in its standard library.
 
     Raises FileNotFoundError; and ValueError, with the line, for what is not of this form.
@@ -66,14 +67,21 @@ def _document(where: str, line: str, tokenizer: Any) -> Document:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: is not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: wanted an object with {_FIELDS}")
+    forms = [name for name in ("text", "messages", "prompt") if name in record]
+    if len(forms) > 1:
+        raise ValueError(f"{where}: has {' and '.join(forms)}, wanted one of them")
+    tools = {"tools": record["tools"]} if record.get("tools") else {}
     match record:
         case {"text": str(text)}:
             document = Document(text)
         case {"prompt": str(prompt), "completion": str(text)}:
             document = Document(text, prompt)
         case {"prompt": list(asked), "completion": list(answer)}:
-            prompt = _chat(where, tokenizer, "prompt", asked, add_generation_prompt=True)
-            both = _chat(where, tokenizer, "completion", asked + answer)
+            start = tools | {"add_generation_prompt": True}
+            prompt = _chat(where, tokenizer, "prompt", asked, **start)
+            both = _chat(where, tokenizer, "completion", asked + answer, **tools)
             if not both.startswith(prompt):
                 raise ValueError(
                     f'{where}: the chat template does not begin "prompt" and "completion" as it '
@@ -81,13 +89,15 @@ def _document(where: str, line: str, tokenizer: Any) -> Document:
                 )
             document = Document(both.removeprefix(prompt), prompt)
         case {"messages": messages}:
-            document = Document(_chat(where, tokenizer, "messages", messages))
+            document = Document(_chat(where, tokenizer, "messages", messages, **tools))
         case _:
             raise ValueError(f"{where}: wanted an object with {_FIELDS}")
     return Document(*(_unicode(where, text) for text in document))
 
 
-def _chat(where: str, tokenizer: Any, name: str, messages: object, **options: bool) -> str:
+def _chat(where: str, tokenizer: Any, name: str, messages: object, **options: Any) -> str:
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise ValueError(f'{where}: "{name}": wanted a list of messages, {{"role": ..., ...}}')
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except Exception as error:  # jinja's, transformers' and lookups' own

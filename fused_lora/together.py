@@ -72,6 +72,8 @@ class FusedLoRAGroup(nn.ModuleDict):
     """
 
     def __init__(self, layers: Mapping[str, FusedLoRALinear]) -> None:
+        if not isinstance(layers, Mapping | nn.ModuleDict):
+            raise TypeError(f"layers: got {type(layers).__name__}, wanted FusedLoRALinears by name")
         for name, layer in layers.items():
             if not isinstance(layer, FusedLoRALinear):
                 raise TypeError(f"{name}: got {type(layer).__name__}, wanted a FusedLoRALinear")

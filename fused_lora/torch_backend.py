@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels.dropout import Dropout, keep_scale
-from .quantize import QuantizedWeight
+from .quantized_weight import QuantizedWeight
 from .reference import drawn_mask, fp8_activations, keep_mask
 
 

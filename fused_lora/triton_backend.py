@@ -24,7 +24,7 @@ from .kernels.group import add_group, gemm_group, stack_rows
 from .kernels.persistent import persistent_add_lora, persistent_one_pass, persistent_produced
 from .kernels.quantized import QuantizedMatrix, dequantize
 from .kernels.skinny import skinny
-from .quantize import QuantizedWeight
+from .quantized_weight import QuantizedWeight
 from .strategies import Form, runs_as
 from .tables import Strategy
 

@@ -7,8 +7,17 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
-from fused_lora import FusedLoRALinear, explain, lora_linear
+import fused_lora
+from fused_lora import (
+    FusedLoRAAttention,
+    FusedLoRAGroup,
+    FusedLoRALinear,
+    FusedMultiLoRALinear,
+    explain,
+    lora_linear,
+)
 
 GOOD = {
     "x": torch.randn(4, 6),
@@ -181,3 +190,96 @@ def test_no_gpu_and_no_interpreter():
 def test_layer(changes, error, message):
     with pytest.raises(error, match=re.escape(message)):
         FusedLoRALinear(4, 4, **changes)
+
+
+def _model(*names):
+    """Two linear layers; with named adapters, if any are given."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    for name in names:
+        fused_lora.add_adapter(model, name, 2, 4, ["0", "1"])
+    return model
+
+
+def _inject(**options):
+    return fused_lora.inject(_model(), 2, 4, ["0", "1"], **options)
+
+
+def _route(model, **given):
+    with fused_lora.route(model, **given):
+        raise AssertionError("entered")
+
+
+X, ADAPTERS = torch.randn(3, 6), ([torch.randn(2, 6)], [torch.randn(6, 2)])
+BAD_CALLS = {
+    "use_dora: got 'False', wanted True or False": lambda: _inject(use_dora="False"),
+    "use_rslora: got 1, wanted True or False": lambda: _inject(use_rslora=1),
+    "groups: got 'no', wanted True": lambda: _inject(groups="no"),
+    "rank_pattern: got [1], wanted a mapping": lambda: _inject(rank_pattern=[1]),
+    "rank_pattern: got '', wanted a mapping": lambda: _inject(rank_pattern=""),
+    "rank_pattern['0']: got 'x', wanted an integer": lambda: _inject(rank_pattern={"0": "x"}),
+    "alpha_pattern['0']: got nan": lambda: _inject(alpha_pattern={"0": math.nan}),
+    "use_rslora: got 'no'": lambda: FusedLoRALinear(6, 5, use_rslora="no"),
+    "bias: got 'no'": lambda: FusedLoRALinear(6, 5, bias="no"),
+    "in_features: got 'a', wanted an integer": lambda: FusedLoRALinear("a", 6),
+    "in_features: got True, wanted an integer": lambda: FusedLoRALinear(True, 6),
+    "out_features: got -1": lambda: FusedMultiLoRALinear(6, -1),
+    "kdim: got 0": lambda: FusedLoRAAttention(8, 2, kdim=0),
+    "batch_first: got 'no'": lambda: FusedLoRAAttention(8, 2, batch_first="no"),
+    "target_modules: got None": lambda: FusedLoRAAttention(8, 2, target_modules=None),
+    "is_causal: got nan": lambda: FusedLoRAAttention(8, 2)(torch.randn(3, 8), is_causal=math.nan),
+    "layers: got NoneType": lambda: FusedLoRAGroup(None),
+    "model: got NoneType": lambda: fused_lora.merge_and_unload(None),
+    "model: got int": lambda: fused_lora.delete_adapter(3, "a"),
+    "model: got str": lambda: _route("model", adapter_names=["a"]),
+    "adapter_names: got 'b', wanted one of": lambda: _route(_model("a"), adapter_names=["a", "b"]),
+    "adapter_names: got int": lambda: _route(_model("a"), adapter_names=3),
+    "adapter_indices: got float": lambda: _route(_model("a"), adapter_indices=0.5),
+    "segments: got 'b', wanted one of": lambda: _route(_model("a"), segments=[("b", 3)]),
+    "segments[0]: got 3": lambda: _route(_model("a"), segments=[3]),
+    "adapter_name: got int": lambda: fused_lora.add_adapter(_model(), 3, 2, 4, ["0"]),
+    "r: got 0": lambda: fused_lora.add_adapter(_model(), "a", 0, 4, ["0"]),
+    "name: got ['a'], wanted one of": lambda: _model("a")[0].delete_adapter(["a"]),
+    "x: got NoneType": lambda: _model("a")[0](None, adapter_names=["a"]),
+    "adapter_indices[1]: got True": lambda: fused_lora.lora_linear_multi(
+        X, torch.eye(6), *ADAPTERS, scalings=1.0, adapter_indices=[0, True, 0]
+    ),
+    "member 0: scaling: got Tensor": lambda: fused_lora.lora_linear_group(
+        X, [torch.eye(6)], *ADAPTERS, scalings=torch.tensor(1.0)
+    ),
+    "lora_As: got Tensor": lambda: fused_lora.explain_group(
+        X, [torch.eye(6)], ADAPTERS[0][0], ADAPTERS[1]
+    ),
+    "jobs: got None, wanted a list of the jobs": lambda: fused_lora.schedule(None, 8),
+    "jobs[0][0]: got 1, wanted a list of the samples": lambda: fused_lora.schedule([[1]], 8),
+    "directory: got None": lambda: fused_lora.save_adapter(_model("a"), None, adapter_name="a"),
+    "directory: got ''": lambda: fused_lora.load_adapter(_model(), ""),
+    "double_quant: got 'no'": lambda: fused_lora.quantize_nf4(X, double_quant="no"),
+    "block_size: got tensor(64)": lambda: fused_lora.quantize_fp4(X, block_size=torch.tensor(64)),
+    "format: got 'abc'": lambda: fused_lora.QuantizedWeight(
+        "abc", X, X, shape=(3, 6), dtype=torch.float32, block=(1, 64)
+    ),
+    "shape: got 3": lambda: fused_lora.QuantizedWeight(
+        "nf4", X, X, shape=3, dtype=torch.float32, block=(1, 64)
+    ),
+    "block: got (1, 0)": lambda: fused_lora.QuantizedWeight(
+        "nf4", X, X, shape=(3, 6), dtype=torch.float32, block=(1, 0)
+    ),
+    "codes: got str": lambda: fused_lora.QuantizedWeight(
+        "int8", "abc", X, shape=(3, 6), dtype=torch.float32, block=(1, 0)
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD_CALLS)
+def test_refused_by_name(message):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        BAD_CALLS[message]()
+
+
+def test_what_excludes_nothing_is_in_the_report():
+    report = _inject(exclude_modules=["typo", "1"])
+    assert report.layers == ("0",)
+    assert report.skipped == {
+        "typo of exclude_modules": "matches nothing that target_modules matches"
+    }
+    assert "no.* of exclude_modules" in _inject(exclude_modules="no.*").skipped

@@ -272,13 +272,40 @@ def test_loss_is_that_of_transformers(model_dir, hidden):
     torch.testing.assert_close(loss, output.loss)
 
 
+def test_tools_are_for_the_chat_template(tmp_path, model_dir):
+    from fused_lora.models import load_tokenizer
+
+    tokenizer = load_tokenizer(str(model_dir))
+    tokenizer.chat_template = "{{ tools[0].name if tools }} " + tokenizer.chat_template
+    ask, answer = ({"role": role, "content": role} for role in ("user", "assistant"))
+    tools = [{"name": "clock"}]
+    lines = [{"messages": [ask], "tools": tools}, {"messages": [ask], "tools": None}]
+    lines.append({"prompt": [ask], "completion": [answer], "tools": tools})
+    path = tmp_path / "d.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert read_documents(str(path), tokenizer) == [
+        Document("clock user "),
+        Document(" user "),
+        Document("assistant ", prompt="clock user "),
+    ]
+
+
 BAD_DATA = {
     "not JSON": (b"{'text': 1}", "d.jsonl:1: is not JSON"),
     "no text": (b'{"text": "a"}\n{"body": 1}', 'd.jsonl:2: wanted an object with a string "text"'),
-    "messages of another form": (b'{"messages": 3}', "d.jsonl:1: .messages. does not fit"),
+    "messages of another form": (b'{"messages": 3}', "d.jsonl:1: .messages.: wanted a list"),
+    "conversations": (
+        b'{"messages": [[{"role": "user", "content": "hi"}]]}',
+        "d.jsonl:1: .messages.: wanted a list of messages",
+    ),
+    "two forms": (b'{"text": "a", "prompt": "b", "completion": "c"}', "d.jsonl:1: has text and pr"),
+    "no object": (b'["text"]', 'd.jsonl:1: wanted an object with a string "text"'),
     "a prompt alone": (b'{"prompt": "the layer"}', 'd.jsonl:1: wanted .*or "prompt" and "compl'),
     "two kinds": (b'{"prompt": "the", "completion": []}', "d.jsonl:1: wanted an object with"),
-    "no messages": (b'{"prompt": [3], "completion": []}', "d.jsonl:1: .prompt. does not fit"),
+    "no messages": (
+        b'{"prompt": [3], "completion": []}',
+        "d.jsonl:1: .prompt.: wanted a list",
+    ),
     "only prompts": (b'{"prompt": "the layer", "completion": ""}', "d.jsonl: has no text in it"),
     "not UTF-8": (b"\xff\xfe", "is not UTF-8"),
     "not Unicode": (b'{"text": "\\ud800"}', "d.jsonl:1: is not Unicode text"),

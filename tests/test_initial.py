@@ -159,6 +159,23 @@ def test_adapters_are_not_loaded_over_residual_weights(tmp_path):
         load_adapter(_adapted("olora"), tmp_path)
 
 
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_residual_layer_of_another_rank_is_saved(tmp_path, init, use_rslora):
+    pytest.importorskip("safetensors")
+    from fused_lora import load_adapter, save_adapter
+
+    model = nn.Sequential(nn.Linear(16, 16))
+    base, x = copy.deepcopy(model), torch.randn(5, 16)
+    inject(model, 4, 8, ["0"], init_lora_weights=init, use_rslora=use_rslora)
+    A, B = model[0].lora_A.detach(), model[0].lora_B.detach() + 0.1
+    model[0].lora_A = nn.Parameter(torch.cat([A, torch.zeros(2, 16)]))
+    model[0].lora_B = nn.Parameter(torch.cat([B, torch.zeros(16, 2)], dim=1))
+    save_adapter(model, tmp_path)
+    load_adapter(base, tmp_path)
+    torch.testing.assert_close(base(x), model(x))
+
+
 @pytest.mark.parametrize("init", RESIDUAL)
 def test_state_dicts_of_residual_layers(init):
     x = torch.randn(5, 12)

@@ -27,6 +27,7 @@ CONFIGS = {
     "lora_bias": {"lora_bias": True},
     "dora": {"use_dora": True},
     "modules_to_save": {"modules_to_save": ["norm", "head"]},
+    "trainable tokens": {"trainable_token_indices": {"emb": [1, 3]}},
 }
 
 

@@ -67,6 +67,17 @@ def test_hooks_are_not_dropped():
     merge_and_unload(model)
 
 
+def test_fp32_adapters_do_not_round_a_double_weight():
+    layer = FusedLoRALinear.from_linear(
+        nn.Linear(64, 64, dtype=torch.float64), r=4, lora_alpha=4, adapter_dtype=torch.float32
+    )
+    weight = layer.weight.clone()
+    layer.merge()
+    assert torch.equal(layer.weight, weight)  # B is 0
+    layer.unmerge()
+    assert torch.equal(layer.weight, weight)
+
+
 def test_nothing_to_merge():
     with pytest.raises(ValueError, match="has no FusedLoRALinear"):
         merge_and_unload(Tied())

@@ -17,8 +17,8 @@ from fused_lora import (
     quantize_fp8,
     quantize_int8,
     quantize_nf4,
+    quantized_weight,
 )
-from fused_lora import quantize as quantize_module
 from fused_lora.kernels import configs
 from fused_lora.kernels.device import INTERPRETED
 from fused_lora.kernels.gemm import gemm_scaled
@@ -135,7 +135,7 @@ def test_multi_over_nf4_with_blocks_over_the_ends_of_rows(device, backend):
 
 
 def test_multi_over_nf4_makes_no_whole_weight_on_the_torch_path(monkeypatch):
-    monkeypatch.setattr(quantize_module, "_CPU_CHUNK", 16 << 10)
+    monkeypatch.setattr(quantized_weight, "_CPU_CHUNK", 16 << 10)
     b = batch([(1, 5), (0, 3)], (3, 4), N=768, K=512)
     b, weight = quantized(b, "nf4")
     with Made() as made:

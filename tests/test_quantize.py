@@ -30,9 +30,11 @@ from fused_lora import (
     quantize_fp8,
     quantize_int8,
     quantize_nf4,
+    quantized_weight,
 )
 from fused_lora import quantize as quantize_module
 from fused_lora.calls import Call
+from fused_lora.codes import FORMATS
 from fused_lora.dispatch import Plan, plan
 from fused_lora.kernels import configs
 from fused_lora.kernels.device import INTERPRETED
@@ -40,7 +42,6 @@ from fused_lora.kernels.gemm import gemm_add_lora
 from fused_lora.kernels.quantized import dequantize
 from fused_lora.ops import lora_linear_backward_op, lora_linear_op
 from fused_lora.packing import pack
-from fused_lora.quantize import FORMATS
 
 QUANTIZERS = {
     "nf4": quantize_nf4,
@@ -307,7 +308,7 @@ def test_state_dict_of_another_format_is_refused():
 @pytest.mark.parametrize("name", ["nf4", "int8", "fp8"])
 def test_no_whole_weight_on_the_torch_path(name, monkeypatch):
     """The largest tensor made in forward and backward is a tile, not W0."""
-    monkeypatch.setattr(quantize_module, "_CPU_CHUNK", 16 << 10)
+    monkeypatch.setattr(quantized_weight, "_CPU_CHUNK", 16 << 10)
     p, weight = _quantized(problem(8, 768, 512, 4), name)
     with Made() as made:
         result = run(_over(weight, "torch"), p)

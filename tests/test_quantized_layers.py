@@ -27,11 +27,13 @@ from fused_lora import (
     quantize_fp8,
     quantize_int8,
     quantize_nf4,
+    quantized_weight,
     reference,
 )
 from fused_lora import quantize as quantize_module
 from fused_lora import torch_backend as torch_path
 from fused_lora.backends import dora_norm
+from fused_lora.codes import FORMATS
 from fused_lora.dispatch import Plan
 from fused_lora.dora import DoRALinearFunction
 from fused_lora.group import LoRALinearGroupFunction
@@ -39,7 +41,6 @@ from fused_lora.group_ops import lora_linear_group_backward_op, lora_linear_grou
 from fused_lora.kernels import dora as kernels
 from fused_lora.kernels.dropout import dropout_threshold
 from fused_lora.packing import pack
-from fused_lora.quantize import FORMATS
 
 QUANTIZERS = {
     "nf4": quantize_nf4,
@@ -155,7 +156,7 @@ def test_norms_of_nf4_without_the_whole_weight(monkeypatch):
     weight = quantize_nf4(torch.randn(768, 512))
     A, B = torch.randn(4, 512), torch.randn(768, 4)
     whole = torch_path.weight_norm(weight, A, B, 0.5)
-    monkeypatch.setattr(quantize_module, "_CPU_CHUNK", 16 << 10)
+    monkeypatch.setattr(quantized_weight, "_CPU_CHUNK", 16 << 10)
     with Made() as made:
         norm = torch_path.weight_norm(weight, A, B, 0.5)
     assert max(made.sizes) <= weight.numel() // 4

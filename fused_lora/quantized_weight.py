@@ -1,0 +1,331 @@
+"""`QuantizedWeight`: a frozen W0 [N, K] in 4- or 8-bit codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .codes import (
+    BLOCK_SIZES,
+    CODE_DTYPES,
+    FORMATS,
+    NESTED_BLOCK,
+    SOURCE_DTYPES,
+    Activations,
+    Format,
+    blocks_of,
+    eight_bit_values,
+    scale_blocks,
+    spread,
+    unpack_pairs,
+)
+
+# Values of W0 that a call holds at a time on the PyTorch path. On a CPU larger chunks fall out of
+# the cache, and their memory goes back to the system and has to be mapped anew.
+_CHUNK = 8 << 20
+_CPU_CHUNK = 1 << 19
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a `QuantizedWeight` is laid out; what a choice of kernel depends on."""
+
+    format: Format
+    block: tuple[int, int]  # rows and columns that share a scale; 0 is the whole side
+    nested: bool  # the scales are quantised too
+    tiled: bool  # no block goes over the end of a row: tiles can be read by themselves
+    activations: Activations | None  # what x becomes before it is multiplied by W0
+
+
+class QuantizedWeight(nn.Module):
+    """A frozen weight [N, K] in codes, in the place of a parameter.
+
+    Its state dict has the tensors below and nothing else; ``to`` moves them, and a change of dtype
+    changes only ``dtype``, never the codes or scales. Values: `dequantize`.
+
+    Attributes:
+        codes: uint8 [ceil(N K / 2)] (nf4, fp4), int8 [N, K] or float8_e4m3fn [N, K].
+        scales: fp32, or uint8 with double quantisation. 4-bit: one for each block of the flat
+            weight; else [ceil(N / block rows), ceil(K / block columns)].
+        codebook: fp32 [16] (nf4, fp4) or None.
+        nested_scales, nested_codebook, nested_offset: fp32 [ceil(scales / 256)], [256] and [1]
+            with double quantisation, or None: scale = codebook[scales] * nested_scale + offset.
+        shape: (N, K). dtype: what `dequantize` gives unless told. layout: see `Layout`.
+        activations: None, or for fp8 weights "fp8": see `quantize_fp8`.
+
+    Raises:
+        TypeError, ValueError: the tensors do not fit together: a wrong dtype, truncated codes, too
+            few scales, a block size that bitsandbytes does not have, several devices; or
+            activations that this format cannot have.
+    """
+
+    codes: nn.Parameter
+    scales: nn.Parameter
+    codebook: nn.Parameter | None
+    nested_scales: nn.Parameter | None
+    nested_codebook: nn.Parameter | None
+    nested_offset: nn.Parameter | None
+
+    def __init__(
+        self,
+        format: Format,
+        codes: Tensor,
+        scales: Tensor,
+        *,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        block: tuple[int, int],
+        codebook: Tensor | None = None,
+        nested_scales: Tensor | None = None,
+        nested_codebook: Tensor | None = None,
+        nested_offset: Tensor | None = None,
+        activations: Activations | None = None,
+    ) -> None:
+        super().__init__()
+        _check_form(format, shape, block)
+        tiled = format not in ("nf4", "fp4") or shape[1] % block[1] == 0
+        self.layout = Layout(format, block, nested_scales is not None, tiled, activations)
+        self.shape, self.dtype = torch.Size(shape), dtype
+        tensors = {
+            "codes": codes,
+            "scales": scales,
+            "codebook": codebook,
+            "nested_scales": nested_scales,
+            "nested_codebook": nested_codebook,
+            "nested_offset": nested_offset,
+        }
+        self._check(tensors)
+        for name, tensor in tensors.items():
+            # Parameters, not buffers: DistributedDataParallel sends buffers around at each step.
+            frozen = None
+            if tensor is not None:  # contiguous, as the kernels read it
+                frozen = nn.Parameter(tensor.detach().contiguous(), requires_grad=False)
+            self.register_parameter(name, frozen)
+
+    def _check(self, tensors: dict[str, Tensor | None]) -> None:
+        format, (N, K), (block_rows, block_cols) = self.layout.format, self.shape, self.layout.block
+        four_bit = format in ("nf4", "fp4")
+        check_activations(self.activations)
+        if self.activations is not None and format != "fp8":
+            raise ValueError(
+                f"activations: got {self.activations!r} for a weight in {format}, wanted one in fp8"
+            )
+        if self.dtype not in (*SOURCE_DTYPES, torch.float64):
+            raise TypeError(f"dtype: got {self.dtype}, wanted a floating dtype of 16 bits or more")
+        wanted: dict[str, tuple[torch.dtype, int]] = {}
+        if four_bit:
+            blocks = -(-N * K // block_cols)
+            wanted["codes"] = (torch.uint8, -(-N * K // 2))
+            wanted["codebook"] = (torch.float32, 16)
+        else:
+            blocks = blocks_of(N, block_rows) * blocks_of(K, block_cols)
+            wanted["codes"] = (CODE_DTYPES[format], N * K)
+        wanted["scales"] = (torch.uint8 if self.layout.nested else torch.float32, blocks)
+        if self.layout.nested:
+            wanted["nested_scales"] = (torch.float32, -(-blocks // NESTED_BLOCK))
+            wanted["nested_codebook"] = (torch.float32, 256)
+            wanted["nested_offset"] = (torch.float32, 1)
+        for name, tensor in tensors.items():
+            if (tensor is None) != (name not in wanted):
+                is_there = "is missing" if tensor is None else "is given"
+                raise TypeError(f"{name}: {is_there}, but format {format!r} says otherwise")
+            if tensor is None:
+                continue
+            dtype, numel = wanted[name]
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: got {type(tensor).__name__}, wanted a torch.Tensor")
+            if tensor.dtype != dtype:
+                raise TypeError(f"{name}: got {tensor.dtype}, wanted {dtype} for {format}")
+            if tensor.numel() != numel:
+                raise ValueError(
+                    f"{name}: got {tensor.numel()} elements, wanted {numel} for {format} of "
+                    f"{[N, K]} in blocks of {self.layout.block}"
+                )
+            assert tensors["codes"] is not None
+            if tensor.device != tensors["codes"].device:
+                raise ValueError(f"{name}: is on {tensor.device}, codes on another device")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes are."""
+        return self.codes.device
+
+    @property
+    def activations(self) -> Activations | None:
+        """What x becomes before it is multiplied by W0; None: nothing."""
+        return self.layout.activations
+
+    def numel(self) -> int:
+        """N K, whatever the codes take."""
+        return self.shape.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: codes, scales and tables."""
+        return sum(p.nbytes for p in self.parameters())
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W0 [N, K] in ``dtype`` (None: the weight's own); each value is rounded once, from fp32.
+
+        On a GPU it is one kernel where it can be. Raises TypeError if dtype is no floating one.
+        """
+        dtype = dtype or self.dtype
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype: got {dtype}, wanted a floating dtype")
+        if self.device.type == "cuda" and self.layout.tiled and torch.version.cuda:
+            from .kernels.quantized import dequantize
+
+            return dequantize(self.matrix(), dtype)
+        N, K = self.shape
+        scales = self._all_scales()
+        if self.layout.tiled:
+            return self._tile(slice(0, N), slice(0, K), dtype, scales)
+        assert self.codebook is not None
+        size = self.layout.block[1]
+        values = unpack_pairs(self.codes, self.codebook)[: N * K]
+        values = F.pad(values, (0, -(N * K) % size)).view(-1, size) * scales[:, None]
+        return values.view(-1)[: N * K].view(N, K).to(dtype)
+
+    def row_tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """W0 some rows at a time; whole where blocks go over the ends of rows."""
+        (N, K), scales = self.shape, self._all_scales()
+        for rows in self._chunks(N, K):
+            yield rows, self._tile(rows, slice(0, K), dtype, scales)
+
+    def column_tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """W0 some columns at a time, as `row_tiles`."""
+        (N, K), scales = self.shape, self._all_scales()
+        for cols in self._chunks(K, N):
+            yield cols, self._tile(slice(0, N), cols, dtype, scales)
+
+    def _chunks(self, length: int, width: int) -> Iterator[slice]:
+        step = max(1, (_CPU_CHUNK if self.device.type == "cpu" else _CHUNK) // max(1, width))
+        unit = max(*self.layout.block, 1)  # blocks stay whole
+        step = length if not self.layout.tiled else -(-step // unit) * unit
+        for start in range(0, length, max(step, 1)):
+            yield slice(start, min(start + step, length))
+
+    def _tile(self, rows: slice, cols: slice, dtype: torch.dtype, scales: Tensor) -> Tensor:
+        """W0[rows, cols] for slices that start at the start of a block, with all the scales."""
+        if not self.layout.tiled:
+            return self.dequantize(dtype)
+        (N, K), (block_rows, block_cols) = self.shape, self.layout.block
+        if self.codebook is None:
+            scales = scales.view(blocks_of(N, block_rows), blocks_of(K, block_cols))
+            values = eight_bit_values(self.codes[rows, cols])
+            scale_blocks(values, spread(scales, rows, block_rows), cols, block_cols)
+            return values.to(dtype)
+        codes = self.codes.view(N, K // 2)[rows, cols.start // 2 : cols.stop // 2].contiguous()
+        blocks = slice(cols.start // block_cols, cols.stop // block_cols)
+        scales = scales.view(N, K // block_cols)[rows, blocks].contiguous()
+        values = unpack_pairs(codes, self.codebook).view(*scales.shape, block_cols)
+        return values.mul_(scales[..., None]).view(len(codes), 2 * codes.shape[1]).to(dtype)
+
+    def _check_tables(self) -> None:
+        """TypeError if something has cast what `to` does not."""
+        table = self.scales if self.codebook is None else self.codebook
+        if table.dtype != torch.float32:
+            raise TypeError(
+                f"weight: its tables are in {table.dtype}, wanted torch.float32. FSDP2's "
+                "MixedPrecisionPolicy(param_dtype=...) casts them; leave it out: the layers take "
+                "fp32 adapters and an x in 16 bits as they are"
+            )
+
+    def _all_scales(self) -> Tensor:
+        """The scales in fp32, flat."""
+        self._check_tables()
+        scales = self.scales.view(-1)
+        if self.nested_scales is None:
+            return scales
+        assert self.nested_codebook is not None
+        assert self.nested_offset is not None
+        values = self.nested_codebook.index_select(0, scales.int())
+        whole = slice(0, values.numel())
+        scale_blocks(values[None], self.nested_scales[None], whole, NESTED_BLOCK)
+        return values.add_(self.nested_offset)
+
+    def matrix(self) -> Any:
+        """What the kernels' launchers take in place of a tensor; ``layout.tiled`` ones only."""
+        from .kernels.quantized import QuantizedMatrix, Tables
+
+        self._check_tables()
+        tables = Tables(
+            self.scales,
+            self.codebook,
+            self.nested_scales,
+            self.nested_codebook,
+            self.nested_offset,
+        )
+        N, K = self.shape
+        return QuantizedMatrix(
+            self.codes,
+            tables,
+            N,
+            K,
+            self.layout.block,
+            fp8_activations=self.activations == "fp8",
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedWeight:
+        # fn is any of to(), half(), cuda(), share_memory(), ... It sees bytes, so that it moves
+        # and never casts; and an empty tensor of our dtype, which says what it casts to.
+        def as_bytes(t: Tensor) -> Tensor:
+            return fn(t.view(torch.uint8)).view(t.dtype)
+
+        super()._apply(as_bytes, recurse)  # type: ignore[no-untyped-call]
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for name, own in self._parameters.items():
+            given = state_dict.get(prefix + name)
+            if own is not None and given is not None and given.dtype != own.dtype:
+                error_msgs.append(f"{prefix}{name}: got {given.dtype}, wanted {own.dtype}")
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def extra_repr(self) -> str:
+        layout = self.layout
+        parts = [f"{layout.format}, shape={list(self.shape)}, dtype={self.dtype}"]
+        parts.append(f"block={layout.block}")
+        if layout.nested:
+            parts.append("double_quant=True")
+        if layout.activations:
+            parts.append(f"activations={layout.activations!r}")
+        return ", ".join(parts)
+
+
+def _check_form(format: Format, shape: tuple[int, int], block: tuple[int, int]) -> None:
+    if format not in FORMATS:
+        raise ValueError(f"format: got {format!r}, wanted one of {', '.join(FORMATS)}")
+    for name, pair in {"shape": shape, "block": block}.items():
+        sizes = pair if isinstance(pair, tuple | list) else ()
+        if len(sizes) != 2 or any(type(n) is not int or n < 0 for n in sizes):
+            raise TypeError(f"{name}: got {pair!r}, wanted two integers")
+    if format not in ("nf4", "fp4"):
+        if any(size & (size - 1) for size in block):
+            raise ValueError(f"block: got {block}, wanted powers of two or 0")
+    elif block[0] != 1 or block[1] not in BLOCK_SIZES:
+        raise ValueError(f"block: got {block}, wanted (1, one of {BLOCK_SIZES})")
+
+
+def check_activations(activations: object) -> None:
+    """Raises ValueError unless activations is None or "fp8"."""
+    if activations not in (None, *get_args(Activations)):
+        raise ValueError(f"activations: got {activations!r}, wanted None or 'fp8'")
