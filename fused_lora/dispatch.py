@@ -21,6 +21,7 @@ from .kernels.configs import (
     tunable,
 )
 from .kernels.device import DeviceInfo, device_info
+from .products import in_fp32
 from .quantized_weight import QuantizedWeight
 from .strategies import (
     PARTS,
@@ -139,6 +140,11 @@ def why_torch(call: Call, backend: Backend) -> object:
     return kernel_obstacle(call) or _auto_avoids_kernels(call)
 
 
+def multiplied_in_fp32(call: Call) -> bool:
+    """Whether PyTorch's path multiplies a call's 16-bit tensors in fp32: see products.py."""
+    return in_fp32(call.dtype, call.device, call.M, call.N, call.K)
+
+
 def better_apart(x: Tensor, dropout: bool, backend: Backend) -> bool:
     """Whether `lora_linear` for each member of a group is faster than the group.
 
@@ -152,6 +158,13 @@ def better_apart(x: Tensor, dropout: bool, backend: Backend) -> bool:
     return x.shape[:-1].numel() <= FEW_ROWS or (dropout and x.device.type == "cpu")
 
 
+def _composes(call: Call) -> bool:
+    """Whether a call that PyTorch takes is recorded by its autograd operator by operator."""
+    if call.device.type != "cpu" or call.M > FEW_ROWS or call.quantized is not None:
+        return False
+    return not multiplied_in_fp32(call)  # which is ours
+
+
 @functools.lru_cache(maxsize=4096)
 def plan(call: Call, backend: Backend, form: Form = "layer") -> Plan:
     """The decision for ``call``; raises the obstacle if "triton" was asked for and stands."""
@@ -159,8 +172,7 @@ def plan(call: Call, backend: Backend, form: Form = "layer") -> Plan:
     if backend == "triton" and problem is not None:
         raise type(problem)(f'backend="triton" cannot take this call: {problem}')
     if backend == "torch" or problem or (backend == "auto" and _auto_avoids_kernels(call)):
-        few = call.device.type == "cpu" and call.M <= FEW_ROWS and call.quantized is None
-        return Plan("torch", "library", "library", composed=few)
+        return Plan("torch", "library", "library", composed=_composes(call))
     strategy, config = _choose(call, form)
     # DoRA's input gradient is a layer's.
     strategy_dx, config_dx = _choose(transposed(call), "layer" if form == "dora" else form)

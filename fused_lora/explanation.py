@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from . import tables
 from .calls import Backend, Call, Operands, as_products, rounds_input
 from .cost_model import ceilings, predicted_seconds
-from .dispatch import FEW_ROWS, model_chooses, plan, table_key, why_torch
+from .dispatch import FEW_ROWS, model_chooses, multiplied_in_fp32, plan, table_key, why_torch
 from .kernels.device import device_info, has_fp8
 from .strategies import NO_DESCRIPTORS, TAKES, Form, no_descriptors, obstacle, runs_as
 from .tables import Strategy
@@ -43,6 +43,9 @@ def explain_call(
         if chosen.composed:
             reasons["library"] = "taken: F.linear, the adapter's part added in place"
             reasons["autograd"] = f"PyTorch's own nodes: up to {FEW_ROWS} rows they cost less"
+        if multiplied_in_fp32(call):
+            dtype = str(call.dtype).removeprefix("torch.")
+            reasons["fp32"] = f"multiplied in it: this CPU has no instructions for {dtype}"
         if call.quantized is not None:
             reasons["quantised W0"] = describe_quantized(call, "torch", False)
         if rounds_input(call):

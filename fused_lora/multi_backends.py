@@ -23,6 +23,7 @@ from .kernels.configs import Kind, TileConfig, choose_config
 from .kernels.device import device_info
 from .kernels.dropout import Dropout
 from .kernels.rows import AdapterLayout, AdapterTable, RowGroups, adapter_table, addresses_of
+from .products import addmm_, bmm, mm
 from .quantized_weight import QuantizedWeight
 from .reference import keep_mask
 from .torch_backend import add_base_dx, base_product
@@ -277,9 +278,12 @@ def _kept(x: Tensor, keep: Tensor | None, batch: Batch) -> Tensor:
 def _add_product(y: Tensor, batch: Batch, a: Tensor, b: Tensor, keep: Tensor | None) -> None:
     """The batch's rows of y += D o (a b), in place; no row is there twice."""
     if keep is None and isinstance(batch.rows, slice):
-        batch.of_each(y[batch.rows]).baddbmm_(a, b)
+        if len(a) == 1:
+            addmm_(y[batch.rows], a[0], b[0])
+        else:
+            batch.of_each(y[batch.rows]).baddbmm_(a, b)
         return
-    product = torch.bmm(a, b).flatten(0, 1)
+    product = bmm(a, b).flatten(0, 1)
     if keep is not None:
         product.masked_fill_(~keep[batch.rows], 0.0)
     y[batch.rows] += product
@@ -288,7 +292,7 @@ def _add_product(y: Tensor, batch: Batch, a: Tensor, b: Tensor, keep: Tensor | N
 def _outer(a: Tensor, b: Tensor) -> Tensor:
     """a^T b of each adapter, for a [adapters, rows, m] and b [adapters, rows, n]."""
     # Of one row each, a bmm takes two to three times as long on a CPU; in bf16 this would.
-    return a.mT * b if a.shape[1] == 1 and a.dtype == torch.float32 else torch.bmm(a.mT, b)
+    return a.mT * b if a.shape[1] == 1 and a.dtype == torch.float32 else bmm(a.mT, b)
 
 
 def _few_rows(x: Tensor, layer: Adapted, batch: Batch) -> tuple[Tensor, list[Tensor]]:
@@ -332,7 +336,7 @@ def _torch_forward(
                 part = torch.stack(parts).view(*rows.shape[:2], batch.rank)
                 _scale_(part, layer, batch, keep_scale)
         else:
-            part = torch.bmm(rows, _stacked(layer.lora_As, batch, x.dtype).mT)
+            part = bmm(rows, _stacked(layer.lora_As, batch, x.dtype).mT)
             _scale_(part, layer, batch, keep_scale)
             _add_product(y, batch, part, _stacked(layer.lora_Bs, batch, x.dtype).mT, None)
         if h is not None:
@@ -345,7 +349,7 @@ def _torch_backward(
 ) -> Gradients:
     dx = None
     if need_dx and isinstance(layer.weight, Tensor):
-        dx = g @ layer.weight
+        dx = mm(g, layer.weight)
     elif need_dx:
         dx = g.new_zeros((len(g), layer.weight.shape[1]))
         add_base_dx(dx, g, layer.weight)
@@ -360,7 +364,7 @@ def _torch_backward(
             _put(dBs, batch, _outer(part, h_part), layer.lora_Bs)
         if not needs_dh:
             continue
-        dh = torch.bmm(part, _stacked(layer.lora_Bs, batch, g.dtype))
+        dh = bmm(part, _stacked(layer.lora_Bs, batch, g.dtype))
         _scale_(dh, layer, batch, keep_scale)
         if x is not None:
             _put(dAs, batch, _outer(dh, _kept(x, keep, batch)), layer.lora_As)

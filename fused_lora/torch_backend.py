@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels.dropout import Dropout, keep_scale
+from .products import addmm_, linear, mm
 from .quantized_weight import QuantizedWeight
 from .reference import drawn_mask, fp8_activations, keep_mask
 
@@ -22,15 +23,15 @@ from .reference import drawn_mask, fp8_activations, keep_mask
 def base_product(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Tensor:
     """x W0^T + bias [M, N]. A quantised W0 is there some rows at a time."""
     if isinstance(weight, Tensor):
-        return F.linear(x, weight, bias)
+        return linear(x, weight, bias)
     if weight.activations is not None:
         x = fp8_activations(x)
     N = weight.shape[0]
     y = x.new_empty((x.shape[0], N))
     for rows, tile in weight.row_tiles(x.dtype):
         if len(tile) == N:  # no copy of the only part
-            return F.linear(x, tile, bias)
-        y[:, rows] = F.linear(x, tile, None if bias is None else bias[rows])
+            return linear(x, tile, bias)
+        y[:, rows] = linear(x, tile, None if bias is None else bias[rows])
         del tile  # before the next one is there
     return y
 
@@ -38,10 +39,10 @@ def base_product(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | Non
 def add_base_dx(dx: Tensor, g: Tensor, weight: Tensor | QuantizedWeight) -> None:
     """dx += g W0 in place. A quantised W0 is there some columns at a time: each sum is whole."""
     if isinstance(weight, Tensor):
-        dx.addmm_(g, weight)
+        addmm_(dx, g, weight)
         return
     for cols, tile in weight.column_tiles(g.dtype):
-        dx[:, cols].addmm_(g, tile)
+        addmm_(dx[:, cols], g, tile)
         del tile
 
 
@@ -69,13 +70,13 @@ def forward(
     """y [M, N] and h = scaling * (D o x) A^T [M, r], both in x's dtype."""
     # h first, so that the dropped x is gone before y is there.
     if dropout is None:
-        h = F.linear(x, lora_A.to(x.dtype))
+        h = linear(x, lora_A.to(x.dtype))
     else:
-        h = F.linear(_dropped(x, dropout), lora_A.to(x.dtype))
+        h = linear(_dropped(x, dropout), lora_A.to(x.dtype))
         scaling *= dropout.keep_scale
     h *= scaling
     y = base_product(x, weight, bias)
-    return y.addmm_(h, lora_B.to(x.dtype).t()), h
+    return addmm_(y, h, lora_B.to(x.dtype).t()), h
 
 
 @functools.lru_cache(maxsize=256)
@@ -150,7 +151,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx, dA and dB for g = dL/dy [M, N]: dA iff x is given, dB iff h is given."""
     dx = dA = None
-    dB = (g.t() @ h).to(lora_B.dtype) if h is not None else None
+    dB = mm(g.t(), h).to(lora_B.dtype) if h is not None else None
     if not need_dx and x is None:
         return dx, dA, dB
     keep: Tensor | None = None
@@ -158,15 +159,15 @@ def backward(
         keep = keep_mask(*dropout, g.shape[0], lora_A.shape[1])
         scaling *= dropout.keep_scale
     # The one scale of dA and of the adapter's part of dx is put on dh, the smallest of them.
-    dh = g @ lora_B.to(g.dtype)  # [M, r]
+    dh = mm(g, lora_B.to(g.dtype))  # [M, r]
     dh *= scaling
     if x is not None:  # before dx, so that the dropped x is gone before dx is there
-        dA = (dh.t() @ (x if keep is None else _masked(x, keep))).to(lora_A.dtype)
+        dA = mm(dh.t(), x if keep is None else _masked(x, keep)).to(lora_A.dtype)
     if need_dx and keep is None and isinstance(weight, Tensor):
         # The small product onto the large one: the other way round bf16 took 7 % longer on a CPU.
-        dx = (g @ weight).addmm_(dh, lora_A.to(g.dtype))
+        dx = addmm_(mm(g, weight), dh, lora_A.to(g.dtype))
     elif need_dx:
-        dx = dh @ lora_A.to(g.dtype)
+        dx = mm(dh, lora_A.to(g.dtype))
         if keep is not None:
             _masked(dx, keep, out=dx)
         add_base_dx(dx, g, weight)
@@ -244,15 +245,15 @@ def forward_group(
     if any(dropouts):
         h = x.new_empty((x.shape[0], sum(ranks)))
         for A, dropout, h_i in zip(As, dropouts, h.split_with_sizes(ranks, dim=1), strict=True):
-            torch.mm(_dropped(x, dropout), A.t(), out=h_i)
+            mm(_dropped(x, dropout), A.t(), out=h_i)
     else:
-        h = F.linear(x, torch.cat(As))
+        h = linear(x, torch.cat(As))
     ys = []
     for i, h_i in enumerate(h.split_with_sizes(ranks, dim=1)):
         dropout = dropouts[i]
         h_i *= scalings[i] * (dropout.keep_scale if dropout else 1.0)
         y = base_product(x, weights[i], biases[i])
-        ys.append(y.addmm_(h_i, lora_Bs[i].to(x.dtype).t()))
+        ys.append(addmm_(y, h_i, lora_Bs[i].to(x.dtype).t()))
     return ys, h
 
 
@@ -270,7 +271,7 @@ def backward_group(
 ) -> tuple[Tensor | None, Sequence[Tensor | None], list[Tensor | None]]:
     """dx, dA_i and dB_i for g_i = dL/dy_i [M, N_i]: dA_i iff x is given, dB_i iff h_i is."""
     dBs = [
-        None if h is None else (g.t() @ h).to(B.dtype)
+        None if h is None else mm(g.t(), h).to(B.dtype)
         for g, h, B in zip(gs, hs, lora_Bs, strict=True)
     ]
     dAs: Sequence[Tensor | None] = [None] * len(gs)
@@ -280,7 +281,7 @@ def backward_group(
     dh = gs[0].new_empty((gs[0].shape[0], sum(ranks)))
     dhs = dh.split_with_sizes(ranks, dim=1)
     for g, B, scale, dropout, dh_i in zip(gs, lora_Bs, scalings, dropouts, dhs, strict=True):
-        torch.mm(g, B.to(g.dtype), out=dh_i)
+        mm(g, B.to(g.dtype), out=dh_i)
         dh_i *= scale * (dropout.keep_scale if dropout else 1.0)
     dx: Tensor | None = None
     if need_dx:
@@ -289,11 +290,11 @@ def backward_group(
             add_base_dx(dx, g, weight)
     if x is not None and any(dropouts):
         dAs = [
-            (dh_i.t() @ _dropped(x, dropout)).to(A.dtype)
+            mm(dh_i.t(), _dropped(x, dropout)).to(A.dtype)
             for dh_i, dropout, A in zip(dhs, dropouts, lora_As, strict=True)
         ]
     elif x is not None:
-        parts = (dh.t() @ x).split_with_sizes(ranks)
+        parts = mm(dh.t(), x).split_with_sizes(ranks)
         dAs = [part.to(A.dtype) for part, A in zip(parts, lora_As, strict=True)]
     return dx, dAs, dBs
 
@@ -303,10 +304,10 @@ def _adapters_dx(
 ) -> Tensor:
     """sum_i D_i o (dh_i A_i): one product where no mask has to come between."""
     if not any(dropouts):
-        return dh @ torch.cat(tuple(As))
+        return mm(dh, torch.cat(tuple(As)))
     dx: Tensor | None = None
     for dh_i, A, dropout in zip(dhs, As, dropouts, strict=True):
-        part = _dropped(dh_i @ A, dropout)
+        part = _dropped(mm(dh_i, A), dropout)
         dx = part if dx is None else dx.add_(part)
     assert dx is not None
     return dx

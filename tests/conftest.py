@@ -67,6 +67,20 @@ def together(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def cpu_without(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Says for which dtypes the CPU has no instructions, whatever it has."""
+    from fused_lora import dispatch, products
+
+    def without(*dtypes: torch.dtype) -> None:
+        monkeypatch.setattr(products, "WITHOUT_INSTRUCTIONS", frozenset(dtypes))
+        dispatch.forget_plans()
+
+    yield without
+    monkeypatch.undo()
+    dispatch.forget_plans()
+
+
+@pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernel launchers that were called, in order: which backend and strategy really ran.
 

@@ -302,8 +302,9 @@ def test_few_rows_in_the_dtype_of_wider_adapters(dtype, M):
 
 
 @pytest.mark.parametrize("K", [33, 1031])
-def test_a_large_mask_of_few_rows_is_saved_in_the_dtype_of_x(launches, K):
+def test_a_large_mask_of_few_rows_is_saved_in_the_dtype_of_x(launches, cpu_without, K):
     """And changes nothing but that: to the bit what a mask in the adapters' dtype gives."""
+    cpu_without()
     p = problem(
         FEW_ROWS, 21, K, 4, dtype=torch.bfloat16, adapter_dtype=torch.float32, dropout_p=0.5
     )  # of which the scale, 2, is exact
