@@ -26,9 +26,9 @@ def _without_instructions() -> frozenset[torch.dtype]:
 
 # Of the CPU, once: Dynamo traces what asks (compiled autograd).
 WITHOUT_INSTRUCTIONS = _without_instructions()
-# Elements that are there in fp32 of the left and of the right operand: 8 and 2 MB. With an eighth
-# of the right one's the product above takes 1.5 times as long, with twice as many 0.95.
-_LEFT, _RIGHT = 1 << 21, 1 << 19
+# Elements that are there in fp32 of the left and of the right operand: 4 and 1 MB. A quarter of the
+# right one's takes 1.2 to 1.9 times as long with 32 rows, and twice as many as long as these.
+_LEFT, _RIGHT = 1 << 20, 1 << 18
 # What a cast of an element and the other operators of a product in fp32 cost, in multiplications.
 _CAST, _OVERHEAD = 4, 100_000
 
