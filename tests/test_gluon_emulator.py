@@ -17,7 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fused_lora.kernels.specialized import async_load, async_store, proxy_fence
+from fused_lora.kernels.specialized_consumer import async_store
+from fused_lora.kernels.specialized_loader import async_load
+from fused_lora.kernels.specialized_ring import proxy_fence
 
 SIZE, TILES, SEEDS = 16, 6, 25
 LAYOUT = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
