@@ -26,7 +26,7 @@ from .kernels.rows import AdapterLayout, AdapterTable, RowGroups, adapter_table,
 from .products import addmm_, bmm, mm
 from .quantized_weight import QuantizedWeight
 from .reference import keep_mask
-from .torch_backend import add_base_dx, base_product
+from .torch_backend import add_base_dx, base_product, masked
 
 # split: h, then the GEMM adds h B; expand: h, the base product, then h B added in place.
 Strategy = Literal["split", "expand", "library"]
@@ -272,7 +272,7 @@ def _scale_(h: Tensor, layer: Adapted, batch: Batch, keep_scale: float) -> None:
 def _kept(x: Tensor, keep: Tensor | None, batch: Batch) -> Tensor:
     """The batch's rows of D o x [adapters, rows, K]."""
     part = x[batch.rows]
-    return batch.of_each(part if keep is None else torch.where(keep[batch.rows], part, 0.0))
+    return batch.of_each(part if keep is None else masked(part, keep[batch.rows]))
 
 
 def _add_product(y: Tensor, batch: Batch, a: Tensor, b: Tensor, keep: Tensor | None) -> None:
@@ -285,7 +285,7 @@ def _add_product(y: Tensor, batch: Batch, a: Tensor, b: Tensor, keep: Tensor | N
         return
     product = bmm(a, b).flatten(0, 1)
     if keep is not None:
-        product.masked_fill_(~keep[batch.rows], 0.0)
+        masked(product, keep[batch.rows], out=product)
     y[batch.rows] += product
 
 

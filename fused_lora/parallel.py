@@ -43,6 +43,7 @@ from . import checks
 from .linear import FusedLoRALinear
 from .multi_linear import FusedMultiLoRALinear
 from .quantized_weight import QuantizedWeight
+from .together import FusedLoRAGroup
 
 NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
 WHOLE, SUM = Replicate(), Partial()
@@ -244,10 +245,12 @@ def _distribute(
     )
 
 
-def _refuse_several(style: ColwiseParallel | RowwiseParallel, module: nn.Module) -> None:
+def _refuse_modules(style: ColwiseParallel | RowwiseParallel, module: nn.Module) -> None:
+    name = type(style).__name__
     if isinstance(module, FusedMultiLoRALinear):
-        name = type(style).__name__
         raise TypeError(f"{name}: got a layer of several adapters, which cannot be distributed")
+    if isinstance(module, FusedLoRAGroup):
+        raise TypeError(f"{name}: got a FusedLoRAGroup; wanted each of its layers, by their paths")
 
 
 class ColwiseParallel(torch_parallel.ColwiseParallel):
@@ -261,7 +264,7 @@ class ColwiseParallel(torch_parallel.ColwiseParallel):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if isinstance(module, FusedLoRALinear):
             return _distribute(self, module, device_mesh, _rules(2)[1], "out_features")
-        _refuse_several(self, module)
+        _refuse_modules(self, module)
         return super()._apply(module, device_mesh)
 
 
@@ -277,5 +280,5 @@ class RowwiseParallel(torch_parallel.RowwiseParallel):
         if isinstance(module, FusedLoRALinear):
             self.desired_input_layouts = (Shard(-1),)
             return _distribute(self, module, device_mesh, _rules(2)[2], "in_features")
-        _refuse_several(self, module)
+        _refuse_modules(self, module)
         return super()._apply(module, device_mesh)

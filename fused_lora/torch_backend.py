@@ -49,7 +49,7 @@ def add_base_dx(dx: Tensor, g: Tensor, weight: Tensor | QuantizedWeight) -> None
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _masked(t: Tensor, keep: Tensor, out: Tensor | None = None) -> Tensor:
+def masked(t: Tensor, keep: Tensor, out: Tensor | None = None) -> Tensor:
     """t where keep [M, K] is True and 0 elsewhere; ``out`` may be t itself."""
     # Bits times 0 or 1: on a CPU a float times a bool takes 1 ns an element, this a tenth.
     bits = _BITS[t.itemsize]
@@ -162,14 +162,14 @@ def backward(
     dh = mm(g, lora_B.to(g.dtype))  # [M, r]
     dh *= scaling
     if x is not None:  # before dx, so that the dropped x is gone before dx is there
-        dA = mm(dh.t(), x if keep is None else _masked(x, keep)).to(lora_A.dtype)
+        dA = mm(dh.t(), x if keep is None else masked(x, keep)).to(lora_A.dtype)
     if need_dx and keep is None and isinstance(weight, Tensor):
         # The small product onto the large one: the other way round bf16 took 7 % longer on a CPU.
         dx = addmm_(mm(g, weight), dh, lora_A.to(g.dtype))
     elif need_dx:
         dx = mm(dh, lora_A.to(g.dtype))
         if keep is not None:
-            _masked(dx, keep, out=dx)
+            masked(dx, keep, out=dx)
         add_base_dx(dx, g, weight)
     return dx, dA, dB
 
@@ -227,7 +227,7 @@ def _dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
     """D o x without its scale."""
     if dropout is None:
         return x
-    return _masked(x, keep_mask(*dropout, *x.shape))
+    return masked(x, keep_mask(*dropout, *x.shape))
 
 
 def forward_group(

@@ -39,6 +39,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import plan_parallel
 from fused_lora import (
+    FusedLoRAGroup,
     FusedLoRALinear,
     FusedMultiLoRALinear,
     add_adapter,
@@ -594,6 +595,7 @@ def tensor_parallel_refusals():
         (_adapted(quantize="nf4")[0], "the layer has a quantised weight"),
         (FusedLoRALinear(K, N, R, use_dora=True), "the layer has DoRA"),
         (several, "a layer of several adapters"),
+        (FusedLoRAGroup({"q": FusedLoRALinear(K, N, R)}), "a FusedLoRAGroup; wanted each of its"),
     ):
         for style in (ColwiseParallel(), RowwiseParallel()):
             raises(TypeError, why, lambda m=refused, s=style: parallelize_module(m, mesh, s))
