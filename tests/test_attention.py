@@ -285,7 +285,7 @@ BAD = {
     "heads of a half": ({"num_heads": 1.5}, TypeError, "num_heads: got 1.5"),
     "embed_dim": ({"embed_dim": -3}, ValueError, "embed_dim: got -3"),
     "targets": ({"target_modules": ["query"]}, ValueError, "target_modules: got ['query'], wanted"),
-    "a target": ({"target_modules": "q_proj"}, ValueError, "target_modules: got 'q_proj'"),
+    "a target": ({"target_modules": "q_proj"}, TypeError, "target_modules: got 'q_proj'"),
     "no target": ({"target_modules": []}, ValueError, "target_modules: got []"),
     "dropout": ({"dropout": 1.0}, ValueError, "dropout: got 1.0"),
     "r": ({"r": 0}, ValueError, "r: got 0"),

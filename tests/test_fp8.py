@@ -27,6 +27,7 @@ from fused_lora.kernels import device as device_module
 from fused_lora.kernels.device import INTERPRETED
 from fused_lora.kernels.gemm import gemm_add_lora
 from fused_lora.kernels.quantized import dequantize, fp8_input
+from fused_lora.quantize import quantize_like
 
 E4M3 = torch.float8_e4m3fn
 PLANS = {
@@ -295,7 +296,7 @@ def test_property_stays_with_the_weight():
     weight = quantize_fp8(torch.randn(20, 256), activations="fp8")
     assert weight.activations == "fp8"
     assert "activations='fp8'" in repr(weight)
-    for same in (copy.deepcopy(weight), weight.requantize(torch.randn(20, 256)), weight.half()):
+    for same in (copy.deepcopy(weight), quantize_like(weight, torch.randn(20, 256)), weight.half()):
         assert same.activations == "fp8"
     assert quantize_fp8(torch.randn(20, 256)).activations is None
     assert quantize_nf4(torch.randn(20, 256)).activations is None

@@ -642,7 +642,7 @@ BAD = {
     "indices names": (
         INDICES | {"adapter_indices": ["a"] * 4},
         TypeError,
-        "adapter_indices: got list, wanted a tensor or a list of integers",
+        "adapter_indices[0]: got 'a', wanted a tensor or a list of integers",
     ),
     "indices bool": (
         INDICES | {"adapter_indices": torch.ones(4, dtype=torch.bool)},
@@ -650,9 +650,9 @@ BAD = {
         "adapter_indices: got dtype torch.bool, wanted integers",
     ),
     "indices list of bools": (
-        INDICES | {"adapter_indices": [True, False, True, True]},
+        INDICES | {"adapter_indices": [1, False, True, True]},
         TypeError,
-        "adapter_indices: got list, wanted a tensor or a list of integers",
+        "adapter_indices[1]: got False, wanted a tensor or a list of integers",
     ),
     "x nested": (
         INDICES | {"x": torch.nested.nested_tensor([torch.randn(4, 6), torch.randn(3, 6)])},
@@ -664,7 +664,7 @@ BAD = {
     "indices nested": (
         INDICES | {"adapter_indices": [[0, 1], [0, 1]]},
         TypeError,
-        "adapter_indices: got list, wanted a tensor or a list of integers",
+        "adapter_indices[0]: got [0, 1], wanted a tensor or a list of integers",
     ),
     "indices one number": (
         INDICES | {"adapter_indices": 0},
@@ -908,8 +908,8 @@ def test_multi_route_through_a_model():
     ("rows", "error", "message"),
     [
         ({"adapter_names": 3}, TypeError, "adapter_names: got int, wanted a name or a list"),
-        ({"adapter_names": "dutch"}, ValueError, "adapter: got 'dutch', wanted one of"),
-        ({"adapter_names": [["german"]] * 2}, ValueError, "adapter: got ['german'], wanted one of"),
+        ({"adapter_names": "dutch"}, ValueError, "adapter_names: got 'dutch', wanted one of"),
+        ({"adapter_names": [["german"]] * 2}, ValueError, "adapter_names: got ['german'], wanted"),
         ({"segments": 3}, TypeError, "segments: got int, wanted a list of pairs"),
         ({"segments": "german"}, TypeError, "segments: got str, wanted a list of pairs"),
         ({"segments": [("german",)]}, TypeError, "segments[0]: got ('german',), wanted"),
@@ -921,7 +921,7 @@ def test_multi_layer_refuses_rows(rows, error, message):
     layer = _layer()
     with pytest.raises(error, match=re.escape(message)):
         layer(torch.randn(2, 12), **rows)
-    with route(nn.Sequential(layer), **rows), pytest.raises(error, match=re.escape(message)):
+    with pytest.raises(error, match=re.escape(message)), route(nn.Sequential(layer), **rows):
         layer(torch.randn(2, 12))
 
 
@@ -952,13 +952,13 @@ def test_multi_layer_refuses_adapters(name, kwargs, error, message):
 
 def test_multi_layer_refuses_calls():
     layer, x = _layer(), torch.randn(4, 12)
-    with pytest.raises(ValueError, match="adapter: got 'dutch', wanted one of"):
+    with pytest.raises(ValueError, match="adapter_names: got 'dutch', wanted one of"):
         layer(x, adapter_names="dutch")
     with pytest.raises(ValueError, match="adapter_names: got 3, wanted one for each sample"):
         layer(x, adapter_names=["german"] * 3)
     with pytest.raises(ValueError, match="segments: have 3 rows in all, wanted x's 4"):
         layer(x, segments=[("german", 3)])
-    with pytest.raises(ValueError, match="adapter: got 'dutch'"):
+    with pytest.raises(ValueError, match="name: got 'dutch'"):
         layer.delete_adapter("dutch")
 
 

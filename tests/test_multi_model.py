@@ -236,7 +236,7 @@ def test_multi_route_names_what_is_wrong():
     ):
         pass
     with (
-        pytest.raises(ValueError, match="adapter: got 'three', wanted one of"),
+        pytest.raises(ValueError, match="adapter_names: got 'three', wanted one of"),
         route(model, adapter_names="three"),
     ):
         model(TOKENS)
@@ -253,7 +253,7 @@ def _state(model):
         ({"adapter_name": "a.b"}, ValueError, "name: got 'a.b'"),
         ({"adapter_name": 3}, TypeError, "name: got int"),
         ({"r": 0}, ValueError, "r: got 0"),
-        ({"rank_pattern": {"q_proj": -1}}, ValueError, "r: got -1"),
+        ({"rank_pattern": {"q_proj": -1}}, ValueError, "rank_pattern['q_proj']: got -1"),
         ({"lora_alpha": float("nan")}, ValueError, "lora_alpha: got nan"),
         ({"target_modules": ["nothing"]}, ValueError, "['nothing'] matches no nn.Linear"),
         ({"target_modules": ["norm"]}, ValueError, "['norm'] matches no nn.Linear"),
