@@ -7,7 +7,7 @@ half empty; in the style of LoRAFusion's scheduler (https://arxiv.org/abs/2510.0
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from numbers import Integral
@@ -64,7 +64,7 @@ def schedule(jobs: Sequence[Sequence[Sequence[int]]], max_tokens: int) -> list[M
         for s, batch in enumerate(job):
             _check_list(f"jobs[{j}][{s}]", batch, "the samples of a batch")
             for tokens in batch:
-                if isinstance(tokens, bool) or not isinstance(tokens, Integral):  # NumPy's too
+                if isinstance(tokens, bool) or not isinstance(tokens, Integral):
                     raise TypeError(f"jobs[{j}][{s}]: got {tokens!r}, wanted a number of tokens")
                 if not 1 <= tokens <= max_tokens:
                     raise ValueError(
@@ -87,7 +87,7 @@ def schedule(jobs: Sequence[Sequence[Sequence[int]]], max_tokens: int) -> list[M
 
 
 def _check_list(name: str, value: object, what: str) -> None:
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    if isinstance(value, str) or not isinstance(value, Collection):  # NumPy's arrays too
         raise TypeError(f"{name}: got {value!r}, wanted a list of {what}")
 
 

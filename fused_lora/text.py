@@ -28,8 +28,7 @@ def read_documents(data: str, tokenizer: Any) -> list[Document]:
 
     A line of JSON has "text", "messages" for the tokenizer's chat template, or "prompt" and
     "completion", both strings or both messages; with messages "tools", if any: TRL's forms.
-    "python-docs" is Python's own language
-    reference, which lies in its standard library.
+    "python-docs" is Python's own language reference, which lies in its standard library.
 
     Raises FileNotFoundError; and ValueError, with the line, for what is not of this form.
     """

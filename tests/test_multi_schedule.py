@@ -141,3 +141,8 @@ def test_multi_packing_against_the_exact_solution(sizes):
 def test_multi_schedule_refuses(jobs, budget, error, message):
     with pytest.raises(error, match=re.escape(message)):
         schedule(jobs, budget)
+
+
+def test_numpys_numbers_are_numbers():
+    numpy = pytest.importorskip("numpy")
+    assert schedule([[numpy.array([3, 5])]], 8) == schedule([[[3, 5]]], 8)
