@@ -167,9 +167,9 @@ def test_choice_of_a_tile():
         choose(8192, 4096, r=65)
 
 
-# Hopper's tiles all; of the others new ones in each run: compiling and disassembling one takes two
-# seconds. `make kernels` compiles every case for every architecture.
-@pytest.mark.parametrize(("arch", "sample"), [("sm_80", 30), ("sm_90", None), ("sm_100", 30)])
+# New ones in each run: compiling and disassembling one takes two seconds, on a slow machine four.
+# `make kernels` compiles every case for every architecture.
+@pytest.mark.parametrize(("arch", "sample"), [("sm_80", 12), ("sm_90", 80), ("sm_100", 12)])
 def test_what_ships_fits_and_keeps_its_tensor_cores(arch, sample, tmp_path):
     rows_file = tmp_path / "rows.json"
     kinds = {kind for kind in get_args(configs.Kind) if kind != "quantized"}  # in test_quantize.py
@@ -177,15 +177,15 @@ def test_what_ships_fits_and_keeps_its_tensor_cores(arch, sample, tmp_path):
     if gluon_problem():
         kinds -= by_hand
     options = ["--arch", arch, "--heaviest", "--dtype", "bf16", "--kind", ",".join(kinds)]
-    options += ["--sample", str(sample)] if sample else []
+    options += ["--sample", str(sample)]
     run_outside("-m", "benchmarks.compile_report", *options, "--json", str(rows_file))
     rows = json.loads(rows_file.read_text())
-    assert len(rows) >= 30
+    assert len(rows) == sample
     assert not any(row["problem"] for row in rows)
     assert all(row["predicted_us"].keys() == {"H100", "H200"} for row in rows)
     if arch == "sm_90":
         tma = set(get_args(configs.TmaKind))
-        assert {row["kind"] for row in rows} == kinds
+        assert {row["kind"] for row in rows} <= kinds
         large = [r for r in rows if r["dtype"] == "bf16" and r["config"]["BLOCK_M"] >= 64]
         large = [r for r in large if not r["sums"]]
         assert large

@@ -8,11 +8,11 @@ PROGRAM = Path(__file__).with_name("launch_checks.py")
 
 
 def test_known_launches_hand_the_driver_what_triton_would():
-    run_outside(str(PROGRAM), timeout=300)
+    run_outside(str(PROGRAM), timeout=500)
 
 
 def test_replayed_calls_hand_the_driver_what_others_do():
-    run_outside(str(PROGRAM.with_name("replay_checks.py")), timeout=300)
+    run_outside(str(PROGRAM.with_name("replay_checks.py")), timeout=500)
 
 
 def test_nothing_spills_for_odd_operands():
@@ -20,5 +20,5 @@ def test_nothing_spills_for_odd_operands():
 
 
 def test_launch_overhead():
-    rows = run_outside("-m", "benchmarks.launch_overhead", timeout=300)
+    rows = run_outside("-m", "benchmarks.launch_overhead", timeout=500)
     assert all(strategy in rows for strategy in ("one_pass", "split", "skinny"))
