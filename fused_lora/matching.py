@@ -33,10 +33,11 @@ def find_targets(
     module that reads its weight and does not call it.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    matched = match_modules(model, target_modules, exclude_modules)
+    targets = match_modules(model, target_modules, None)
+    matched = _without_excluded(targets, exclude_modules)
     layers = [path for path in matched if adaptable(modules[path])]
     skipped = _why_skipped(modules, matched, layers, target_modules)
-    skipped |= _excluding_nothing(exclude_modules, match_modules(model, target_modules, None))
+    skipped |= _excluding_nothing(exclude_modules, targets)
     if not layers:
         names = sorted({p.rpartition(".")[2] for p, m in modules.items() if adaptable(m)})
         why = f"target_modules: {target_modules!r} matches no nn.Linear; wanted some of {names}"
@@ -208,10 +209,16 @@ def match_modules(
         matched = _without_output_head(model, modules)
     else:
         matched = match_paths("target_modules", target_modules, list(modules))
+    return _without_excluded(matched, exclude_modules)
+
+
+def _without_excluded(
+    targets: list[str], exclude_modules: str | Collection[str] | None
+) -> list[str]:
     if exclude_modules is None:
-        return matched
-    excluded = set(match_paths("exclude_modules", exclude_modules, matched))
-    return [path for path in matched if path not in excluded]
+        return targets
+    excluded = set(match_paths("exclude_modules", exclude_modules, targets))
+    return [path for path in targets if path not in excluded]
 
 
 # Of torch.compile, checkpoint_wrapper and FSDP1: parts of a path that the model itself has not.

@@ -44,7 +44,8 @@ def _wants_fp32(a: Tensor, b: Tensor) -> bool:
     return in_fp32(a.dtype, a.device, a.shape[0], b.shape[1], a.shape[1])
 
 
-def _slices(length: int, step: int) -> Iterator[slice]:
+def slices(length: int, step: int) -> Iterator[slice]:
+    """A side of a tensor, ``step`` at a time; the last one may go over the end."""
     for start in range(0, length, step):
         yield slice(start, start + step)
 
@@ -52,9 +53,9 @@ def _slices(length: int, step: int) -> Iterator[slice]:
 def _in_parts(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, *, add: bool) -> Tensor:
     """out = a b + bias, or += with ``add``."""
     (M, K), N = a.shape, b.shape[1]
-    for rows in _slices(M, max(1, _LEFT // K)):
+    for rows in slices(M, max(1, _LEFT // K)):
         left = a[rows].float()
-        for cols in _slices(N, max(1, _RIGHT // K)):
+        for cols in slices(N, max(1, _RIGHT // K)):
             right = b[:, cols].float()
             if add:
                 part = out[rows, cols].float().addmm_(left, right)

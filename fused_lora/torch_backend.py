@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels.dropout import Dropout, keep_scale
-from .products import addmm_, linear, mm
+from .products import addmm_, linear, mm, slices
 from .quantized_weight import QuantizedWeight
 from .reference import drawn_mask, fp8_activations, keep_mask
 
@@ -196,8 +196,7 @@ def weight_norm(
 def _row_tiles(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     N, K = weight.shape
     step = max(1, _CHUNK // max(K, 1))
-    for start in range(0, N, step):
-        rows = slice(start, start + step)
+    for rows in slices(N, step):
         yield rows, weight[rows]
 
 
@@ -218,8 +217,8 @@ def scale_columns_backward(
         return gs, None
     dot = torch.zeros_like(column_scale)
     rows = max(1, _CHUNK // max(g.shape[1], 1))
-    for m in range(0, len(g), rows):
-        dot += (g[m : m + rows].to(dot.dtype) * z[m : m + rows].to(dot.dtype)).sum(0)
+    for part in slices(len(g), rows):
+        dot += (g[part].to(dot.dtype) * z[part].to(dot.dtype)).sum(0)
     return gs, dot
 
 
