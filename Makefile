@@ -5,7 +5,7 @@
 
 TORCH ?= torch==2.13.0
 ARGS ?=
-LAUNCHING := lora_linear kernels quantize quantized_layers fp8 multi multi_quantized group dora skinny \
+LAUNCHING := lora_linear kernels quantize quantized_layers fp8 multi multi_quantized group gated dora skinny \
 	persistent
 
 ifdef PYTHON

@@ -26,6 +26,7 @@ from fused_lora import (
     QuantizedWeight,
     dora_linear,
     lora_linear,
+    lora_linear_gated,
     lora_linear_group,
     lora_linear_multi,
     quantize_fp8,
@@ -119,6 +120,9 @@ def _others() -> Iterator[Case]:
             "group": partial(lora_linear_group, x, weights, As, Bs, scalings=[1.0] * 3),
             "multi": partial(
                 lora_linear_multi, x, weights[0], As, Bs, scalings=1.0, adapter_indices=rows
+            ),
+            "gated": partial(
+                lora_linear_gated, x, normal(M, K), weights[0], As[0], Bs[0], scaling=1.0
             ),
             "dora": partial(
                 dora_linear, x, weights[0], As[0], Bs[0], normal(N).abs() + 0.5, scaling=1.0

@@ -9,6 +9,7 @@ from .autograd import LoRALinearFunction
 from .disable import disable_adapter
 from .explanation import Explanation
 from .functional import dora_linear, explain, lora_linear
+from .gated import LoRALinearGatedFunction, lora_linear_gated
 from .group import LoRALinearGroupFunction, explain_group, lora_linear_group
 from .inject import inject
 from .inject_report import InjectReport
@@ -35,6 +36,7 @@ __all__ = [
     "FusedMultiLoRALinear",
     "InjectReport",
     "LoRALinearFunction",
+    "LoRALinearGatedFunction",
     "LoRALinearGroupFunction",
     "QuantizedWeight",
     "add_adapter",
@@ -47,6 +49,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "lora_linear",
+    "lora_linear_gated",
     "lora_linear_group",
     "lora_linear_multi",
     "lora_plus_param_groups",

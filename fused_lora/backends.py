@@ -130,6 +130,45 @@ def backward(
     return dx, dA, dB
 
 
+def gated(
+    gate: Tensor, up: Tensor, activation: str, plan: Plan, acted: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """x = act(gate) o up [..., K] and what to keep of it, which is ``acted`` when it is made again.
+
+    On PyTorch's path act(gate): of a CPU's time an exponential is more than what memory takes.
+    """
+    if plan.backend == "torch":
+        acted = torch_backend.activated(gate, activation) if acted is None else acted
+        return acted * up, acted
+    from .kernels.gated import gated as launch
+
+    return launch(as_matrix(gate), as_matrix(up), activation).view(gate.shape), None
+
+
+def gated_backward(
+    dx: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    acted: Tensor | None,
+    activation: str,
+    plan: Plan,
+    *,
+    spare: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients [..., K] of gate, in the memory of dx, and of up, in that of ``spare``."""
+    dup = torch.empty_like(dx) if spare is None else spare
+    dx2, gate2, up2 = as_matrix(dx), as_matrix(gate), as_matrix(up)
+    outputs = (dx2, as_matrix(dup))  # views
+    if acted is not None:
+        acted2 = as_matrix(acted)
+        torch_backend.gated_backward(dx2, gate2, up2, acted2, activation, *outputs)
+    else:
+        from .kernels.gated import gated_backward as launch
+
+        launch(dx2, gate2, up2, activation, *outputs)
+    return dx, dup
+
+
 def dora_norm(
     weight: Tensor | QuantizedWeight,
     lora_A: Tensor,

@@ -159,15 +159,11 @@ def _on_device(
 
 def _run(decision: Decision, x: Tensor, layer: Arguments, shard: int | None = None) -> Tensor:
     weight, lora_A, lora_B, _, bias, _, _ = layer
-    call, chosen, scaling, threshold, replays = decision
+    _, chosen, scaling, threshold, replays = decision
     if chosen.composed and shard is None:
         assert isinstance(weight, Tensor)
         return torch_backend.composed(x, weight, lora_A, lora_B, bias, scaling, threshold)
-    seed = None
-    if threshold and chosen.backend == "torch" and x.device.type == "cpu" and shard is None:
-        seed = drawn_mask(threshold, call.M, call.K)  # a byte an element is less than x's copy
-    elif threshold:
-        seed = _draw_seed(x.device, chosen.backend, shard or 0)
+    seed = draw_for(decision, shard)
     y: Tensor
     if not is_recorded():
         dropout = dropout_of(seed, threshold)
@@ -246,6 +242,16 @@ def draw_seeds(n: int, device: torch.device, backend: Backend) -> Tensor:
     if device.type == "cpu" and backend != "triton":
         seeds = ~seeds
     return seeds if n == 1 else seeds[:, 0]
+
+
+def draw_for(decision: Decision, shard: int | None = None) -> Tensor | None:
+    """The seed of a call's dropout mask, or on a CPU the mask [M, K]; None without dropout."""
+    call, chosen, _, threshold, _ = decision
+    if not threshold:
+        return None
+    if chosen.backend == "torch" and call.device.type == "cpu" and shard is None:
+        return drawn_mask(threshold, call.M, call.K)  # a byte an element is less than x's copy
+    return _draw_seed(call.device, chosen.backend, shard or 0)
 
 
 def _draw_seed(device: torch.device, backend: Backend, shard: int = 0) -> Tensor:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import checks, sharing
-from .arguments import Arguments
 from .calls import Backend
 from .codes import Format
 from .frozen import FrozenLinear
+from .gated_mlp import gate_mlps
 from .inject_report import InjectReport, count_parameters, norms_of_change, relative_norm
 from .linear import FusedLoRALinear
 from .matching import alphas_of, find_targets, has_peft_layers, is_linear, ranks_of, unmatched
@@ -49,8 +49,8 @@ def inject(
             of it after a dot, is matched by the key, a regular expression; the first match counts.
         r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, init_lora_weights, use_dora,
             backend: see `FusedLoRALinear`.
-        groups: compute the projections that share their input (q, k, v; gate, up) together, in the
-            families of transformers' models where they are known to: see `fused_lora.peft.fuse`.
+        groups: compute the projections that share their input (q, k, v; gate, up) together, and
+            act(gate) * up with down, in models where that is known: see `fused_lora.peft.fuse`.
         quantize: "nf4" (QLoRA), "fp4", "int8" or "fp8": the adapted layers get their weights in
             codes. Or a function, such as ``functools.partial(quantize_fp8, activations="fp8")``.
             Layers that bitsandbytes or torchao quantised are taken as they are, without it.
@@ -124,9 +124,10 @@ def inject(
         model.set_submodule(path, replacements[modules[path]])
     found = tuple(sharing.find_groups(model, (FusedLoRALinear,))) if groups else ()
     for paths in found:
-        group = sharing.SharedInput([model.get_submodule(path) for path in paths], _arguments)
+        group = sharing.SharedInput([model.get_submodule(path) for path in paths])
         for member in group.members:
             member.__dict__["shared_input"] = group
+    mlps = tuple(gate_mlps(model, (FusedLoRALinear,))) if groups else ()
     return InjectReport(
         layers=tuple(layers),
         skipped=skipped,
@@ -134,10 +135,6 @@ def inject(
         total=count_parameters(model),
         adapted=sum(layer.weight.numel() for layer in replacements.values()),
         groups=found,
+        gated=mlps,
         quantization_error=relative_norm(changes) if changes else None,
     )
-
-
-def _arguments(layer: FusedLoRALinear, x: Tensor) -> Arguments | None:
-    """What the layer passes to `lora_linear` for any x; None if it does something else."""
-    return None if layer.merged or layer.disabled or layer.use_dora else layer.arguments()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import foreign, sharing
+from .gated_mlp import describe_mlps
 from .quantized_weight import QuantizedWeight
 
 
@@ -22,6 +23,7 @@ class InjectReport:
     total: int  # all parameters, the adapters' included, shared ones counted once
     adapted: int  # parameters of the replaced weights: what full fine-tuning of them would train
     groups: tuple[tuple[str, ...], ...] = ()  # paths of layers that are computed together
+    gated: tuple[str, ...] = ()  # paths of MLPs whose last layer makes act(gate) * up
     # ||W - W0|| / ||W|| over all weights W that were put into codes W0, or W0 + scaling * B A where
     # the adapter starts with a part of them; None if there are none.
     quantization_error: float | None = None
@@ -44,7 +46,7 @@ class InjectReport:
                 f"original ones by {self.quantization_error:.2%} of their norm"
             )
         lines += [f"  skipped {path}: {why}" for path, why in self.skipped.items()]
-        lines += sharing.describe_groups(self.groups)
+        lines += sharing.describe_groups(self.groups) + describe_mlps(self.gated)
         return "\n".join(lines)
 
 

@@ -289,6 +289,10 @@ class FusedLoRALinear(FrozenLinear):
         dropout_p = self.lora_dropout if self.training else 0.0
         return Arguments(weight, lora_A, lora_B, self.scaling, bias, dropout_p, self.backend)
 
+    def passed_on(self, x: Tensor) -> Arguments | None:
+        """What `forward` passes to `lora_linear` for any x; None if it does something else."""
+        return None if self.merged or self.disabled or self.use_dora else self.arguments()
+
     def explain(self, x: Tensor) -> Explanation:
         """Which backend and strategy `forward` takes for x, and why; computes nothing.
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from . import checks
+from .gated_mlp import ungate_mlps
 from .linear import FusedLoRALinear
 from .matching import has_peft_layers
 from .multi_linear import FusedMultiLoRALinear
@@ -69,6 +70,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         plain.train(layer.training)
         for path in places:
             model.set_submodule(path, plain)
+    ungate_mlps(model)
     return model
 
 

@@ -3,9 +3,10 @@
     report = fused_lora.peft.fuse(model)   # model: PeftModel, or any module with PEFT's LoRA layers
     print(report)
 
-Only the class of each layer changes. Parameters, names, hooks, optimisers and checkpoints stay as
-they are, and a layer's state (active adapters, merged, disabled, ...) is looked at on each call: a
-call that the fused path does not take goes to PEFT's own forward. Needs the extra "peft".
+Only the class of each layer changes, and that of gated MLPs. Parameters, names, hooks, optimisers
+and checkpoints stay as they are, and a layer's state (active adapters, merged, disabled, ...) is
+looked at on each call: a call that the fused path does not take goes to PEFT's own forward. Needs
+the extra "peft".
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .arguments import Arguments
 from .calls import Backend
 from .explanation import Explanation
 from .functional import call_layer, dora_linear, explain
+from .gated_mlp import describe_mlps, gate_mlps, ungate_mlps
 from .multi import explain_multi, lora_linear_multi
 from .peft_state import (
     State,
@@ -71,6 +73,15 @@ class _FusedForward:
             y = _quantized(self, found, x) if shared is None else shared
             return y
         return _fused(found, x, arguments_of(found))
+
+    def passed_on(self: Any, x: Tensor) -> Arguments | None:
+        """What `forward` passes to `lora_linear` for x; None if that is not all it does."""
+        if not over_codes(self):
+            return usual(self, x)
+        found = look(self)
+        if isinstance(found, str) or misfit(self, found, x) is not None:
+            return None
+        return lasting_over_codes(self, found, x)
 
     def explain(self: Any, x: Tensor, *, adapter_names: Sequence[str] | None = None) -> Explanation:
         """Which backend and strategy `forward` takes for x, and why, or why it is PEFT's own.
@@ -137,16 +148,6 @@ def _shared(layer: Any, x: Tensor, call: Arguments | None) -> Tensor | None:
     return group.output(layer, x, call)
 
 
-def _member_arguments(layer: Any, x: Tensor) -> Arguments | None:
-    """What a layer that is still to be called will pass on, if it is all its own; None if not."""
-    if not over_codes(layer):
-        return usual(layer, x)
-    found = look(layer)
-    if isinstance(found, str) or misfit(layer, found, x) is not None:
-        return None
-    return lasting_over_codes(layer, found, x)
-
-
 def _mixed_batch(layer: Any, state: State, x: Tensor, names: Sequence[str]) -> Tensor:
     quantized = over_codes(layer)
     cast = x.to(compute_dtype(layer, x)) if quantized else x
@@ -162,6 +163,7 @@ class FuseReport:
     fused: tuple[str, ...]  # paths of the layers on the fused path
     not_fused: dict[str, str]  # path -> why PEFT's own forward runs there
     groups: tuple[tuple[str, ...], ...]  # paths of layers that are computed together
+    gated: tuple[str, ...]  # paths of MLPs whose last layer makes act(gate) * up
     _model: nn.Module = field(repr=False)
 
     def __str__(self) -> str:
@@ -169,7 +171,7 @@ class FuseReport:
         lines = [f"{len(self.fused)} of {total} LoRA layers fused"]
         width = max(map(len, self.not_fused), default=0)
         lines += [f"  {path:{width}}  not fused: {why}" for path, why in self.not_fused.items()]
-        lines += sharing.describe_groups(self.groups)
+        lines += sharing.describe_groups(self.groups) + describe_mlps(self.gated)
         return "\n".join(lines)
 
     def __enter__(self) -> FuseReport:
@@ -227,8 +229,9 @@ def fuse(
         groups: compute the projections that share their input (q, k, v; gate, up) together, in the
             model families where they are known to: Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma2 and
             Gemma3. See `fused_lora.sharing` for how; `lora_linear_group` for what it saves, and
-            what a backward pass through one of them alone needs. Under torch.compile, and for up to
-            64 rows, each is computed on its own.
+            what a backward pass through one of them alone needs. And compute act(gate) * up with
+            down, in MLPs whose forward is Llama's: see `lora_linear_gated`. Under torch.compile,
+            and for up to 64 rows, each is computed on its own.
 
     Raises:
         TypeError: model is no module.
@@ -261,11 +264,13 @@ def fuse(
             layer.__dict__.pop("fused_lora_group", None)
     found = tuple(sharing.find_groups(model, _FUSED.values())) if groups else ()
     for paths in found:
-        group = SharedInput([model.get_submodule(path) for path in paths], _member_arguments)
+        group = SharedInput([model.get_submodule(path) for path in paths])
         for layer in group.members:
             layer.__dict__["fused_lora_group"] = group
+    ungate_mlps(model)
+    mlps = tuple(gate_mlps(model, _FUSED.values())) if groups else ()
     fused = tuple(path for path in layers if path not in not_fused)
-    return FuseReport(fused, not_fused, found, model)
+    return FuseReport(fused, not_fused, found, mlps, model)
 
 
 def unfuse(model: nn.Module) -> None:
@@ -275,6 +280,7 @@ def unfuse(model: nn.Module) -> None:
     """
     checks.check_module("model", model)
     sharing.forget()
+    ungate_mlps(model)
     for _, layer in _lora_layers(model):
         for plain, fused in _FUSED.items():
             if type(layer) is fused:

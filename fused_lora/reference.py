@@ -165,6 +165,36 @@ def lora_linear(
     return F.linear(x, weight, bias) + F.linear(h, lora_B.to(x.dtype)) * scaling
 
 
+def lora_linear_gated(
+    gate: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float,
+    activation: Literal["silu", "gelu", "gelu_pytorch_tanh"] = "silu",
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """`lora_linear` of x = act(gate) o up (SwiGLU, GeGLU), as transformers' MLPs compute it."""
+    if activation == "silu":
+        acted = F.silu(gate)
+    else:
+        acted = F.gelu(gate, approximate="none" if activation == "gelu" else "tanh")
+    return lora_linear(
+        acted * up,
+        weight,
+        lora_A,
+        lora_B,
+        scaling=scaling,
+        bias=bias,
+        dropout_p=dropout_p,
+        seed=seed,
+    )
+
+
 def dora_linear(
     x: Tensor,
     weight: Tensor,

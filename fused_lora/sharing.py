@@ -21,7 +21,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -115,18 +115,13 @@ class SharedInput:
     """Layers that are known to be called one after another with the same tensor, in this order.
 
     Args:
-        members: the layers; the first computes for all.
-        arguments: gives what a layer, in its present state, passes to `lora_linear` for x; None
-            where it does something else. The same tensors as long as the state is the same.
+        members: the layers; the first computes for all. Each has a method ``passed_on(x)``: what
+            it passes to `lora_linear` for x in its present state; None where it does something
+            else. The same tensors as long as the state is the same.
     """
 
-    def __init__(
-        self,
-        members: Sequence[nn.Module],
-        arguments: Callable[[Any, Tensor], Arguments | None],
-    ) -> None:
+    def __init__(self, members: Sequence[Any]) -> None:
         self.members = tuple(members)
-        self.arguments = arguments
         self._unused = 0
 
     def pays(self, x: object, backend: Backend) -> bool:
@@ -140,7 +135,7 @@ class SharedInput:
     def output(self, layer: nn.Module, x: Tensor, own: Arguments | None) -> Tensor | None:
         """The layer's output for x; None if it has to compute it itself.
 
-        ``own``: what ``arguments`` gives for it.
+        ``own``: what its ``passed_on`` gives.
         """
         if layer is self.members[0]:
             return self._prepare(x, own)
@@ -154,7 +149,7 @@ class SharedInput:
             return None
         calls: list[Arguments] = []
         for layer in self.members:
-            call = own if layer is self.members[0] else self.arguments(layer, x)
+            call = own if layer is self.members[0] else layer.passed_on(x)
             if call is None or _changes_its_input(layer):
                 return None
             calls.append(call)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -174,8 +175,46 @@ def backward(
     return dx, dA, dB
 
 
-# Elements of W0 + scaling * B A, and of g o z, that are there in fp32 at a time: 16 MB.
+# Elements of W0 + scaling * B A, of g o z and of an activation's gradient that are there at a time:
+# 16 MB in fp32.
 _CHUNK = 1 << 22
+
+_APPROXIMATE = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}  # PyTorch's names
+
+
+def activated(gate: Tensor, activation: str) -> Tensor:
+    """act(gate)."""
+    if activation == "silu":
+        return F.silu(gate)
+    return F.gelu(gate, approximate=_APPROXIMATE[activation])
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """act(gate) o up, recorded by PyTorch's autograd where that is on."""
+    acted = activated(gate, activation)
+    return acted * up if torch.is_grad_enabled() else acted.mul_(up)
+
+
+def gated_backward(
+    dx: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    acted: Tensor,
+    activation: str,
+    dgate: Tensor,
+    dup: Tensor,
+) -> None:
+    """The gradients of gate and up [M, K] for dx, whose memory dgate may have."""
+    aten: Any = torch.ops.aten
+    for rows in slices(len(dx), max(1, _CHUNK // max(1, dx.shape[1]))):
+        e, d = gate[rows], dx[rows]
+        torch.mul(d, acted[rows], out=dup[rows])
+        dact = d * up[rows]
+        if activation == "silu":
+            aten.silu_backward.grad_input(dact, e, grad_input=dgate[rows])
+        else:
+            how = _APPROXIMATE[activation]
+            aten.gelu_backward.grad_input(dact, e, approximate=how, grad_input=dgate[rows])
 
 
 @torch.no_grad()

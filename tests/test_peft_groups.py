@@ -532,7 +532,7 @@ class OnGPU(torch.Tensor):
 
 
 def test_without_gradients_a_gpu_wants_more_rows():
-    group = sharing.SharedInput([nn.Linear(2, 2)] * 2, lambda layer, x: None)
+    group = sharing.SharedInput([nn.Linear(2, 2)] * 2)
     for rows, grad_enabled, backend, expected in (
         (100, True, "auto", True),
         (100, False, "auto", False),

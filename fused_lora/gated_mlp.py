@@ -1,0 +1,129 @@
+"""Gated MLPs of models, whose last layer then takes act(gate) o up from `lora_linear_gated`.
+
+transformers' Llama, Mistral, Qwen, Gemma, Granite and others have MLPs of one and the same formula.
+Where down_proj has an adapter, such a block's class becomes a subclass with a forward that is the
+same but for that. Everything is looked at on each call: what has hooks, is merged, disabled or
+traced runs the block's own forward.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+from .arguments import Arguments
+from .dispatch import FEW_ROWS
+from .functional import is_observed, is_recorded
+from .gated import Activation, are_alike, call_gated, gated_input
+
+
+def _formula(self: Any, x: Any) -> Any:
+    """As transformers writes it."""
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return down_proj
+
+
+# By the classes that transformers' configurations name by these.
+_ACTIVATIONS: dict[tuple[str, str], Activation] = {
+    ("torch.nn.modules.activation", "SiLU"): "silu",
+    ("transformers.activations", "SiLUActivation"): "silu",
+    ("transformers.activations", "GELUActivation"): "gelu",
+    ("transformers.activations", "GELUTanh"): "gelu_pytorch_tanh",
+}
+
+
+class GatedMLP(nn.Module):
+    """In front of a class of MLPs of that formula."""
+
+    plain: type[nn.Module]  # that class
+    down_proj: nn.Module
+    act_fn: nn.Module
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """x [..., K] -> y [..., K], as the block's own."""
+        y: Tensor
+        activation = self._activation(x)
+        if activation is None:
+            y = super().forward(x)
+            return y
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        given: Arguments | None = self.down_proj.passed_on(gate)
+        if given is None or not are_alike(gate, up):
+            y = self.down_proj(self.act_fn(gate) * up)
+        elif is_recorded():
+            y = call_gated(gate, up, activation, given)
+        else:
+            product = gated_input(gate, up, activation, given)
+            del gate, up
+            y = self.down_proj(product)
+        return y
+
+    def _activation(self, x: object) -> Activation | None:
+        """None where the block's own forward is as good, or where somebody hears of its parts."""
+        if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+            return None  # Inductor makes one pass of the formula by itself
+        if x.shape[:-1].numel() <= FEW_ROWS or is_observed():
+            return None
+        down, act = self.down_proj, self.act_fn
+        if not hasattr(down, "passed_on") or checks.is_hooked(down) or checks.is_hooked(act):
+            return None
+        if checks.all_are_hooked():
+            return None
+        return _ACTIVATIONS.get((type(act).__module__, type(act).__name__))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The class is made at run time, where copy and pickle do not find it."""
+        return _empty, (self.plain,), self.__dict__
+
+
+def _empty(plain: type[nn.Module]) -> nn.Module:
+    kind = _gated(plain)
+    block: nn.Module = kind.__new__(kind)
+    return block
+
+
+_gated_classes: dict[Any, Any] = {}
+
+
+def _gated(plain: Any) -> Any:
+    if plain not in _gated_classes:
+        _gated_classes[plain] = type(f"Gated{plain.__name__}", (GatedMLP, plain), {"plain": plain})
+    return _gated_classes[plain]
+
+
+def _has_formula(block: nn.Module) -> bool:
+    """Whether a block's forward is the formula, instruction by instruction, and not patched."""
+    code = getattr(type(block).forward, "__code__", None)
+    wanted = _formula.__code__
+    same = code is not None and (code.co_code, code.co_names) == (wanted.co_code, wanted.co_names)
+    return same and "forward" not in block.__dict__
+
+
+def gate_mlps(model: nn.Module, kinds: Collection[type[nn.Module]]) -> Iterator[str]:
+    """Exchanges the class of gated MLPs whose down_proj is of one of ``kinds``; their paths."""
+    for path, block in model.named_modules():
+        if type(getattr(block, "down_proj", None)) in kinds:
+            if _has_formula(block):
+                block.__class__ = _gated(type(block))
+            if isinstance(block, GatedMLP):
+                yield path
+
+
+def ungate_mlps(model: nn.Module) -> None:
+    """Gives every MLP its own class back."""
+    for block in model.modules():
+        if isinstance(block, GatedMLP) and type(block) is _gated(block.plain):
+            block.__class__ = block.plain  # type: ignore[assignment]
+
+
+def describe_mlps(paths: Iterable[str]) -> list[str]:
+    """A line for each kind of MLP, for the reports."""
+    kinds = Counter(re.sub(r"\.\d+\.", ".*.", path) for path in paths)
+    what = "down_proj takes act(gate_proj) * up_proj in parts"
+    return [f"  {kind}: {what}, {n} x" for kind, n in kinds.items()]

@@ -1,0 +1,136 @@
+"""The input of an MLP's last layer: x = act(gate) o up, and its gradient. One pass each.
+
+    x = act(e) o u
+    de = dx o u o act'(e),  du = dx o act(e)          e (the gate), u, x, dx [M, K]
+
+Every activation is act(e) = e s(e), so that act'(e) = s(e) + e s'(e); all in fp32, rounded once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .configs import FP_FUSION, cdiv
+from .device import device_guard
+from .launch import Launcher
+
+# Bound by memory: a program has a part of one row, eight elements a thread, so that 16 bits are
+# loaded 16 bytes at a time.
+_TILE: dict[str, Any] = {"BLOCK_K": 1024, "num_warps": 4} | FP_FUSION
+
+
+@triton.jit
+def _share(e, ACTIVATION: tl.constexpr):
+    """s(e) and s'(e)."""
+    if ACTIVATION == "gelu":  # the normal distribution and its density
+        share = 0.5 + 0.5 * tl.erf(e * 0.7071067811865476)
+        slope = 0.3989422804014327 * tl.exp(-0.5 * e * e)
+    elif ACTIVATION == "gelu_pytorch_tanh":  # (1 + tanh(z / 2)) / 2 = sigmoid(z)
+        share = tl.sigmoid(1.5957691216057308 * (e + 0.044715 * e * e * e))
+        slope = share * (1.0 - share) * 1.5957691216057308 * (1.0 + 0.134145 * e * e)
+    else:
+        tl.static_assert(ACTIVATION == "silu")
+        share = tl.sigmoid(e)
+        slope = share * (1.0 - share)
+    return share, slope
+
+
+@triton.jit
+def gated_kernel(
+    gate_ptr,
+    up_ptr,
+    x_ptr,
+    K,
+    stride_em,
+    stride_ek,
+    stride_um,
+    stride_uk,
+    ACTIVATION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    m = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = cols < K
+    cols = cols.to(tl.int64)
+    e = tl.load(gate_ptr + m * stride_em + cols * stride_ek, mask=mask, other=0.0)  # [BLOCK_K]
+    u = tl.load(up_ptr + m * stride_um + cols * stride_uk, mask=mask, other=0.0)  # [BLOCK_K]
+    e = e.to(tl.float32)
+    share, _ = _share(e, ACTIVATION)
+    x = e * share * u.to(tl.float32)
+    tl.store(x_ptr + m * K + cols, x.to(x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gated_backward_kernel(
+    dx_ptr,
+    gate_ptr,
+    up_ptr,
+    dgate_ptr,
+    dup_ptr,
+    K,
+    stride_em,
+    stride_ek,
+    stride_um,
+    stride_uk,
+    ACTIVATION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    m = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = cols < K
+    cols = cols.to(tl.int64)
+    e = tl.load(gate_ptr + m * stride_em + cols * stride_ek, mask=mask, other=0.0)  # [BLOCK_K]
+    u = tl.load(up_ptr + m * stride_um + cols * stride_uk, mask=mask, other=0.0)  # [BLOCK_K]
+    dx = tl.load(dx_ptr + m * K + cols, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_K]
+    e = e.to(tl.float32)
+    share, slope = _share(e, ACTIVATION)
+    dgate = dx * u.to(tl.float32) * (share + e * slope)
+    dup = dx * (e * share)
+    # dgate may be in dx's place: each element is loaded by the thread that stores it.
+    tl.store(dgate_ptr + m * K + cols, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
+    tl.store(dup_ptr + m * K + cols, dup.to(dup_ptr.dtype.element_ty), mask=mask)
+
+
+_launch = Launcher(gated_kernel)
+_launch_backward = Launcher(gated_backward_kernel)
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """act(gate) o up [M, K], contiguous, for gate and up [M, K] of one dtype and any strides."""
+    M, K = gate.shape
+    x = torch.empty((M, K), dtype=gate.dtype, device=gate.device)
+    if x.numel():
+        with device_guard(gate):
+            _launch(
+                (M, cdiv(K, _TILE["BLOCK_K"]), 1),
+                (gate, up, x),
+                (K, *gate.stride(), *up.stride()),
+                ACTIVATION=activation,
+                **_TILE,
+            )
+    return x
+
+
+def gated_backward(
+    dx: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    activation: str,
+    dgate: torch.Tensor,
+    dup: torch.Tensor,
+) -> None:
+    """The gradients of gate and up for dx [M, K], contiguous as dgate, which may be dx, and dup."""
+    M, K = gate.shape
+    if dx.numel():
+        with device_guard(gate):
+            _launch_backward(
+                (M, cdiv(K, _TILE["BLOCK_K"]), 1),
+                (dx, gate, up, dgate, dup),
+                (K, *gate.stride(), *up.stride()),
+                ACTIVATION=activation,
+                **_TILE,
+            )
