@@ -125,8 +125,8 @@ def inject(
     found = tuple(sharing.find_groups(model, (FusedLoRALinear,))) if groups else ()
     for paths in found:
         group = sharing.SharedInput([model.get_submodule(path) for path in paths])
-        for member in group.members:
-            member.__dict__["shared_input"] = group
+        for member, place in group.places():
+            member.__dict__["shared_input"] = place
     mlps = tuple(gate_mlps(model, (FusedLoRALinear,))) if groups else ()
     return InjectReport(
         layers=tuple(layers),

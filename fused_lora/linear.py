@@ -26,7 +26,7 @@ from .torch_backend import weight_norm
 _ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_A_init", "lora_B_init")
 
 if TYPE_CHECKING:
-    from .sharing import SharedInput
+    from .sharing import Place
 
 
 class FusedLoRALinear(FrozenLinear):
@@ -71,7 +71,7 @@ class FusedLoRALinear(FrozenLinear):
     lora_A_init: Tensor | None
     lora_B_init: Tensor | None
     merged_scale: Tensor | None
-    shared_input: SharedInput | None = None  # set by `inject`
+    shared_input: Place | None = None  # set by `inject`
 
     def __init__(
         self,
@@ -277,11 +277,18 @@ class FusedLoRALinear(FrozenLinear):
             assert self.lora_magnitude_vector is not None
             adapter = (call.lora_A, call.lora_B, self.lora_magnitude_vector)
             return dora_linear(x, call.weight, *adapter, **call.options())
-        if self.shared_input is not None and self.shared_input.pays(x, self.backend):
-            shared = self.shared_input.output(self, x, call)
+        if self.shared_input is not None:
+            group = self.shared_input.group
+            shared = group.output(self, x, call) if group.pays(x, call, self.backend) else None
             if shared is not None:
                 return shared
         return call_layer(x, call)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy belongs to a copy of its group."""
+        super().__setstate__(state)
+        if self.shared_input is not None:
+            self.shared_input.take(self)
 
     def arguments(self) -> Arguments:
         """What `forward` passes to `lora_linear`, in the layer's present mode."""
@@ -304,12 +311,8 @@ class FusedLoRALinear(FrozenLinear):
         call, magnitude = self.arguments(), self.lora_magnitude_vector
         adapter = (call.lora_A, call.lora_B)
         found = explain(x, call.weight, *adapter, magnitude=magnitude, **call.options())
-        if self.shared_input is not None and self.shared_input.pays(x, self.backend):
-            members = len(self.shared_input.members)
-            found.reasons["group"] = (
-                f"one of {members} layers that are computed together when they are called one "
-                "after another with the same tensor: see lora_linear_group"
-            )
+        if self.shared_input is not None:
+            found.reasons.update(self.shared_input.group.explain(x, call, self.backend))
         return found
 
     @torch.no_grad()

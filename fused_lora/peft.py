@@ -44,14 +44,20 @@ from .peft_state import (
     over_codes,
     usual,
 )
-from .sharing import SharedInput
+from .sharing import Place, SharedInput
 
 
 class _FusedForward:
     """In front of a class of PEFT's: its forward in one fused call, wherever that is the same."""
 
     fused_lora_backend: Backend = "auto"
-    fused_lora_group: SharedInput | None = None
+    fused_lora_group: Place | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, which belongs to a copy of its group."""
+        super().__setstate__(state)  # type: ignore[misc]
+        if self.fused_lora_group is not None:
+            self.fused_lora_group.take(self)  # type: ignore[arg-type]
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., K] -> y [..., N], as PEFT's."""
@@ -102,7 +108,11 @@ class _FusedForward:
             return explain_multi(x, *tensors, **options)
         call = arguments_over_codes(found, x.dtype) if quantized else arguments_of(found)
         adapter = (call.lora_A, call.lora_B)
-        return explain(x, call.weight, *adapter, magnitude=found.magnitude, **call.options())
+        why = explain(x, call.weight, *adapter, magnitude=found.magnitude, **call.options())
+        place: Place | None = self.fused_lora_group
+        if place is not None:
+            why.reasons.update(place.group.explain(x, self.passed_on(x), call.backend))
+        return why
 
 
 class FusedPeftLinear(_FusedForward, peft_lora.Linear):  # type: ignore[misc]  # peft is untyped
@@ -142,10 +152,10 @@ def _fused(state: State, x: Tensor, call: Arguments) -> Tensor:
 
 def _shared(layer: Any, x: Tensor, call: Arguments | None) -> Tensor | None:
     """The output, if the layer's group has computed it; ``call`` is None if the group cannot."""
-    group: SharedInput | None = layer.fused_lora_group
-    if group is None or not group.pays(x, layer.fused_lora_backend):
+    place: Place | None = layer.fused_lora_group
+    if place is None or not place.group.pays(x, call, layer.fused_lora_backend):
         return None
-    return group.output(layer, x, call)
+    return place.group.output(layer, x, call)
 
 
 def _mixed_batch(layer: Any, state: State, x: Tensor, names: Sequence[str]) -> Tensor:
@@ -265,8 +275,8 @@ def fuse(
     found = tuple(sharing.find_groups(model, _FUSED.values())) if groups else ()
     for paths in found:
         group = SharedInput([model.get_submodule(path) for path in paths])
-        for layer in group.members:
-            layer.__dict__["fused_lora_group"] = group
+        for layer, place in group.places():
+            layer.__dict__["fused_lora_group"] = place
     ungate_mlps(model)
     mlps = tuple(gate_mlps(model, _FUSED.values())) if groups else ()
     fused = tuple(path for path in layers if path not in not_fused)

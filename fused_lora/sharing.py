@@ -21,7 +21,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -111,8 +111,28 @@ def _fit(x: Tensor, calls: Sequence[Arguments]) -> bool:
     return True
 
 
+class Place(NamedTuple):
+    """A layer's own in a group."""
+
+    group: SharedInput
+    number: int
+
+    def take(self, layer: nn.Module) -> None:
+        """For a copy of a layer, in the copy of its group."""
+        members = self.group._members
+        if members[self.number]() is None:  # a shallow copy's group has its own layer still
+            members[self.number] = weakref.ref(layer)
+
+
+def _nobody() -> None:
+    return None
+
+
 class SharedInput:
     """Layers that are known to be called one after another with the same tensor, in this order.
+
+    It keeps none of them alive; without all of them it does nothing. A copy of all has a copy of
+    it, a copy of some has one that does nothing.
 
     Args:
         members: the layers; the first computes for all. Each has a method ``passed_on(x)``: what
@@ -121,25 +141,73 @@ class SharedInput:
     """
 
     def __init__(self, members: Sequence[Any]) -> None:
-        self.members = tuple(members)
+        self._members: list[Callable[[], Any]] = [weakref.ref(member) for member in members]
         self._unused = 0
 
-    def pays(self, x: object, backend: Backend) -> bool:
-        """Whether `output` may have something to give: a quick look, before the arguments'."""
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied or pickled without its layers, which take their places when they have been."""
+        return SharedInput._of_nobody, (len(self._members),)
+
+    @classmethod
+    def _of_nobody(cls, size: int) -> SharedInput:
+        group = cls(())
+        group._members = [_nobody] * size
+        return group
+
+    @property
+    def members(self) -> tuple[Any, ...]:
+        """The layers; none of them if one is gone."""
+        found = tuple(member() for member in self._members)
+        return () if any(member is None for member in found) else found
+
+    def places(self) -> Iterator[tuple[Any, Place]]:
+        """Every layer and its place."""
+        for number, member in enumerate(self.members):
+            yield member, Place(self, number)
+
+    def pays(self, x: object, own: Arguments | None, backend: Backend) -> bool:
+        """Whether `output` may have something to give: a quick look, before the others' arguments.
+
+        ``own``: what the layer's ``passed_on`` gives.
+        """
         if torch.compiler.is_compiling() or not isinstance(x, Tensor):
             return False
         if x.is_cuda and backend != "triton" and not torch.is_grad_enabled():
             return x.shape[:-1].numel() > _ROWS_WITHOUT_GRADIENTS
-        return not better_apart(x, False, backend)
+        return not better_apart(x, own is not None and own.dropout_p > 0.0, backend)
 
     def output(self, layer: nn.Module, x: Tensor, own: Arguments | None) -> Tensor | None:
         """The layer's output for x; None if it has to compute it itself.
 
         ``own``: what its ``passed_on`` gives.
         """
-        if layer is self.members[0]:
+        if layer is self._members[0]():
             return self._prepare(x, own)
         return self._take(layer, x, own)
+
+    def explain(self, x: Tensor, own: Arguments | None, backend: Backend) -> dict[str, str]:
+        """The reason "group" for a layer's `Explanation`, if it may be computed in one."""
+        if not self.pays(x, own, backend) or self._calls(x) is None:
+            return {}
+        return {
+            "group": f"one of {len(self._members)} layers that are computed together when they are "
+            "called one after another with the same tensor: see lora_linear_group"
+        }
+
+    def _calls(self, x: Tensor, first: Arguments | None = None) -> list[Arguments] | None:
+        """What every layer passes on, if they can be computed together, and had better be.
+
+        ``first``: the first one's, if it is known.
+        """
+        calls: list[Arguments] = []
+        for i, layer in enumerate(self.members):
+            call = layer.passed_on(x) if i or first is None else first
+            if call is None or _changes_its_input(layer):
+                return None
+            calls.append(call)
+            if better_apart(x, call.dropout_p > 0.0, call.backend):
+                return None
+        return calls if calls and _fit(x, calls) else None
 
     def _prepare(self, x: Tensor, own: Arguments | None) -> Tensor | None:
         self._drop_prepared()
@@ -147,15 +215,8 @@ class SharedInput:
         # with the same x, would be empty, and its output that of this graph.
         if torch._C._are_functorch_transforms_active() or _is_captured(x):
             return None
-        calls: list[Arguments] = []
-        for layer in self.members:
-            call = own if layer is self.members[0] else layer.passed_on(x)
-            if call is None or _changes_its_input(layer):
-                return None
-            calls.append(call)
-            if better_apart(x, call.dropout_p > 0.0, call.backend):
-                return None
-        if not _fit(x, calls):
+        calls = None if own is None else self._calls(x, own)
+        if calls is None:
             return None
         mode, versions = _mode(x), [_versions(call) for call in calls]
         first, *others = call_group(x, calls)
@@ -185,7 +246,7 @@ class SharedInput:
             return
         group = prepared.group
         group._unused += 1
-        if group._unused == _PATIENCE:
+        if group._unused == _PATIENCE and group.members:
             warnings.warn(
                 f"fused_lora: a {type(group.members[0]).__name__} computed for its group, "
                 f"{_PATIENCE} times in a row, what was not asked for with the same input; "

@@ -5,6 +5,7 @@ import gc
 import pickle
 import threading
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -345,7 +346,7 @@ def test_a_mode_changed_in_between(groups):
 
 
 def test_an_exception_in_between_and_memory(groups):
-    (q, _, _), alone, x = _attention()
+    (q, *_), alone, x = _attention()
     q(x)  # and then k and v are never called
     y = q(x + 1)
     _close(y, alone[0](x + 1))
@@ -443,7 +444,55 @@ def test_copies(groups):
         assert torch.equal(other(input_ids=ids).logits, expected)
         assert groups == [3, 2] * 2
         attention = other.base_model.model.model.layers[0].self_attn
-        assert attention.q_proj.fused_lora_group.members[1] is attention.k_proj
+        assert attention.q_proj.fused_lora_group.group.members[1] is attention.k_proj
+
+
+def test_copies_of_single_layers(groups):
+    """They are on their own, and nobody else's layers come along."""
+    model, _ = _model().eval(), _batch()
+    fuse(model)
+    attention = model.base_model.model.model.layers[0].self_attn
+    q, k = attention.q_proj, attention.k_proj
+    x = torch.randn(2, 5, 16).double()
+    alone = len(pickle.dumps(fuse(copy.deepcopy(model), groups=False) and q.base_layer))
+    assert len(pickle.dumps(q)) < 3 * alone + 20_000
+    for other in (copy.deepcopy(q), pickle.loads(pickle.dumps(q)), copy.copy(q)):
+        groups.clear()
+        _close(other(x), q.base_layer(x) + 2 * q.lora_B["default"](q.lora_A["default"](x)))
+        assert groups == []
+        assert q.fused_lora_group.group.members[:2] == (q, k)
+    q(x)
+    assert groups == [3]
+    sharing.forget()
+
+
+@pytest.mark.parametrize("how", ["fuse", "inject"])
+def test_a_model_goes_when_it_is_deleted(how):
+    """At once: it has no cycles."""
+    model = _model() if how == "fuse" else _base()
+    if how == "fuse":
+        fuse(model)
+    else:
+        inject(model, r=2, lora_alpha=4, target_modules=ALL)
+    parameters = [weakref.ref(p) for p in model.parameters()]
+    gc.disable()
+    try:
+        del model
+        assert [p for p in parameters if p() is not None] == []
+    finally:
+        gc.enable()
+
+
+def test_a_layer_that_was_replaced(groups):
+    """It goes, and what is left of its group is no group."""
+    model = _model()
+    fuse(model)
+    attention = model.base_model.model.model.layers[0].self_attn
+    old = weakref.ref(attention.k_proj)
+    attention.k_proj = nn.Linear(16, 8, dtype=torch.float64)
+    assert old() is None
+    attention.q_proj(torch.randn(2, 5, 16).double())
+    assert groups == []
 
 
 def test_functional_call(groups):
@@ -485,11 +534,11 @@ def test_checkpoint_of_the_projections_alone(groups):
 
 
 def test_a_group_that_is_never_used_warns(groups):
-    (q, _, _), _, x = _attention()
+    layers, _, x = _attention()
     for _ in range(8):
-        q(x)
-    with pytest.warns(UserWarning, match="groups=False"):
-        q(x)
+        layers[0](x)
+    with pytest.warns(UserWarning, match="FusedPeftLinear computed.*groups=False"):
+        layers[0](x)
     sharing.forget()
 
 
@@ -540,8 +589,8 @@ def test_without_gradients_a_gpu_wants_more_rows():
         (513, False, "auto", True),
     ):
         with torch.set_grad_enabled(grad_enabled):
-            assert group.pays(torch.randn(rows, 2).as_subclass(OnGPU), backend) == expected
-            assert group.pays(torch.randn(rows, 2), backend)
+            assert group.pays(torch.randn(rows, 2).as_subclass(OnGPU), None, backend) == expected
+            assert group.pays(torch.randn(rows, 2), None, backend)
 
 
 @pytest.mark.parametrize("twice", ["in two blocks", "in one"])
