@@ -1,9 +1,8 @@
 """LoRA layers in one fused GPU pass: Triton kernels, their autograd function, a drop-in layer."""
 
-from typing import Any
-
 from . import interrupt as interrupt  # isort: skip  # before all that takes long
 from . import flops, reference
+from .adapters import load_adapter, save_adapter
 from .attention import FusedLoRAAttention
 from .autograd import LoRALinearFunction
 from .disable import disable_adapter
@@ -63,11 +62,3 @@ __all__ = [
     "save_adapter",
     "schedule",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name in ("load_adapter", "save_adapter"):  # they need safetensors, an extra
-        from . import adapters
-
-        return getattr(adapters, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

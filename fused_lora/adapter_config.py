@@ -129,9 +129,10 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
 
 def _check_pattern(path: Path, pattern: str) -> None:
     """Refuses what could take for ever to match: repeated groups, or too many ways to match."""
-    repetitions = len(re.findall(r"[*+?{]", pattern))
+    marks = re.sub(r"\\.|\[[^]]*\]", "", pattern).replace("(?:", "(")
+    repetitions = len(re.findall(r"[*+?{]", marks))
     ways, bars = 1, [1]  # alternatives of each open group; those outside of any only add up
-    for char in re.sub(r"\\.|\[[^]]*\]", "", pattern):
+    for char in marks:
         if char == "(":
             bars.append(1)
         elif char == "|":
@@ -140,7 +141,9 @@ def _check_pattern(path: Path, pattern: str) -> None:
             ways = min(ways * bars.pop(), _MAX_WAYS + 1)
     # A repetition can end at any character of a path, of which there are some sixty.
     most = max(4, _MAX_WAYS >> 5 * max(repetitions - 1, 0))
-    if re.search(r"\)[*+?{]", pattern) or repetitions > 4 or ways > most:
+    # In verbose mode spaces can stand between a group and its repetition.
+    verbose = re.search(r"\(\?[a-zA-Z-]*x", marks)
+    if verbose or re.search(r"\)[*+?{]", pattern) or repetitions > 4 or ways > most:
         raise ValueError(
             f"{path}: got the pattern {pattern!r}, wanted at most four repetitions, none of a "
             f"group, and at most {_MAX_WAYS} combinations of alternatives, with repetitions fewer"

@@ -7,6 +7,7 @@ field and every tensor is checked before the model is touched, and nothing is ev
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import warnings
@@ -16,8 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import checks
@@ -55,7 +54,7 @@ def save_adapter(
     Of a model with several adapters (`add_adapter`), the one called ``adapter_name``.
 
     Each file is written beside its place and moved there: one that exists is whole. A module that
-    is reached at several paths is saved under the first. Of a sharded model (FSDP2, tensor
+    is reached at several paths is refused. Of a sharded model (FSDP2, tensor
     parallel) every process has to call this, and the first one writes.
 
     A layer initialised by "pissa", "olora" or "loftq" has a residual for its base weight, which the
@@ -101,6 +100,8 @@ def save_adapter(
         for name, tensor in layer.tensors().items():
             # Copies: of tensors that share memory safetensors writes none.
             tensors[_key(path, name)] = tensor.to("cpu", copy=True).contiguous()
+    from safetensors.torch import save_file
+
     if not writes_files() and any(is_sharded(layer.lora_A) for layer in layers.values()):
         return
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -416,6 +417,9 @@ def _target_modules(model: nn.Module, layers: dict[str, Any]) -> list[str] | str
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         pickled = folder / "adapter_model.bin"
@@ -469,7 +473,7 @@ def _check_computation(layers: dict[str, FusedLoRALinear], config: dict[str, Any
                 f"{layer.use_dora}"
             )
         scaling = FusedLoRALinear.scaling_of(alphas[path], layer.r, config["use_rslora"])
-        if scaling != layer.scaling:
+        if not math.isclose(scaling, layer.scaling, rel_tol=1e-9):  # an alpha of it is rounded
             raise ValueError(
                 f"{CONFIG_NAME}: gives {path} a scaling of {scaling}, the model's is "
                 f"{layer.scaling}"

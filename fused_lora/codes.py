@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 Format = Literal["nf4", "fp4", "int8", "fp8"]
+FOUR_BIT: tuple[Format, ...] = ("nf4", "fp4")
 Activations = Literal["fp8"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 FP8 = torch.float8_e4m3fn
@@ -45,8 +46,8 @@ _FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 def codebook_of(format: Format, device: torch.device) -> Tensor:
     """The 16 values of a 4-bit format, by code."""
     if format == "nf4":
-        return torch.tensor(_NF4, device=device)
-    magnitudes = torch.tensor(_FP4_MAGNITUDES, device=device)
+        return torch.tensor(_NF4, dtype=torch.float32, device=device)
+    magnitudes = torch.tensor(_FP4_MAGNITUDES, dtype=torch.float32, device=device)
     return torch.cat((magnitudes, -magnitudes)) / magnitudes.max()
 
 
@@ -59,10 +60,10 @@ def nested_codebook() -> Tensor:
     """
     values = [0.0, 1.0]
     for decade in range(7):
-        bounds = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        bounds = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32, device="cpu")
         fractions = (10.0 ** (decade - 6) * ((bounds[:-1] + bounds[1:]) / 2)).tolist()
         values += fractions + [-fraction for fraction in fractions]
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
 
 
 def blocks_of(size: int, block: int) -> int:
@@ -103,5 +104,5 @@ def eight_bit_values(codes: Tensor) -> Tensor:
     if codes.dtype != FP8 or codes.device.type != "cpu":
         return codes.to(torch.float32)
     # PyTorch's conversion takes five times as long as a table's look-up.
-    values = torch.arange(256, dtype=torch.uint8).view(FP8).to(torch.float32)
+    values = torch.arange(256, dtype=torch.uint8, device="cpu").view(FP8).to(torch.float32)
     return values.index_select(0, codes.view(torch.uint8).flatten().int()).view(codes.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .calls import Call, rounds_input
+from .codes import FOUR_BIT
 from .kernels.configs import (
     ALIGNED,
     Kind,
@@ -130,7 +131,7 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
         making_h = read_x + (LAUNCH if way.h == "before" else 0)
         return max(gemm, loading(tile, moved)) + making_h
 
-    code_bytes = 0.5 if call.quantized and call.quantized.format in ("nf4", "fp4") else 1.0
+    code_bytes = 0.5 if call.quantized and call.quantized.format in FOUR_BIT else 1.0
     scratch = N * K * (code_bytes + itemsize) / bandwidth + LAUNCH if call.quantized else 0.0
     possible = [s for s in WAYS if obstacle(call, s, device) is None]
     return {s: time(s) + (0.0 if s == "in_loop" else scratch) for s in possible}

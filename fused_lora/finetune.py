@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -79,6 +80,8 @@ class Run:
         say: Callable[[str], None] = print,
     ) -> None:
         self.settings, self.out = settings, out
+        if settings.peft and find_spec("peft") is None:
+            raise ValueError("peft: is not installed; pip install 'fused-lora[peft]'")
         if resume:
             _check_unfinished(out / STATE_NAME, settings.steps)
         else:

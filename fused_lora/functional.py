@@ -88,10 +88,13 @@ def lora_linear(
     return call_layer(x, Arguments(weight, lora_A, lora_B, scaling, bias, dropout_p, backend))
 
 
-def call_layer(x: Tensor, given: Arguments) -> Tensor:
-    """`lora_linear` of what a layer passes on."""
+def call_layer(x: Tensor, given: Arguments, *, lasting: bool = True) -> Tensor:
+    """`lora_linear` of what a layer passes on.
+
+    ``lasting``: whether the same tensors may come again, and none is made for this call alone.
+    """
     observed = is_observed()
-    if not observed:
+    if lasting and not observed:
         known: Decision | None = recall("lora_linear", x, (given,))
         if known is not None:
             return _run(known, x, given)
@@ -109,7 +112,7 @@ def call_layer(x: Tensor, given: Arguments) -> Tensor:
             layer = layer._replace(weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
             y = _on_device(cast, layer, observed=observed, shard=layout.shard)
             return layout.from_local(y)
-    own = cast is x and weight is given.weight and bias is given.bias
+    own = lasting and cast is x and weight is given.weight and bias is given.bias
     return _on_device(cast, layer, observed=observed, own=own)
 
 

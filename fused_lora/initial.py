@@ -42,8 +42,8 @@ class Initial(NamedTuple):
     weight: Tensor | QuantizedWeight | None
 
 
-def check_init(init: object, r: int, out_features: int, in_features: int) -> None:
-    """Raises TypeError or ValueError unless ``init`` is one of the above and r suits it."""
+def check_init(init: object, r: int, scaling: float, out_features: int, in_features: int) -> None:
+    """Raises TypeError or ValueError unless ``init`` is one of the above and the rest suits it."""
     if not isinstance(init, (bool, str)):
         raise TypeError(f"init_lora_weights: got {init!r}, wanted True, False, {_NAMES}")
     if isinstance(init, bool) or init == "gaussian":
@@ -58,6 +58,11 @@ def check_init(init: object, r: int, out_features: int, in_features: int) -> Non
             raise ValueError(f'r: got {r}, wanted an even one for init_lora_weights="orthogonal"')
     elif not _RESIDUAL.fullmatch(init):
         raise ValueError(f"init_lora_weights: got {init!r}, wanted True, False, {_NAMES}")
+    elif not scaling > 0 and init != "olora":
+        raise ValueError(
+            f"lora_alpha: got a scaling of {scaling}, wanted one above 0, whose root "
+            f"init_lora_weights={init!r} divides by"
+        )
     elif r > min(out_features, in_features):
         raise ValueError(
             f"r: got {r}, wanted at most {min(out_features, in_features)} to take init_lora_weights"

@@ -31,12 +31,13 @@ class InjectReport:
     @property
     def saved(self) -> float:
         """Share of the replaced weights' parameters that need not be trained, 0 to 1."""
-        return 1.0 - self.trainable / self.adapted
+        return 1.0 - self.trainable / max(self.adapted, 1)
 
     def __str__(self) -> str:
+        share = self.trainable / max(self.total, 1)
         lines = [
             f"{len(self.layers)} layer{'s' * (len(self.layers) != 1)} adapted: {self.trainable:,} "
-            f"trainable parameters of {self.total:,} ({self.trainable / self.total:.2%}); instead "
+            f"trainable parameters of {self.total:,} ({share:.2%}); instead "
             f"of {self.adapted:,} in those weights"
             + (f", {self.saved:.1%} saved" if self.saved > 0 else "")
         ]

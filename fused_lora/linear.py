@@ -179,13 +179,14 @@ class FusedLoRALinear(FrozenLinear):
         if adapter_dtype is None:
             adapter_dtype = torch.promote_types(weight.dtype, torch.float32)
         checks.check_dtype("adapter_dtype", adapter_dtype)
-        check_init(init_lora_weights, r, self.out_features, self.in_features)
+        self.scaling = self.scaling_of(lora_alpha, r, use_rslora)
+        sizes = (self.out_features, self.in_features)
+        check_init(init_lora_weights, r, self.scaling, *sizes)
         if isinstance(init_lora_weights, str) and init_lora_weights.startswith("loftq"):
             _check_loftq(weight, original)
         self.r = r
         self.lora_alpha = lora_alpha
         self.use_rslora = use_rslora
-        self.scaling = self.scaling_of(lora_alpha, r, use_rslora)
         self.init_lora_weights = init_lora_weights
         self.merged = False
         # In a tuple, so that it is no submodule: what a merged layer goes back to.
@@ -205,7 +206,7 @@ class FusedLoRALinear(FrozenLinear):
     @staticmethod
     def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
         """What B A x is multiplied by: lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA."""
-        return lora_alpha / (math.sqrt(r) if use_rslora else r)
+        return float(lora_alpha) / (math.sqrt(r) if use_rslora else r)
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
@@ -411,8 +412,9 @@ class FusedLoRALinear(FrozenLinear):
         if not self.merged:
             return
         if self._before_merge:
+            codes = self._before_merge[0].to(self.lora_A.device)
             del self.weight  # a parameter's name is not given to a module
-            self.weight = self._before_merge[0].to(self.lora_A.device)
+            self.weight = codes
             self._before_merge, self.merged = (), False
             return
         product = self._product(self.lora_A, self.lora_B)
@@ -444,7 +446,8 @@ class FusedLoRALinear(FrozenLinear):
         holds = {name for name in (*_ADAPTER, "weight") if prefix + name in state_dict}
         if prefix + "weight.codes" in state_dict:
             holds.add("weight")
-        if "lora_A_init" in holds and self.lora_A_init is None:
+        new_init = "lora_A_init" in holds and self.lora_A_init is None
+        if new_init:
             self.lora_A_init = torch.empty_like(self.lora_A)
             self.lora_B_init = torch.empty_like(self.lora_B)
         elif "lora_A_init" not in holds and "weight" in holds and self.lora_A_init is not None:
@@ -456,9 +459,13 @@ class FusedLoRALinear(FrozenLinear):
                 return
             self.lora_A_init = self.lora_B_init = None
         missing: list[str] = []
+        failed: list[str] = []
         super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, failed
         )
+        if failed and new_init:  # of which nothing may have been loaded
+            self.lora_A_init = self.lora_B_init = None
+        error_msgs.extend(failed)
         if not holds & set(_ADAPTER):  # a plain nn.Linear's: the adapter stays as it is
             missing = [key for key in missing if key.removeprefix(prefix) not in _ADAPTER]
         missing_keys.extend(missing)

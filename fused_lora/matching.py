@@ -124,7 +124,7 @@ def _why_skipped(
     }
     if not isinstance(target_modules, str):
         for name in target_modules:
-            if not any(path == name or path.endswith("." + name) for path in modules):
+            if not match_paths("target_modules", [name], list(modules)):
                 skipped[name] = "matches no module"
     return skipped
 

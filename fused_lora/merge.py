@@ -27,8 +27,9 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
     Weights in codes become plain ones in their dtype. Raises ValueError if the model has no
     adapters, several (`add_adapter`), or ones merged into codes (``merge(requantize=True)``), if it
-    is sharded, a layer has hooks, or a merged weight would not be finite; TypeError if it is no
-    module. No layer has been replaced then.
+    is sharded, a layer has hooks, or a merged weight would not be finite; RuntimeError inside
+    `disable_adapter` or over a parametrised weight; TypeError if it is no module. No layer has been
+    replaced then, and none is left merged that was not.
     """
     checks.check_module("model", model)
     paths: dict[FusedLoRALinear, list[str]] = {}
@@ -60,8 +61,14 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
                 "after FSDP2's reshard(), is right where it is and leaves the layer there)"
             )
         checks.check_unhooked(f"model: {path}", layer)
-    for layer in paths:
-        layer.merge()
+    merged_here = [layer for layer in paths if not layer.merged]
+    try:
+        for layer in merged_here:
+            layer.merge()
+    except BaseException:
+        for layer in merged_here:
+            layer.unmerge()  # of those that were not reached nothing
+        raise
     for layer, places in paths.items():
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         assert isinstance(layer.weight, nn.Parameter)

@@ -207,7 +207,10 @@ def _observed(
     folded = [fold_scaling(B, s) for B, s in zip(lora_Bs, scalings, strict=True)]
     Bs, scales = [B for B, _ in folded], [s for _, s in folded]
     if adapter_indices is not None and not isinstance(adapter_indices, Tensor):
-        adapter_indices = torch.tensor(adapter_indices)
+        adapter_indices = torch.tensor(adapter_indices, device="cpu")
+    for i, segment in enumerate(segments or ()):
+        if len(segment) != 2:  # the numbers themselves the operator looks at
+            raise TypeError(f"segments[{i}]: got {segment!r}, wanted (adapter's index, rows)")
     flat = [part for segment in segments or () for part in segment]
     need_h = torch.is_grad_enabled() and any([B.requires_grad for B in Bs])
     seed = _draw_seed(x.device, backend) if threshold else None

@@ -247,7 +247,7 @@ def _batch(rows: RowGroups, ranks: tuple[int, ...], spans: list[tuple[int, int, 
     if firsts[1:] == lasts[:-1]:  # one after the other
         positions = slice(firsts[0], lasts[-1])
     else:
-        ranges = [torch.arange(first, last) for _, first, last in spans]
+        ranges = [torch.arange(first, last, device="cpu") for _, first, last in spans]
         positions = torch.cat(ranges).to(rows.offsets.device)
     index = positions if rows.order is None else rows.order[positions]
     return Batch(adapters, lasts[0] - firsts[0], ranks[adapters[0]], positions, index)

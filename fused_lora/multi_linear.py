@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from .calls import Backend
 from .codes import Format
 from .explanation import Explanation
 from .frozen import FrozenLinear, check_linear, read_base
+from .initial import initial_values
 from .linear import FusedLoRALinear
 from .multi import explain_multi, lora_linear_multi
 from .quantize import Quantizer
@@ -129,12 +129,13 @@ class FusedMultiLoRALinear(FrozenLinear):
         if adapter_dtype is None:
             adapter_dtype = torch.promote_types(self.weight.dtype, torch.float32)
         checks.check_dtype("adapter_dtype", adapter_dtype)
+        scaling = FusedLoRALinear.scaling_of(lora_alpha, r, use_rslora)
+        start = initial_values(True, self.weight, r, scaling)
         factory: dict[str, Any] = {"device": self.weight.device, "dtype": adapter_dtype}
-        self.lora_A[name] = nn.Parameter(torch.empty((r, self.in_features), **factory))
-        self.lora_B[name] = nn.Parameter(torch.zeros((self.out_features, r), **factory))
-        nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5))
+        self.lora_A[name] = nn.Parameter(start.lora_A.to(**factory))
+        self.lora_B[name] = nn.Parameter(start.lora_B.to(**factory))
         self.r[name], self.lora_alpha[name], self.use_rslora[name] = r, lora_alpha, use_rslora
-        self.scaling[name] = FusedLoRALinear.scaling_of(lora_alpha, r, use_rslora)
+        self.scaling[name] = scaling
 
     def delete_adapter(self, name: str) -> None:
         """Removes an adapter. Raises ValueError if there is none of that name."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .kernels.rows import RowGroups, Run, groups_of_indices, groups_of_runs, stream_of
+from .kernels.rows import KEPT, RowGroups, Run, groups_of_indices, groups_of_runs, stream_of
 
 Segments = Sequence[tuple[int, int]]
 
@@ -90,7 +90,7 @@ def _as_tensor(indices: object) -> Tensor:
     for i, index in enumerate(indices):
         if type(index) is not int:
             raise TypeError(f"adapter_indices[{i}]: got {index!r}, {wanted}")
-    return torch.tensor(indices, dtype=torch.int64)
+    return torch.tensor(indices, dtype=torch.int64, device="cpu")
 
 
 def _check_index(name: str, index: int, num_adapters: int) -> None:
@@ -108,7 +108,7 @@ def _runs_of(indices: Tensor, num_adapters: int) -> tuple[Run, ...]:
     return runs
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=KEPT)
 def _check_runs(name: str, runs: tuple[Run, ...], num_adapters: int) -> None:
     for index, _ in runs:
         _check_index(name, index, num_adapters)
@@ -146,4 +146,4 @@ def _checked_segments(segments: Segments, M: int, num_adapters: int) -> tuple[Ru
     return tuple(runs)
 
 
-_known_segments = functools.lru_cache(maxsize=512)(_checked_segments)
+_known_segments = functools.lru_cache(maxsize=KEPT)(_checked_segments)

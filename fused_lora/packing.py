@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .codes import FOUR_BIT
 from .quantized_weight import Layout, QuantizedWeight
 
 _PARTS = ("codes", "scales")
@@ -63,7 +64,7 @@ def _read(word: str) -> tuple[tuple[str, ...], dict[str, Any]]:
     """The tensors that a quantised weight has, and its other attributes."""
     N, K, dtype, *values = map(_value, word.split("|"))
     layout = Layout(*values)
-    names = _PARTS + (_CODEBOOK if layout.format in ("nf4", "fp4") else ())
+    names = _PARTS + (_CODEBOOK if layout.format in FOUR_BIT else ())
     names += _NESTED if layout.nested else ()
     dtype = getattr(torch, dtype.removeprefix("torch."))
     return names, {"shape": torch.Size((N, K)), "dtype": dtype, "layout": layout}

@@ -145,7 +145,7 @@ def _quantized(layer: Any, state: State, x: Tensor) -> Tensor:
 
 def _fused(state: State, x: Tensor, call: Arguments) -> Tensor:
     if state.magnitude is None:
-        return call_layer(x, call)
+        return call_layer(x, call, lasting=state.is_simple and not isinstance(state.base, Conv1D))
     adapter = (call.lora_A, call.lora_B, state.magnitude)
     return dora_linear(x, call.weight, *adapter, **call.options())
 
@@ -240,8 +240,10 @@ def fuse(
             model families where they are known to: Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma2 and
             Gemma3. See `fused_lora.sharing` for how; `lora_linear_group` for what it saves, and
             what a backward pass through one of them alone needs. And compute act(gate) * up with
-            down, in MLPs whose forward is Llama's: see `lora_linear_gated`. Under torch.compile,
-            and for up to 64 rows, each is computed on its own.
+            down, in MLPs whose forward is Llama's: see `lora_linear_gated`. All are
+            computed on their own under torch.compile and torch.func, and for up to 64 rows; what
+            shares its input also under CUDA graph capture, with dropout on a CPU, and on a GPU
+            without gradients for up to 512.
 
     Raises:
         TypeError: model is no module.

@@ -13,6 +13,7 @@ from . import checks
 from .codes import (
     BLOCK_SIZES,
     FORMATS,
+    FOUR_BIT,
     FP8,
     NESTED_BLOCK,
     SOURCE_DTYPES,
@@ -56,12 +57,7 @@ def quantize_int8(weight: Tensor) -> QuantizedWeight:
     for values beyond fp16.
     """
     _check_weight(weight)
-    half = weight.detach().to(torch.float16)
-    absmax = half.abs().amax(dim=1).float()
-    if not torch.isfinite(absmax).all():
-        raise ValueError("weight: has values beyond 65504, which int8's fp16 step cannot hold")
-    codes = torch.round(half * _reciprocal(absmax, 127.0)[:, None]).to(torch.int8)
-    return _eight_bit("int8", weight, codes, absmax / 127.0, (1, 0))
+    return _quantize_int8(weight, (1, 0))
 
 
 def quantize_fp8(
@@ -86,19 +82,7 @@ def quantize_fp8(
         checks.check_integer("block_size", block_size, 1)
     if block_size not in (None, _FP8_BLOCK):
         raise ValueError(f"block_size: got {block_size!r}, wanted {_FP8_BLOCK} or None")
-    N, K = weight.shape
-    values = weight.detach().float()
-    if block_size is None:
-        scales = values.abs().amax().view(1, 1) / torch.finfo(FP8).max
-        codes = values * _reciprocal(scales)
-        return _eight_bit("fp8", weight, codes.to(FP8), scales, (0, 0), activations)
-    padded = F.pad(values, (0, -K % block_size, 0, -N % block_size))
-    rows, cols = padded.shape[0] // block_size, padded.shape[1] // block_size
-    tiles = padded.view(rows, block_size, cols, block_size)
-    scales = tiles.abs().amax(dim=(1, 3)) / torch.finfo(FP8).max
-    codes = tiles * _reciprocal(scales)[:, None, :, None]
-    codes = codes.flatten(2, 3).flatten(0, 1)[:N, :K].to(FP8)
-    return _eight_bit("fp8", weight, codes, scales, (block_size, block_size), activations)
+    return _quantize_fp8(weight, (block_size or 0, block_size or 0), activations)
 
 
 _QUANTIZERS: dict[Format, Callable[[Tensor], QuantizedWeight]] = {
@@ -139,12 +123,15 @@ def quantize(weight: Tensor, format: Format | Quantizer) -> QuantizedWeight:
 def quantize_like(like: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
     """``weight`` [N, K] in the format, block size and dtype of ``like``."""
     format, block = like.layout.format, like.layout.block
-    if format in ("nf4", "fp4"):
+    if format in FOUR_BIT:
         new = _quantize_4bit(format, weight, like.layout.nested, block[1])
-    elif format == "int8":
-        new = quantize_int8(weight)
     else:
-        new = quantize_fp8(weight, block_size=block[1] or None, activations=like.activations)
+        _check_weight(weight)
+        if format == "int8":
+            new = _quantize_int8(weight, block)
+        else:
+            new = _quantize_fp8(weight, block, like.activations)
+        new.scales.data = new.scales.view(like.scales.shape)
     new.dtype = like.dtype
     return new
 
@@ -166,6 +153,38 @@ def _check_weight(weight: object) -> None:
 def _reciprocal(absmax: Tensor, numerator: float = 1.0) -> Tensor:
     """numerator / absmax, 0 where absmax is: a block of zeros has codes of zero."""
     return torch.where(absmax > 0, numerator / absmax, 0.0)
+
+
+def _in_blocks(values: Tensor, block: tuple[int, int]) -> Tensor:
+    """values [N, K], with zeros to fill the last ones, as [blocks, rows, blocks, columns]."""
+    N, K = values.shape
+    rows, columns = block[0] or N, block[1] or K
+    padded = F.pad(values, (0, -K % columns, 0, -N % rows))
+    return padded.view(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns)
+
+
+def _out_of_blocks(tiles: Tensor, N: int, K: int) -> Tensor:
+    return tiles.flatten(2, 3).flatten(0, 1)[:N, :K]
+
+
+def _quantize_int8(weight: Tensor, block: tuple[int, int]) -> QuantizedWeight:
+    tiles = _in_blocks(weight.detach().to(torch.float16), block)
+    absmax = tiles.abs().amax(dim=(1, 3)).float()
+    if not torch.isfinite(absmax).all():
+        raise ValueError("weight: has values beyond 65504, which int8's fp16 step cannot hold")
+    codes = torch.round(tiles * _reciprocal(absmax, 127.0)[:, None, :, None]).to(torch.int8)
+    codes = _out_of_blocks(codes, *weight.shape).contiguous()
+    return _eight_bit("int8", weight, codes, (absmax / 127.0).view(-1), block)
+
+
+def _quantize_fp8(
+    weight: Tensor, block: tuple[int, int], activations: Activations | None
+) -> QuantizedWeight:
+    tiles = _in_blocks(weight.detach().float(), block)
+    scales = tiles.abs().amax(dim=(1, 3)) / torch.finfo(FP8).max
+    codes = tiles * _reciprocal(scales)[:, None, :, None]
+    codes = _out_of_blocks(codes, *weight.shape).to(FP8).contiguous()
+    return _eight_bit("fp8", weight, codes, scales, block, activations)
 
 
 def _eight_bit(
@@ -211,7 +230,7 @@ def _quantize_4bit(
         places[whole:] = torch.bucketize((flat[whole:] / last).clamp_(-1, 1), bounds)
         absmax = torch.cat((absmax, last[None]))
     if flat.numel() % 2:
-        places = F.pad(places, (0, 1), value=int(torch.bucketize(torch.zeros(()), bounds.cpu())))
+        places = F.pad(places, (0, 1), value=int(torch.bucketize(bounds.new_zeros(()), bounds)))
     codes = (places if format == "nf4" else order[places]).to(torch.uint8)
     packed = codes[0::2] << 4 | codes[1::2]
     tables: dict[str, Any] = {"codebook": codebook}

@@ -14,6 +14,7 @@ from .codes import (
     BLOCK_SIZES,
     CODE_DTYPES,
     FORMATS,
+    FOUR_BIT,
     NESTED_BLOCK,
     SOURCE_DTYPES,
     Activations,
@@ -88,7 +89,7 @@ class QuantizedWeight(nn.Module):
     ) -> None:
         super().__init__()
         _check_form(format, shape, block)
-        tiled = format not in ("nf4", "fp4") or shape[1] % block[1] == 0
+        tiled = format not in FOUR_BIT or shape[1] % block[1] == 0
         self.layout = Layout(format, block, nested_scales is not None, tiled, activations)
         self.shape, self.dtype = torch.Size(shape), dtype
         tensors = {
@@ -109,7 +110,7 @@ class QuantizedWeight(nn.Module):
 
     def _check(self, tensors: dict[str, Tensor | None]) -> None:
         format, (N, K), (block_rows, block_cols) = self.layout.format, self.shape, self.layout.block
-        four_bit = format in ("nf4", "fp4")
+        four_bit = format in FOUR_BIT
         check_activations(self.activations)
         if self.activations is not None and format != "fp8":
             raise ValueError(
@@ -177,10 +178,13 @@ class QuantizedWeight(nn.Module):
         dtype = dtype or self.dtype
         if not dtype.is_floating_point:
             raise TypeError(f"dtype: got {dtype}, wanted a floating dtype")
-        if self.device.type == "cuda" and self.layout.tiled and torch.version.cuda:
-            from .kernels.quantized import dequantize
+        if self.device.type == "cuda" and self.layout.tiled:
+            from .strategies import device_obstacle
 
-            return dequantize(self.matrix(), dtype)
+            if device_obstacle(self.device) is None:
+                from .kernels.quantized import dequantize
+
+                return dequantize(self.matrix(), dtype)
         N, K = self.shape
         scales = self._all_scales()
         if self.layout.tiled:
@@ -318,7 +322,7 @@ def _check_form(format: Format, shape: tuple[int, int], block: tuple[int, int]) 
         sizes = pair if isinstance(pair, tuple | list) else ()
         if len(sizes) != 2 or any(type(n) is not int or n < 0 for n in sizes):
             raise TypeError(f"{name}: got {pair!r}, wanted two integers")
-    if format not in ("nf4", "fp4"):
+    if format not in FOUR_BIT:
         if any(size & (size - 1) for size in block):
             raise ValueError(f"block: got {block}, wanted powers of two or 0")
     elif block[0] != 1 or block[1] not in BLOCK_SIZES:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from numbers import Integral
 
+from . import checks
+
 
 @dataclass(frozen=True, order=True)
 class Sample:
@@ -56,8 +58,7 @@ def schedule(jobs: Sequence[Sequence[Sequence[int]]], max_tokens: int) -> list[M
 
     Raises TypeError or ValueError unless all lengths are integers from 1 to ``max_tokens``.
     """
-    if type(max_tokens) is not int or max_tokens < 1:
-        raise ValueError(f"max_tokens: got {max_tokens!r}, wanted an integer of at least 1")
+    checks.check_integer("max_tokens", max_tokens, 1)
     _check_list("jobs", jobs, "the jobs")
     for j, job in enumerate(jobs):
         _check_list(f"jobs[{j}]", job, "the batches of a job")

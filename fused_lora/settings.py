@@ -44,10 +44,12 @@ class Settings:
         checks.check_rank(self.r)
         checks.check_dropout("lora_dropout", self.lora_dropout)
         checks.check_backend(self.backend)
+        for name in ("use_rslora", "peft", "gradient_checkpointing"):
+            checks.check_flag(name, getattr(self, name))
         for name in ("steps", "batch_size", "held_out"):
-            self._check_integer(name, 1)
-        self._check_integer("seq_len", 2)
-        self._check_integer("seed", 0)
+            checks.check_integer(name, getattr(self, name), 1)
+        checks.check_integer("seq_len", self.seq_len, 2)
+        checks.check_integer("seed", self.seed, 0)
         if self.seed >= 2**31:  # of PyTorch's 64 bits a step's number and the process take 32
             raise ValueError(f"seed: got {self.seed}, wanted less than 2^31")
         for name in ("lr", "lora_alpha"):  # with an alpha of 0 nothing is learnt
@@ -72,8 +74,3 @@ class Settings:
             raise TypeError(f"target_modules: got {self.target_modules!r}, wanted names")
         if self.device.partition(":")[0] not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device: got {self.device!r}, wanted auto, cpu, cuda or cuda:N")
-
-    def _check_integer(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: got {value!r}, wanted an integer of at least {least}")

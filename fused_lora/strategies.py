@@ -70,23 +70,31 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def kernel_obstacle(call: Call) -> Exception | None:
-    """Why the Triton kernels cannot take this call, as the exception to raise; None if they can."""
+def device_obstacle(device: torch.device) -> RuntimeError | None:
+    """Why no Triton kernel runs on this device; None if they do."""
     if not TRITON_INSTALLED:
         return RuntimeError("triton is not installed")
+    if device.type == "cpu" and not _interpreting():
+        return RuntimeError("the tensors are on the CPU and TRITON_INTERPRET=1 is not set")
+    if device.type not in ("cpu", "cuda"):
+        return RuntimeError(f"the tensors are on {device}, wanted a CUDA device")
+    if device.type == "cuda" and torch.version.hip:
+        return RuntimeError("ROCm GPUs are untested")
+    if device.type == "cuda" and device_info(device).capability < 80:
+        return RuntimeError("the GPU is older than compute capability 8.0")
+    return None
+
+
+def kernel_obstacle(call: Call) -> Exception | None:
+    """Why the Triton kernels cannot take this call, as the exception to raise; None if they can."""
     if not call.plain_tensors:
         return TypeError(
             "an argument is a tensor subclass or a view that is negated when it is read; the "
             "kernels take plain tensors"
         )
-    if call.device.type == "cpu" and not _interpreting():
-        return RuntimeError("the tensors are on the CPU and TRITON_INTERPRET=1 is not set")
-    if call.device.type not in ("cpu", "cuda"):
-        return RuntimeError(f"the tensors are on {call.device}, wanted a CUDA device")
-    if call.device.type == "cuda" and torch.version.hip:
-        return RuntimeError("ROCm GPUs are untested")
-    if call.device.type == "cuda" and device_info(call.device).capability < 80:
-        return RuntimeError("the GPU is older than compute capability 8.0")
+    obstacle = device_obstacle(call.device)
+    if obstacle is not None:
+        return obstacle
     if call.dtype == torch.float64:
         return TypeError("x: got dtype torch.float64, wanted bfloat16, float16 or float32")
     if call.dtype == torch.bfloat16 and call.device.type == "cpu":

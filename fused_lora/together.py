@@ -55,7 +55,8 @@ def _why_alone(modules: Sequence[nn.Module]) -> str | None:
         return "a layer has DoRA"
     if any(layer.disabled for layer in layers):
         return "a layer's adapter is disabled"
-    return "a layer has hooks" if any(checks.is_hooked(layer) for layer in layers) else None
+    hooked = checks.all_are_hooked() or any(checks.is_hooked(layer) for layer in layers)
+    return "a layer has hooks" if hooked else None
 
 
 class FusedLoRAGroup(nn.ModuleDict):

@@ -1,7 +1,7 @@
 """The PyTorch path: for CPUs and for what the kernels cannot take. Strategy "library".
 
 Same contract as triton_backend: 2-D x and g, saved h already scaled, nothing overwritten but its
-own outputs, and no [M, N] temporary.
+own outputs, and no [M, N] temporary; but for `composed`, which is for few rows, and for DoRA's z.
 """
 
 from __future__ import annotations
@@ -70,10 +70,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y [M, N] and h = scaling * (D o x) A^T [M, r], both in x's dtype."""
     # h first, so that the dropped x is gone before y is there.
-    if dropout is None:
-        h = linear(x, lora_A.to(x.dtype))
-    else:
-        h = linear(_dropped(x, dropout), lora_A.to(x.dtype))
+    h = linear(_dropped(x, dropout), lora_A.to(x.dtype))
+    if dropout is not None:
         scaling *= dropout.keep_scale
     h *= scaling
     y = base_product(x, weight, bias)

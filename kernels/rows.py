@@ -21,6 +21,10 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+# Batches that are remembered, since every layer of a model asks for the same one. Each can be a
+# pair of numbers a row, half a MB for 8192 rows, and training has a new one in every step.
+KEPT = 32
+
 Run = tuple[int, int]  # an adapter's index, -1 for none, and how many rows in a row take it
 T = TypeVar("T")
 
@@ -134,7 +138,7 @@ def groups_of_runs(runs: tuple[Run, ...], device: torch.device) -> RowGroups:
     return _kept(_of_runs(runs, device), device, lambda: _groups_of_runs(runs, device))
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=KEPT)
 def _of_runs(runs: tuple[Run, ...], device: torch.device) -> dict[int, RowGroups]:
     return {}
 
@@ -147,11 +151,12 @@ def _groups_of_runs(runs: tuple[Run, ...], device: torch.device) -> RowGroups:
     keys = [rank[adapter] for adapter, _ in runs]
     order = None
     if keys != sorted(keys):
-        lengths = torch.tensor([rows for _, rows in runs])
-        of_rows = torch.tensor(keys).repeat_interleave(lengths)
+        lengths = torch.tensor([rows for _, rows in runs], device="cpu")
+        of_rows = torch.tensor(keys, device="cpu").repeat_interleave(lengths)
         order = _upload(of_rows.argsort(stable=True).int(), device)
-    adapters = torch.tensor(list(totals), dtype=torch.int32)
-    offsets = torch.tensor([0, *totals.values()], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    adapters = torch.tensor(list(totals), dtype=torch.int32, device="cpu")
+    ends = torch.tensor([0, *totals.values()], dtype=torch.int32, device="cpu")
+    offsets = ends.cumsum(0, dtype=torch.int32)
     return RowGroups(
         M=int(offsets[-1]),
         order=order,
@@ -201,10 +206,10 @@ class AdapterLayout:
         return _kept(self._tables, self.device, self._make)
 
     def _make(self) -> tuple[torch.Tensor, torch.Tensor]:
-        rank = torch.tensor(self.ranks)
-        pointers = torch.tensor(self.addresses).view(2, len(rank))
+        rank = torch.tensor(self.ranks, device="cpu")
+        pointers = torch.tensor(self.addresses, device="cpu").view(2, len(rank))
         entries = torch.stack((pointers[0], pointers[1], rank, rank.cumsum(0) - rank), dim=1)
-        scalings = torch.tensor(self.scalings, dtype=torch.float32)
+        scalings = torch.tensor(self.scalings, dtype=torch.float32, device="cpu")
         return _upload(entries, self.device), _upload(scalings, self.device)
 
 

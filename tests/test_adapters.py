@@ -185,7 +185,6 @@ def test_values_are_cast_to_the_parameters_dtype(tmp_path):
 
 
 def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
-    from fused_lora import adapters
 
     model = _adapted()
     save_adapter(model, tmp_path)
@@ -194,7 +193,7 @@ def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(adapters, "save_file", full)
+    monkeypatch.setattr(safetensors_torch, "save_file", full)
     with pytest.raises(OSError, match="no space left"):
         save_adapter(_adapted(r=5), tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
@@ -293,6 +292,7 @@ HOSTILE = {
         "target_modules: ['k_proj'] matches no nn.Linear of the model, which has [",
     ),
     "targets a slow pattern": (_edit(target_modules="(a+)+b"), "none of a group"),
+    "a slow pattern with spaces": (_edit(target_modules="(?x)(.+) +!"), "none of a group"),
     "targets of too many ways": (
         _edit(target_modules="(.|.)" * 30 + "!"),
         "at most 16384 combinations of alternatives",
@@ -466,3 +466,24 @@ def test_values_that_the_layers_dtype_has_not_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"q_proj.lora_A.*not finite in the layer's torch.float16"):
         load_adapter(half, tmp_path)
     assert torch.equal(half[0].q_proj.lora_A, before)
+
+
+def test_scalings_that_an_alpha_only_nearly_gives(tmp_path):
+    """As many as there are: r 7 and a scaling of 1.3 give 1.3000000000000003 back."""
+    for r in (3, 5, 6, 7, 11, 13):
+        for scaling in (0.1, 0.7, 1.3):
+            model = nn.Sequential(nn.Linear(16, 16))
+            inject(model, r, 16, ["0"])
+            model[0].scaling = scaling
+            save_adapter(model, tmp_path)
+            load_adapter(model, tmp_path)
+            assert model[0].scaling == scaling
+
+
+def test_groups_without_a_number_are_no_repetitions(tmp_path):
+    model = nn.ModuleDict({"self_attn": nn.ModuleDict({"q_proj": nn.Linear(4, 4)})})
+    inject(model, 2, 4, ["q_proj"])
+    save_adapter(model, tmp_path)
+    _edit(target_modules=r"(?:self_attn|mlp)\.(?:q_proj|k_proj)(?:|a)(?:|b)(?:|c)")(tmp_path)
+    plain = nn.ModuleDict({"self_attn": nn.ModuleDict({"q_proj": nn.Linear(4, 4)})})
+    load_adapter(plain, tmp_path)

@@ -3,13 +3,15 @@
 import copy
 import math
 import pickle
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fused_lora import FusedLoRALinear, explain, reference
+from fused_lora import FusedLoRAGroup, FusedLoRALinear, explain, reference
 
 
 def _layer(K=6, N=5, r=2, **kwargs):
@@ -309,3 +311,41 @@ def test_dora_state_dicts_and_copies():
     meta.load_state_dict(base.state_dict())
     meta.reset_lora_parameters()
     torch.testing.assert_close(meta(x), base(x))
+
+
+@pytest.mark.parametrize("alpha", [np.float64(8), np.int64(8), Fraction(8)], ids=repr)
+def test_alphas_of_other_number_types(alpha):
+    layer = FusedLoRALinear(6, 5, r=2, lora_alpha=alpha)
+    nn.init.normal_(layer.lora_B)
+    assert type(layer.scaling) is float
+    x = torch.randn(4, 6)
+    y = layer(x)
+    torch.testing.assert_close(torch.compile(layer, backend="aot_eager")(x), y)
+    layer.eval().merge()
+    torch.testing.assert_close(layer(x), y)
+
+
+@pytest.mark.parametrize("alpha", [0, -8])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2"])
+def test_a_start_that_divides_by_the_scaling(init, alpha):
+    with pytest.raises(ValueError, match="lora_alpha: got a scaling of .*, wanted one above 0"):
+        FusedLoRALinear(8, 8, r=2, lora_alpha=alpha, init_lora_weights=init)
+    FusedLoRALinear(8, 8, r=2, lora_alpha=alpha, init_lora_weights="olora")
+
+
+def test_a_state_dict_that_fails_leaves_no_start():
+    state = FusedLoRALinear(8, 8, r=2, lora_alpha=4, init_lora_weights="pissa").state_dict()
+    layer = FusedLoRALinear(8, 8, r=4, lora_alpha=4)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        layer.load_state_dict(state)
+    assert layer.lora_A_init is None
+    assert layer.lora_B_init is None
+
+
+def test_global_hooks_hear_of_every_layer_of_a_group():
+    group = FusedLoRAGroup({name: FusedLoRALinear(6, 5) for name in "qkv"})
+    heard = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: heard.append(type(m)))
+    group(torch.randn(100, 6))
+    handle.remove()
+    assert heard == [FusedLoRALinear] * 3 + [FusedLoRAGroup]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fused_lora import FusedLoRALinear, inject, merge_and_unload
+from fused_lora import FusedLoRALinear, QuantizedWeight, inject, merge_and_unload
 
 
 class Tied(nn.Module):
@@ -215,3 +215,35 @@ def test_what_is_merged_into_codes_is_no_plain_layer():
     assert not model[0].merged
     model[1].unmerge()
     assert type(merge_and_unload(model)[1]) is nn.Linear
+
+
+def test_a_refused_merge_leaves_nothing_merged():
+    model, x = _adapted(Tied()), torch.randn(3, 6).double()
+    expected = model(x)
+    with torch.no_grad():
+        model.last.lora_B[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="not finite"):
+        merge_and_unload(model)
+    assert [m.merged for m in (model.first, model.last)] == [False, False]
+    with torch.no_grad():
+        model.last.lora_B[0, 0] = 0.0
+    assert model(x)[:, 1:].allclose(expected[:, 1:])
+
+
+def test_codes_that_cannot_come_back_leave_the_layer_merged(monkeypatch):
+    layer = FusedLoRALinear.from_linear(nn.Linear(64, 8), r=2, lora_alpha=4, quantize="nf4")
+    nn.init.normal_(layer.lora_B)
+    layer.eval().merge()
+    x = torch.randn(3, 64)
+    expected = layer(x)
+
+    def full(self, *_):
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(QuantizedWeight, "to", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            layer.unmerge()
+    assert torch.equal(layer(x), expected)
+    layer.unmerge()
+    assert not layer.merged

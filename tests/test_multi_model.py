@@ -5,19 +5,23 @@ import json
 import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("safetensors")
 peft = pytest.importorskip("peft")
 from fused_lora import (  # noqa: E402
+    FusedLoRALinear,
     FusedMultiLoRALinear,
     add_adapter,
     delete_adapter,
     inject,
     load_adapter,
+    lora_linear_multi,
     merge_and_unload,
     route,
     save_adapter,
@@ -398,3 +402,23 @@ def test_multi_models_say_what_they_are_where_one_adapter_is_wanted(saved, tmp_p
     with pytest.raises(ValueError, match="adapter_name: got 'german', wanted None"):
         save_adapter(injected, tmp_path, adapter_name="german")
     assert _state(injected) == before
+
+
+def test_an_adapter_starts_as_a_layer_of_its_own_does():
+    """From the same seed, whatever the dtypes."""
+    multi = FusedMultiLoRALinear(8, 6, dtype=torch.bfloat16)
+    torch.manual_seed(3)
+    multi.add_adapter("a", r=4)
+    base = nn.Linear(8, 6, dtype=torch.bfloat16)
+    torch.manual_seed(3)
+    alone = FusedLoRALinear.from_linear(base, r=4)
+    assert torch.equal(multi.lora_A["a"], alone.lora_A)
+    assert multi.lora_A["a"].dtype == torch.float32
+
+
+def test_segments_under_a_dispatch_mode_are_pairs():
+    x, weight = torch.randn(4, 6), torch.randn(5, 6)
+    adapter = ([torch.randn(2, 6)] * 3, [torch.randn(5, 2)] * 3)
+    for mode in (nullcontext(), FlopCounterMode(display=False)):
+        with mode, pytest.raises(TypeError, match=r"segments\[0\]: got"):
+            lora_linear_multi(x, weight, *adapter, scalings=1.0, segments=[(0, 2, 1, 2)])

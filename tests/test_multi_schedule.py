@@ -135,7 +135,7 @@ def test_multi_packing_against_the_exact_solution(sizes):
         ([[[1]], [[2], [0]]], 100, ValueError, "jobs[1][1]: got 0 tokens"),
         ([[[1.5]]], 100, TypeError, "jobs[0][0]: got 1.5"),
         ([], 0, ValueError, "max_tokens: got 0"),
-        ([], 1.5, ValueError, "max_tokens: got 1.5"),
+        ([], 1.5, TypeError, "max_tokens: got 1.5"),
     ],
 )
 def test_multi_schedule_refuses(jobs, budget, error, message):

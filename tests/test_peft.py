@@ -79,7 +79,7 @@ def calls(monkeypatch):
         watched = lambda *a, **k: seen.append(dropout_p(*a, **k)) or real(*a, **k)  # noqa: E731
         monkeypatch.setattr(fused_peft, name, watched)
 
-    watch("call_layer", lambda x, call: call.dropout_p)
+    watch("call_layer", lambda x, call, **_: call.dropout_p)
     watch("dora_linear", lambda *_, dropout_p, **__: dropout_p)
     return seen
 

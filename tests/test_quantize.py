@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import Made, check, fused, problem, run
 from outside import run_outside
 from torch import nn
@@ -741,7 +742,9 @@ def fused_calls(monkeypatch):
     seen = []
     real = fused_peft.call_layer
     monkeypatch.setattr(
-        fused_peft, "call_layer", lambda x, c: seen.append(c.weight.layout.format) or real(x, c)
+        fused_peft,
+        "call_layer",
+        lambda x, c, **_: seen.append(c.weight.layout.format) or real(x, c),
     )
     return seen
 
@@ -957,3 +960,59 @@ def test_a_function_quantizes_with_options_of_its_own():
 def test_dequantize_takes_floating_dtypes():
     with pytest.raises(TypeError, match="dtype: got torch.int8, wanted a floating dtype"):
         quantize_nf4(torch.randn(4, 64)).dequantize(torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("format", "block", "dtype"),
+    [
+        ("fp8", (1, 0), torch.float8_e4m3fn),
+        ("fp8", (1, 64), torch.float8_e4m3fn),
+        ("int8", (1, 32), torch.int8),
+        ("int8", (0, 0), torch.int8),
+    ],
+)
+def test_blocks_of_other_libraries_stay(format, block, dtype):
+    """As torchao's: merged into codes and out of them, rows of very different size stay apart."""
+    N, K = 6, 128
+    blocks = (1 if block[0] == 0 else N) * (1 if block[1] == 0 else K // block[1])
+    scales = torch.rand(blocks, 1) + 0.5
+    codes = torch.randn(N, K).mul(20).to(dtype)
+    like = QuantizedWeight(format, codes, scales, shape=(N, K), dtype=torch.float32, block=block)
+    weight = torch.randn(N, K) * torch.logspace(-2, 2, N)[:, None]
+    new = quantize_module.quantize_like(like, weight)
+    assert new.layout == like.layout
+    assert new.scales.shape == like.scales.shape
+    error = (new.dequantize() - weight).norm(dim=1) / weight.norm(dim=1)
+    assert error.max() < (0.05 if block[0] else 2.0)
+    again = quantize_module.quantize_like(like, like.dequantize())
+    torch.testing.assert_close(again.dequantize(), like.dequantize(), rtol=0.1, atol=0.3)
+
+
+def test_nothing_is_on_the_default_device():
+    """Which may be another: what helps is where the tensors are."""
+    weight, x = torch.randn(5, 129), torch.randn(4, 129)
+    quantizers = (quantize_module.quantize_fp8, quantize_module.quantize_int8, quantize_nf4)
+    for quantizer in quantizers:
+        expected = quantizer(weight)
+        y = F.linear(x, expected.dequantize())
+        quantize_module.nested_codebook.cache_clear()
+        with torch.device("meta"):
+            quantized = quantizer(weight)
+            assert torch.equal(quantized.codes, expected.codes)
+            assert torch.equal(F.linear(x, quantized.dequantize()), y)
+        with torch.device("cpu"):
+            assert torch.equal(quantizer(weight).dequantize(), expected.dequantize())
+
+
+def test_dequantising_on_a_gpu_without_kernels(monkeypatch):
+    """An old GPU, or no Triton: by PyTorch, as the layers."""
+    from fused_lora import strategies
+
+    asked = []
+    monkeypatch.setattr(
+        strategies, "device_obstacle", lambda device: asked.append(device) or RuntimeError("old")
+    )
+    monkeypatch.setattr(QuantizedWeight, "device", torch.device("cuda"))
+    quantized = quantize_nf4(torch.randn(4, 64))
+    assert quantized.dequantize().shape == (4, 64)
+    assert asked == [torch.device("cuda")]
