@@ -464,15 +464,25 @@ def tma_obstacle(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor | None = None
     for name, tensor in (("x", x), ("W", w), ("A", a)):
         if tensor is None:
             continue
-        outer, inner = tensor.stride()
-        if name != "x" and inner != 1:
-            outer, inner = inner, outer
-        step = outer * tensor.element_size()
-        if inner != 1 or step == 0 or step % TMA_ALIGNMENT:
-            return (
-                f"{name}: got strides {tensor.stride()} of {tensor.element_size()} bytes, "
-                f"TMA wants rows of neighbours, {TMA_ALIGNMENT} bytes or a multiple apart"
-            )
-        if tensor.data_ptr() % TMA_ALIGNMENT:
-            return f"{name}: its first element is not at a multiple of {TMA_ALIGNMENT} bytes"
+        if why := rows_obstacle(tensor, name != "x" and is_transposed(tensor)):
+            return f"{name}: {why}"
     return None
+
+
+def rows_obstacle(t: torch.Tensor, turned: bool = False) -> str | None:
+    """Why the copy engine cannot read the rows of t, ``turned``: of t^T; None if it can."""
+    outer, inner = t.stride()[::-1] if turned else t.stride()
+    step = outer * t.element_size()
+    if inner != 1 or step == 0 or step % TMA_ALIGNMENT:
+        return (
+            f"got strides {t.stride()} of {t.element_size()} bytes, "
+            f"TMA wants rows of neighbours, {TMA_ALIGNMENT} bytes or a multiple apart"
+        )
+    if t.data_ptr() % TMA_ALIGNMENT:
+        return f"its first element is not at a multiple of {TMA_ALIGNMENT} bytes"
+    return None
+
+
+def aligned_row(columns: int) -> int:
+    """``columns`` of 16 bits, rounded up to what the copy engine wants rows to be apart."""
+    return cdiv(columns, TMA_ALIGNMENT // 2) * (TMA_ALIGNMENT // 2)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import FP_FUSION, cdiv
+from .configs import FP_FUSION, aligned_row, cdiv
 from .device import device_guard
 from .launch import Launcher
 
@@ -45,7 +45,7 @@ def aligned_copy(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     What lies between the rows is not written. ``dtype`` has 16 bits.
     """
     M, N = t.shape
-    out = torch.empty((M, cdiv(N, 8) * 8), dtype=dtype, device=t.device)[:, :N]
+    out = torch.empty((M, aligned_row(N)), dtype=dtype, device=t.device)[:, :N]
     if t.numel():
         BLOCK_N = min(triton.next_power_of_2(N), _ELEMENTS)
         BLOCK_M = _ELEMENTS // BLOCK_N

@@ -47,7 +47,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from . import persistent
-from .configs import MAX_GROUP, TileConfig, cdiv, is_transposed, padded
+from .configs import (
+    MAX_GROUP,
+    TileConfig,
+    aligned_row,
+    cdiv,
+    is_transposed,
+    padded,
+    rows_obstacle,
+)
 from .copy import aligned_copy
 from .device import device_guard, device_info
 from .gemm import ColumnScale
@@ -196,16 +204,10 @@ def _tiled(t: torch.Tensor, rows: int, columns: int, turned: bool = False) -> Ti
 
 def _fit(t: torch.Tensor, dtype: torch.dtype, turned: bool = False) -> torch.Tensor:
     """t, or a copy of it that tiles can be copied from: h of an odd rank, an adapter in fp32."""
-    view = t.t() if turned else t
-    step, inner = view.stride()
-    aligned = step and step * dtype.itemsize % 16 == 0 and t.data_ptr() % 16 == 0
-    if t.dtype != dtype or inner != 1 or not aligned:
-        view = aligned_copy(view, dtype)
-    return view.t() if turned else view
-
-
-def _padded_row(columns: int) -> int:
-    return (columns + 7) // 8 * 8  # 16 bytes
+    if t.dtype == dtype and rows_obstacle(t, turned) is None:
+        return t
+    copy = aligned_copy(t.t() if turned else t, dtype)
+    return copy.t() if turned else copy
 
 
 def last_round(config: TileConfig, num_m: int, num_n: int, tiles_h: int, num_sms: int) -> int:
@@ -254,7 +256,7 @@ def _launch(
     items, tiles_h = num_m * num_n, 0
     synchronised: AbstractContextManager[torch.Tensor | None] = nullcontext()
     if a is not None:
-        h = torch.empty((M, _padded_row(R)), dtype=x.dtype, device=x.device)
+        h = torch.empty((M, aligned_row(R)), dtype=x.dtype, device=x.device)
         tiles_h = num_m * cdiv(R, BLOCK_K)
         items += tiles_h
         synchronised = persistent.sync_buffer(x.device, tiles_h * parts)
@@ -282,7 +284,7 @@ def _launch(
                 h if a is not None else None,
                 sync,
             ),
-            (M, N, K, _padded_row(R), bias.stride(0) if bias is not None else 0, halved, *Ks),
+            (M, N, K, aligned_row(R), bias.stride(0) if bias is not None else 0, halved, *Ks),
             (scale,),
             DEPTH_R=min(padded(R), BLOCK_K),
             STAGES=config.num_stages,
