@@ -35,7 +35,7 @@ Call = Callable[[], object]
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its own messages go to stderr at every use
 
 _CPU_SAMPLE = 1e-3  # seconds: shorter calls are repeated within a sample
-_MIN_ROUNDS, _MAX_ROUNDS = 7, 100
+_MIN_ROUNDS = 7
 # A virtual CPU can be half as fast for a second or two: then samples spread more than this from the
 # 20 % to the 80 % quantile, and medians of different providers compare different seconds.
 _DISTURBED, _ATTEMPTS = 1.15, 3
@@ -150,17 +150,9 @@ def side_by_side(
         make = _overhead_sampler
     for call in todo.values():  # what happens once: compilation, handles, caches
         call()
-    samplers = {name: make(call) for name, call in todo.items()}
-    times: dict[str, list[float]] = {name: [] for name in todo}
-    start = time.perf_counter()
-    names = list(todo)
-    for done in range(_MAX_ROUNDS):
-        if done >= _MIN_ROUNDS and time.perf_counter() - start > seconds:
-            break
-        random.shuffle(names)
-        for name in names:
-            times[name].append(samplers[name]())
-    return times
+    samplers = [make(call) for call in todo.values()]
+    times = device_time.in_turns(samplers, seconds, _MIN_ROUNDS)
+    return dict(zip(todo, times, strict=True))
 
 
 def undisturbed(

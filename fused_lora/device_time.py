@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -50,13 +51,27 @@ def sampler(call: Callable[[], object]) -> Callable[[], float]:
     return lambda: elapsed(call, flushes)
 
 
-def median_seconds(call: Callable[[], object]) -> float:
-    """Median of as many samples as fit into 40 ms, at least 9."""
-    sample = sampler(call)
-    samples: list[float] = []
+def in_turns(
+    samplers: Sequence[Callable[[], float]], seconds: float, at_least: int = _MIN_SAMPLES
+) -> list[list[float]]:
+    """Samples of each, one a round, in an order shuffled every round, for about ``seconds``."""
+    samples: list[list[float]] = [[] for _ in samplers]
+    turns = list(zip(samplers, samples, strict=True))
     begin = time.perf_counter()
-    while len(samples) < _MIN_SAMPLES or (
-        len(samples) < _MAX_SAMPLES and time.perf_counter() - begin < _SECONDS
-    ):
-        samples.append(sample())
-    return statistics.median(samples) / 1e6
+    for done in range(_MAX_SAMPLES):
+        if done >= at_least and time.perf_counter() - begin > seconds:
+            break
+        random.shuffle(turns)
+        for sample, found in turns:
+            found.append(sample())
+    return samples
+
+
+def median_seconds(calls: Sequence[Callable[[], object]]) -> list[float]:
+    """Each one's median, all in turns, of as many samples as fit into 40 ms a call, at least 9.
+
+    What is to be compared has to take turns: a GPU that has become warm is slower, by 7 % on an
+    H200 at 8192^3.
+    """
+    samples = in_turns([sampler(call) for call in calls], _SECONDS * len(calls))
+    return [statistics.median(found) / 1e6 for found in samples]

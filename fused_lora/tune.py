@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from functools import partial
+from typing import Any, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from .strategies import PARTS, WAYS, kernel_obstacle
 from .tables import Choice, Product, Strategy
 
 Candidate = tuple[Strategy | None, TileConfig | None]
+Problems = Mapping[str, tuple[Call, Product]]  # by their keys in a table
+Timer = Callable[[Sequence[Callable[[], object]]], list[float]]  # seconds of calls, in turns
+FINALISTS = 4
 # How far two correct results may be apart, as a fraction of their norm, in 16-bit products.
 _TOLERANCE = 2e-2
 
@@ -139,7 +143,7 @@ class _Problem:
 def checked_seconds(
     run: Callable[[], Tensor],
     expected: Tensor,
-    timer: Callable[[Callable[[], object]], float],
+    timer: Timer,
     wrong: str,
 ) -> tuple[float | None, str]:
     """Seconds of a call that gives ``expected``; or None and why: ``wrong`` with the error in it.
@@ -150,30 +154,48 @@ def checked_seconds(
         error = ((run().float() - expected).norm() / expected.norm()).item()
         if not error < _TOLERANCE:  # nor is NaN
             return None, wrong.format(error)
-        return timer(run), ""
+        return timer([run])[0], ""
     except Exception as problem:  # a compiler may fail in any way; the others can still be had
         return None, f"{type(problem).__name__}: {problem}"
 
 
 def _measure(
-    call: Call,
-    product: Product,
-    chosen: list[Candidate],
-    timer: Callable[[Callable[[], object]], float],
+    key: str, problem: _Problem, chosen: list[Candidate], timer: Timer
 ) -> Iterator[Measurement]:
-    name = dispatch.table_key(call, product)
-    problem = _Problem(call, product)
-    reference: Strategy | None = None if product in PARTS else "split"
+    """Candidates one after another."""
+    reference: Strategy | None = None if problem.product in PARTS else "split"
     expected = problem.run(reference, None).float()
-    for strategy, config in chosen:
+    wrong = "is wrong: its result is {:.1e} of the norm away from split's"
+    for candidate in chosen:
         with device_guard(problem.x):
-            seconds, why = checked_seconds(
-                lambda s=strategy, c=config: problem.run(s, c),  # type: ignore[misc]
-                expected,
-                timer,
-                "is wrong: its result is {:.1e} of the norm away from split's",
-            )
-        yield Measurement(name, strategy, config, seconds, why)
+            run = partial(problem.run, *candidate)
+            seconds, why = checked_seconds(run, expected, timer, wrong)
+        yield Measurement(key, *candidate, seconds, why)
+
+
+class _Timed(Protocol):
+    @property
+    def seconds(self) -> float | None: ...
+
+
+_AnyTimed = TypeVar("_AnyTimed", bound=_Timed)
+
+
+def fastest(found: Iterable[_AnyTimed]) -> list[_AnyTimed]:
+    """Those that are to take turns, after all were measured one after another."""
+    right = [m for m in found if m.seconds is not None]
+    return sorted(right, key=lambda m: m.seconds or 0.0)[:FINALISTS]
+
+
+def _best(problem: _Problem, found: Iterable[Measurement], timer: Timer) -> Choice | None:
+    """The fastest, as they take turns; None if there is none."""
+    last = fastest(found)
+    if not last:
+        return None
+    with device_guard(problem.x):
+        seconds = timer([partial(problem.run, m.strategy, m.config) for m in last])
+    i = seconds.index(min(seconds))
+    return Choice(last[i].strategy, last[i].config, seconds[i])
 
 
 def _compile(job: tuple[Call, Product, Strategy | None, TileConfig | None]) -> None:
@@ -183,20 +205,26 @@ def _compile(job: tuple[Call, Product, Strategy | None, TileConfig | None]) -> N
         _Problem(call, product).run(strategy, config)
 
 
+def processes(workers: int) -> ProcessPoolExecutor:
+    """A pool of processes, each of which may use the GPU."""
+    spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    return ProcessPoolExecutor(workers, mp_context=spawn)
+
+
 def in_processes(work: Callable[[Any], None], jobs: list[Any], workers: int) -> None:
     """``work`` of each job, in so many processes."""
-    spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+    with processes(workers) as pool:
         list(pool.map(work, jobs))
 
 
-def _compile_all(todo: list[tuple[Call, Product, list[Candidate]]], workers: int) -> None:
+def _compile_all(
+    problems: Problems, todo: dict[str, list[Candidate]], pool: ProcessPoolExecutor
+) -> None:
     """Fills Triton's cache on disk, where processes can share the work, as timing cannot."""
-    jobs = [(call, product, *c) for call, product, chosen in todo for c in chosen]
-    in_processes(_compile, jobs, workers)
+    list(pool.map(_compile, [(*problems[key], *c) for key in todo for c in todo[key]]))
 
 
-def tune(
+def problems_of(
     shapes: Iterable[tuple[int, int, int]],
     *,
     ranks: Iterable[int] = (16,),
@@ -204,27 +232,8 @@ def tune(
     dropouts: Iterable[bool] = (False,),
     products: Iterable[Product] = ("h", "grads", "forward", "dx"),
     device: torch.device | str = "cuda",
-    timer: Callable[[Callable[[], object]], float] = median_seconds,
-    progress: Callable[[int, int, Measurement], None] | None = None,
-    workers: int = 0,
-) -> dict[str, Choice]:
-    """Measures layers and adds the best choices to the user's table for this GPU.
-
-    Args:
-        shapes: (M, N, K) of layers: M rows into a weight [N, K]. M counts for its power of two.
-        ranks, dtypes, dropouts, products: measured for every shape. h comes first: what makes y and
-            dx is measured with the tile that was found for it.
-        timer: seconds of a call.
-        progress: called after each candidate with (problems done, problems, measurement).
-        workers: processes that compile all candidates first; 0 compiles each when it is its turn.
-
-    Returns:
-        The best choice by table key. A candidate that fails or is wrong is left out; ``progress``
-        is told why.
-
-    Raises:
-        RuntimeError, TypeError or ValueError: the kernels cannot take one of the problems.
-    """
+) -> Problems:
+    """What there is to measure for layers, in its order; takes and raises what `tune` does."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -241,21 +250,87 @@ def tune(
         if product == "h":  # and dh, of the gradient's N columns, which has no dropout
             calls.append(replace(transposed(call), dropout=False))
         problems |= {dispatch.table_key(call, product): (call, product) for call in calls}
+    return problems
+
+
+def measured(
+    problems: Problems,
+    *,
+    timer: Timer = median_seconds,
+    progress: Callable[[int, int, Measurement], None] | None = None,
+    pool: ProcessPoolExecutor | None = None,
+) -> Iterator[tuple[dict[str, Choice], set[str]]]:
+    """Measures problems and keeps each one's best in the user's table, as `tune` does.
+
+    ``pool``: compiles all candidates first. After each problem: the best choices until then, and
+    which problems have candidates that were not measured yet.
+    """
     best: dict[str, Choice] = {}
-    gpu = device_info(device).name
+    left = set(problems)
+    found: dict[str, list[Measurement]] = {key: [] for key in problems}
     # What is scheduled by hand comes after all else, which is kept if a kernel hangs there.
-    for by_hand in (False, True):
-        todo = [(*problem, _candidates(*problem, by_hand)) for problem in problems.values()]
-        todo = [job for job in todo if job[2]]
-        if workers and todo:
-            _compile_all(todo, workers)
-        for done, (call, product, chosen) in enumerate(todo):
-            for m in _measure(call, product, chosen, timer):
-                faster = m.key not in best or (m.seconds or 0) < best[m.key].seconds
-                if m.seconds is not None and faster:
-                    best[m.key] = Choice(m.strategy, m.config, m.seconds)
+    others, by_hand = (
+        {key: chosen for key in problems if (chosen := _candidates(*problems[key], last))}
+        for last in (False, True)
+    )
+    for todo in (others, by_hand):
+        if pool is not None and todo:
+            _compile_all(problems, todo, pool)
+        for done, (key, chosen) in enumerate(todo.items()):
+            problem = _Problem(*problems[key])
+            for m in _measure(key, problem, chosen, timer):
+                found[key].append(m)
                 if progress is not None:
                     progress(done, len(todo), m)
+            choice = _best(problem, found[key], timer)
+            gpu = device_info(problem.x.device).name
+            del problem  # before the next one's tensors are made
+            if choice is not None:
+                best[key] = choice
             tables.save(gpu, best)  # after each, so that a run that is cut off has kept the rest
             dispatch.forget_plans()
+            if todo is by_hand or key not in by_hand:
+                left.remove(key)
+            yield best, left
+
+
+def tune(
+    shapes: Iterable[tuple[int, int, int]],
+    *,
+    ranks: Iterable[int] = (16,),
+    dtypes: Iterable[torch.dtype] = (torch.bfloat16,),
+    dropouts: Iterable[bool] = (False,),
+    products: Iterable[Product] = ("h", "grads", "forward", "dx"),
+    device: torch.device | str = "cuda",
+    timer: Timer = median_seconds,
+    progress: Callable[[int, int, Measurement], None] | None = None,
+    workers: int = 0,
+) -> dict[str, Choice]:
+    """Measures layers and adds the best choices to the user's table for this GPU.
+
+    Candidates are measured one after another; then the fastest few of a problem once more, in
+    turns, which decides.
+
+    Args:
+        shapes: (M, N, K) of layers: M rows into a weight [N, K]. M counts for its power of two.
+        ranks, dtypes, dropouts, products: measured for every shape. h comes first: what makes y and
+            dx is measured with the tile that was found for it.
+        timer: seconds of each of some calls, which take turns.
+        progress: called after each candidate with (problems done, problems, measurement).
+        workers: processes that compile all candidates first; 0 compiles each when it is its turn.
+
+    Returns:
+        The best choice by table key. A candidate that fails or is wrong is left out; ``progress``
+        is told why.
+
+    Raises:
+        RuntimeError, TypeError or ValueError: the kernels cannot take one of the problems.
+    """
+    problems = problems_of(
+        shapes, ranks=ranks, dtypes=dtypes, dropouts=dropouts, products=products, device=device
+    )
+    best: dict[str, Choice] = {}
+    with processes(workers) if workers else contextlib.nullcontext() as pool:
+        for choices, _ in measured(problems, timer=timer, progress=progress, pool=pool):
+            best = choices
     return best

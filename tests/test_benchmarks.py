@@ -318,6 +318,19 @@ def test_gpu_samples_start_after_enough_flushes_to_enqueue_the_call(monkeypatch)
     flushes.clear()
     assert sample() == pytest.approx(5000)
     assert len(flushes) >= 10
+    assert device_time.median_seconds([call, call]) == pytest.approx([5e-3] * 2)
+
+
+def test_samples_in_turns(monkeypatch):
+    """Every round has each once, and not always in the same order."""
+    monkeypatch.setattr(device_time.time, "perf_counter", lambda: 0.0)
+    taken = []
+    samplers = [lambda i=i: taken.append(i) or i for i in range(3)]
+    found = device_time.in_turns(samplers, -1.0, at_least=20)
+    assert found == [[i] * 20 for i in range(3)]
+    rounds = [tuple(taken[i : i + 3]) for i in range(0, 60, 3)]
+    assert all(sorted(turns) == [0, 1, 2] for turns in rounds)
+    assert len(set(rounds)) > 1
 
 
 def on_gpu(*arguments, **environment):
@@ -394,15 +407,24 @@ def test_base_product_measures_what_is_right(monkeypatch):
     """Each tile of each kernel against the library's product; another result gets no time."""
     from benchmarks import base_product
 
+    together = []
+
+    def timer(calls):
+        together.append(len(calls))
+        return [2.0 if len(calls) == 1 else 3.0, *[1.0] * (len(calls) - 1)]
+
     def measure():
         shapes = [(70, 72, 80)]
-        return list(
-            base_product.measure(shapes, torch.float16, torch.device("cpu"), lambda run: 2.0)
-        )
+        return list(base_product.measure(shapes, torch.float16, torch.device("cpu"), timer))
 
     found = measure()
     assert {m.kernel for m in found} == {"gemm", "persistent"}  # the interpreter runs no Gluon
-    assert all((m.seconds, m.of_cublas, m.problem) == (2.0, 1.0, "") for m in found)
+    first = [m for m in found if not m.in_turns]
+    assert all((m.seconds, m.of_cublas, m.problem) == (2.0, 1.0, "") for m in first)
+    last = [m for m in found if m.in_turns]
+    assert all((m.seconds, m.of_cublas) == (1.0, 3.0) for m in last)
+    assert [m.kernel for m in last] == ["gemm"] * 4 + ["persistent"] * 4
+    assert [n for n in together if n > 1] == [5, 5]  # and cuBLAS
     monkeypatch.setattr(
         base_product.persistent, "persistent_plain", lambda config, x, w: (x @ w) * 1.1
     )

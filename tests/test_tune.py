@@ -46,12 +46,12 @@ def one_tile_each(monkeypatch):
 
 
 def _fake_timer(fastest):
-    """Pretends that one strategy is faster than the others; which is seen from what it launches."""
+    """Pretends that one strategy is faster than the others."""
 
-    def timer(call):
-        call()
-        strategy = call.__defaults__[0]
-        return 1e-6 if strategy == fastest else 2e-6
+    def timer(calls):
+        for call in calls:
+            call()
+        return [1e-6 if call.args[0] == fastest else 2e-6 for call in calls]
 
     return timer
 
@@ -87,10 +87,10 @@ def test_what_measured_best_is_taken_from_then_on(launches, strategy):
 def test_progress_hears_of_every_candidate_and_of_failures():
     heard = []
 
-    def timer(call):
-        if call.__defaults__[0] == "one_launch":
+    def timer(calls):
+        if calls[0].args[0] == "one_launch":
             raise RuntimeError("out of resources")
-        return 1.0
+        return [1.0] * len(calls)
 
     tune(
         [(5, 16, 24)],
@@ -106,6 +106,29 @@ def test_progress_hears_of_every_candidate_and_of_failures():
     failed = [m for _, _, m in heard if m.seconds is None]
     assert {m.strategy for m in failed} == {"one_launch"}
     assert all("out of resources" in m.problem for m in failed)
+
+
+def test_those_that_were_fastest_take_turns_which_decides():
+    """One after another, the first have a colder GPU."""
+    raced = []
+
+    def timer(calls):
+        if len(calls) == 1:
+            return [1.0 + every.index(calls[0].args)]
+        raced.append([call.args for call in calls])
+        return [3.0, 4.0, 2.0, 5.0]
+
+    every = [*candidates(CALL, "forward")]
+    best = tune(
+        [(5, 16, 24)],
+        ranks=[8],
+        dtypes=[torch.float16],
+        products=["forward"],
+        device="cpu",
+        timer=timer,
+    )
+    assert raced == [every[:4]]
+    assert [*best.values()] == [Choice(*every[2], 2.0)]
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -125,7 +148,7 @@ def test_tiles_of_h_and_of_the_gradients(launches, monkeypatch, dropout):
         dropouts=[dropout],
         products=["grads", "h"],
         device="cpu",
-        timer=lambda call: 1.0 if call.__defaults__[1] in found.values() else 2.0,
+        timer=lambda calls: [1.0 if call.args[1] in found.values() else 2.0 for call in calls],
         progress=lambda done, total, m: heard.append(m),
     )
     assert {m.problem for m in heard} == {""}
@@ -307,7 +330,7 @@ def test_workers_compile_first(monkeypatch, device):
     pretend(monkeypatch.setattr, specialized_obstacle=lambda *_: "not here")
     compiled = []
     real = module._compile_all
-    monkeypatch.setattr(module, "_compile_all", lambda *a: compiled.append(len(a[0])) or real(*a))
+    monkeypatch.setattr(module, "_compile_all", lambda *a: compiled.append(len(a[1])) or real(*a))
     problem = {"ranks": [8], "dtypes": [torch.float16], "products": ["forward"]}
     tune([(5, 16, 24)], **problem, device=device, timer=_fake_timer("skinny"), workers=1)
     assert compiled == [1]
