@@ -134,18 +134,22 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
+def write(path: Path, gpu: str, entries: Mapping[str, Choice]) -> None:
+    """A table file of these entries; readers see all of it or what was there."""
+    content = {
+        "gpu": gpu,
+        **_stamp(),
+        "entries": {name: asdict(choice) for name, choice in sorted(entries.items())},
+    }
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(path, lambda to: Path(to).write_text(text))
+
+
 def save(gpu: str, entries: Mapping[str, Choice]) -> Path:
     """Adds entries to the user's table. Readers and other writers see all of it or nothing."""
     path = user_path(gpu)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path):
-        merged = {**_read(path, gpu), **entries}
-        content = {
-            "gpu": gpu,
-            **_stamp(),
-            "entries": {name: asdict(choice) for name, choice in sorted(merged.items())},
-        }
-        text = json.dumps(content, indent=1) + "\n"
-        write_atomically(path, lambda to: Path(to).write_text(text))
+        write(path, gpu, {**_read(path, gpu), **entries})
     table.cache_clear()
     return path

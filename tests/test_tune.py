@@ -7,13 +7,17 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from oracle import check, fused, problem, run
 from pretending import pretend
 
+from benchmarks import tune as benchmark
 from fused_lora import dispatch, explain, tables
+from fused_lora import tune as module
 from fused_lora.calls import Call, checked_call, transposed
 from fused_lora.dispatch import Plan, forget_plans, plan
 from fused_lora.kernels.configs import TileConfig, ship
@@ -21,6 +25,7 @@ from fused_lora.kernels.device import INTERPRETED, SHARED_MEMORY, DeviceInfo
 from fused_lora.tables import Choice, key, save, table, user_path
 from fused_lora.tune import candidates, tune
 
+ROOT = Path(__file__).parents[1]
 GPU = INTERPRETED.name
 TILE = TileConfig(128, 128, 64, 8, 4, GROUP_M=8, SUBTILES=2)
 CALL = Call(5, 16, 24, 8, torch.float16, torch.device("cpu"), False, plain_tensors=True)
@@ -40,9 +45,8 @@ def own_cache(monkeypatch, tmp_path):
 @pytest.fixture
 def one_tile_each(monkeypatch):
     """The interpreter is slow; one tile of every strategy is enough here."""
-    from fused_lora import tune
-
-    monkeypatch.setattr(tune, "tunable", lambda *arguments: ship(*arguments)[:1])
+    for place in (module, dispatch):
+        monkeypatch.setattr(place, "tunable", lambda *arguments: ship(*arguments[:5])[:1])
 
 
 def _fake_timer(fastest):
@@ -324,8 +328,6 @@ def test_rows_count_for_their_power_of_two(M, expected):
 @pytest.mark.usefixtures("one_tile_each")
 def test_workers_compile_first(monkeypatch, device):
     """In processes of their own; what is measured afterwards is the same."""
-    from fused_lora import tune as module
-
     # What is scheduled by hand is compiled, and measured, by itself and last.
     pretend(monkeypatch.setattr, specialized_obstacle=lambda *_: "not here")
     compiled = []
@@ -334,6 +336,79 @@ def test_workers_compile_first(monkeypatch, device):
     problem = {"ranks": [8], "dtypes": [torch.float16], "products": ["forward"]}
     tune([(5, 16, 24)], **problem, device=device, timer=_fake_timer("skinny"), workers=1)
     assert compiled == [1]
+
+
+BATCHES = [
+    benchmark.Batch(5, 8, (False, True), ((16, 24),)),
+    benchmark.Batch(9, 8, (False,), ((16, 24),)),
+]
+KEYS = {
+    "h M8 N8 K24 r8 float16",
+    "h M8 N8 K16 r8 float16",
+    "h M8 N8 K24 r8 float16 dropout",
+    "grads M8 N16 K24 r8 float16",
+    "grads M8 N16 K24 r8 float16 dropout",
+    "forward M8 N16 K24 r8 float16",
+    "forward M8 N16 K24 r8 float16 dropout",
+    "dx M8 N24 K16 r8 float16",
+    "dx M8 N24 K16 r8 float16 dropout",
+    "h M16 N8 K24 r8 float16",
+    "h M16 N8 K16 r8 float16",
+    "grads M16 N16 K24 r8 float16",
+    "forward M16 N16 K24 r8 float16",
+    "dx M16 N24 K16 r8 float16",
+}
+
+
+def _tune_all(path, timer, deadline=float("inf")):
+    options = {"dtype": torch.float16, "deadline": deadline, "workers": 0, "timer": timer}
+    return benchmark.tune_all(BATCHES, path, torch.device("cpu"), **options)
+
+
+@pytest.mark.usefixtures("one_tile_each")
+def test_all_batches_in_one_program(monkeypatch, tmp_path, capsys):
+    """One table of all, there after each problem; a warning would say that it is no table."""
+    path = tmp_path / "tuned_GPU.json"
+    written, write = [], tables.write
+    monkeypatch.setattr(tables, "write", lambda *a: written.append(a[0]) or write(*a))
+    assert _tune_all(path, _fake_timer("split"))
+    assert written.count(path) == len(KEYS)
+    with warnings.catch_warnings(action="error"):
+        assert set(tables._read(path, GPU)) == KEYS
+    assert "forward M8 N16 K24 r8 float16" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("one_tile_each")
+def test_at_its_limit_a_table_has_what_was_measured_to_the_end(monkeypatch, tmp_path, capsys):
+    """The best of the others is no choice where what is scheduled by hand is left."""
+    path = tmp_path / "tuned_GPU.json"
+    assert not _tune_all(path, _fake_timer("split"), deadline=0.0)
+    assert len(tables._read(path, GPU)) == 1
+    assert f"out of time: {len(KEYS) - 1} problems left" in capsys.readouterr().out
+    pretend(monkeypatch.setattr, specialized_obstacle=lambda *_: None)
+    now = iter([0.0] * 8 + [2.0])  # five of h and the gradients, four of y and dx
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    assert not _tune_all(path, _fake_timer("split"), deadline=1.0)
+    dropped = "dx M8 N24 K16 r8 float16 dropout"  # none of its candidates is scheduled by hand
+    first = {key for key in KEYS if key.startswith(("h M8", "grads M8"))}
+    assert set(tables._read(path, GPU)) == first | {dropped}
+    assert f"out of time: {len(KEYS) - 6} problems left" in capsys.readouterr().out
+
+
+def test_the_benchmark_needs_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main([])
+    assert "needs a GPU" in capsys.readouterr().err
+
+
+def test_the_benchmark_needs_torch_and_triton_only():
+    program = """
+import sys
+for name in ("typer", "rich", "matplotlib", "peft", "transformers", "safetensors", "pytest"):
+    sys.modules[name] = None
+import benchmarks.tune
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 def _command(*arguments):
@@ -350,8 +425,6 @@ def _command(*arguments):
 
 @pytest.mark.usefixtures("one_tile_each")
 def test_command(monkeypatch):
-    from fused_lora import tune as module
-
     timed = functools.partial(tune, timer=_fake_timer("skinny"))
     monkeypatch.setattr(module, "tune", timed)
     result = _command("--shapes", "5,16,24", "--r", "8", "--dtype", "float16", "--device", "cpu")
@@ -386,8 +459,6 @@ def test_command_with_bad_input(arguments, message):
 @pytest.mark.parametrize("path", sorted(tables.SHIPPED.glob("*.json")), ids=lambda p: p.stem)
 def test_what_ships_is_what_tuning_can_choose(monkeypatch, path):
     """Whatever has become of the kernels since: every entry is a candidate, and is taken."""
-    from fused_lora import tune as module
-
     content = json.loads(path.read_text())
     gpu = DeviceInfo(90, 132, SHARED_MEMORY[90], name=content["gpu"])
     monkeypatch.setattr(module, "device_info", lambda _: gpu)
