@@ -141,6 +141,23 @@ def save(path: Path, environment: Row, rows: Iterable[Row], not_measured: Iterab
     temporary.replace(path)
 
 
+def resumed(path: Path, environment: Row) -> list[Row]:
+    """The rows of a run that one with this environment may go on with, as if they were its own.
+
+    Raises ValueError if what a time depends on was another then.
+    """
+    rows = load(path)
+    then = rows[0] if rows else environment
+    differ = [
+        f"{name} {then[name]}, not {environment[name]}"
+        for name in ("device", "driver", "torch", "triton", "commit")
+        if then[name] != environment[name]
+    ]
+    if differ:
+        raise ValueError(f"{path}: its rows are of another run than this: {'; '.join(differ)}")
+    return rows
+
+
 def load(path: Path) -> list[Row]:
     """The rows of a run, each with its environment. Raises ValueError if the file is no run's."""
     try:

@@ -5,7 +5,10 @@
 Without --selection: quick on a GPU; cpu, cpu-quantized and cpu-multi without one. Every case is
 checked against the fp64 oracle before it is timed; a provider that is wrong or fails is left out
 and the file says why. The file is written after every case, so that a run may be cut short and
-resumed.
+resumed: on the same device and commit, with the same driver, torch and triton.
+
+Exit status: 0 if everything was measured, 1 if a provider was wrong or failed, else 3 if time ran
+out.
 """
 
 from __future__ import annotations
@@ -23,19 +26,21 @@ from pathlib import Path
 
 import torch
 
-from . import kinds, measure, rows
+from . import OUT_OF_TIME, kinds, measure, rows
 from .providers import Provider
 from .rows import Row
 from .shapes import SELECTIONS, Case, select
+
+FAILED = 1  # exit status: a provider was wrong or raised
 
 
 def measure_case(
     case: Case, providers: Iterable[Provider], device: torch.device, seconds: float
 ) -> tuple[list[Row], list[Row]]:
-    """The rows of one case, and why providers have none."""
+    """The rows of one case, and why providers have none, ``failed`` or not made for it."""
     by_name = {provider.name: provider for provider in providers}
     if not by_name:
-        return [], [{"provider": "all", **asdict(case), "why": "there is no provider of this kind"}]
+        return [], [_left_out("all", case, "there is no provider of this kind")]
     p = kinds.make_problem(case, device)
     known: dict[bool, measure.Expected] = {}
     todo: dict[str, dict[str, measure.Call]] = {}
@@ -47,11 +52,12 @@ def measure_case(
             if why is None:
                 measure.assert_correct(provider, p, known)
                 todo[provider.name] = measure.calls(provider, p)
+            else:
+                left_out.append(_left_out(provider.name, case, why))
         # Whatever a provider raises, the others are still to be measured.
         except Exception as error:
             why = f"{type(error).__name__}: {error}"[:500]
-        if why is not None:
-            left_out.append({"provider": provider.name, **asdict(case), "why": why})
+            left_out.append(_left_out(provider.name, case, why, failed=True))
     known.clear()
 
     def row(name: str, mode: str, unit: str, samples: list[float]) -> Row:
@@ -81,6 +87,10 @@ def measure_case(
     return found, left_out
 
 
+def _left_out(provider: str, case: Case, why: str, *, failed: bool = False) -> Row:
+    return {"provider": provider, **asdict(case), "why": why, "failed": failed}
+
+
 def _summary(found: list[Row]) -> str:
     """One line: every provider's time of the widest mode."""
     modes = [row["mode"] for row in found if row["unit"] == "us"]
@@ -103,8 +113,8 @@ def measure_all(
     seconds_a_mode: float,
     deadline: float,
     resumed: list[Row],
-) -> bool:
-    """Measures what is not in ``resumed`` until the deadline; True if nothing is left.
+) -> int:
+    """Measures what is not in ``resumed`` until the deadline; the exit status, as of `main`.
 
     ``names``: the providers; None takes each kind's own.
     """
@@ -115,10 +125,10 @@ def measure_all(
     for number, case in enumerate(cases, 1):
         if time.monotonic() > deadline:
             late = cases[number - 1 :]
-            left_out += [{"provider": "all", **asdict(c), "why": "out of time"} for c in late]
+            left_out += [_left_out("all", late_case, "out of time") for late_case in late]
             rows.save(path, environment, found, left_out)
             print(f"out of time: {len(late)} cases left; go on with --resume {path}", flush=True)
-            return False
+            return FAILED if _any_failed(left_out) else OUT_OF_TIME
         providers = kinds.choose(case, names, device)
         new, failed = measure_case(case, providers, device, seconds_a_mode)
         measure.release()
@@ -129,7 +139,11 @@ def measure_all(
         for row in failed:
             print(f"    {row['provider']}: left out: {row['why']}")
         sys.stdout.flush()
-    return True
+    return FAILED if _any_failed(left_out) else 0
+
+
+def _any_failed(left_out: list[Row]) -> bool:
+    return any(row["failed"] for row in left_out)
 
 
 def run_base(rev: str, arguments: list[str]) -> list[Row]:
@@ -148,7 +162,9 @@ def run_base(rev: str, arguments: list[str]) -> list[Row]:
                 shutil.copy(rows.ROOT.joinpath(*parts), tree.joinpath(*parts))
             command = [sys.executable, "-m", "benchmarks.run", "--out", str(out), *arguments]
             print(f"--base: measuring {rev}", flush=True)
-            subprocess.run(command, cwd=tree, check=True)
+            done = subprocess.run(command, cwd=tree)
+            if done.returncode != FAILED:  # what its providers failed in is not compared
+                done.check_returncode()
             (path,) = out.glob("*.json")
             return rows.load(path)
         finally:
@@ -181,7 +197,7 @@ def compare(ours: list[Row], base: list[Row]) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 1 if cases are left or a provider failed."""
+    """The command line; returns the exit status: FAILED, OUT_OF_TIME or 0."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--selection", help=f"comma-separated, of {','.join(SELECTIONS)}")
     parser.add_argument("--providers", help="comma-separated; default: all of a case's kind")
@@ -212,10 +228,14 @@ def main(argv: list[str] | None = None) -> int:
     clock = "CUDA events" if cuda else measure.clock().__name__
     environment = rows.environment(device, clock, args.note)
     path = args.out / rows.file_name(environment)
+    try:
+        resumed = rows.resumed(args.resume, environment) if args.resume else []
+    except ValueError as error:
+        parser.error(f"--resume: {error}")
     kind = "a GPU" if cuda else "a CPU (no GPU here: these rows say nothing about one)"
     print(f"{selection} on {environment['device']}, {kind}, torch {torch.__version__} -> {path}")
     seconds_a_mode = args.seconds_a_mode or (0.15 if cuda else 0.6)
-    complete = measure_all(
+    status = measure_all(
         cases,
         names,
         path,
@@ -223,14 +243,14 @@ def main(argv: list[str] | None = None) -> int:
         device,
         seconds_a_mode=seconds_a_mode,
         deadline=start + args.seconds,
-        resumed=rows.load(args.resume) if args.resume else [],
+        resumed=resumed,
     )
     if args.base:
         options = ["--selection", selection, "--providers", "fused,linear"]
         options += ["--seconds-a-mode", str(seconds_a_mode)]
         options += ["--threads", str(args.threads)] if args.threads else []
         print("\n".join(compare(rows.load(path), run_base(args.base, options))))
-    return 0 if complete else 1
+    return status
 
 
 if __name__ == "__main__":

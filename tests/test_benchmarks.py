@@ -8,11 +8,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import groups, kinds, measure, rows, run, shapes
+from benchmarks import OUT_OF_TIME, groups, kinds, measure, rows, run, shapes
 from benchmarks.multi import MULTI
 from benchmarks.providers import CPU_PROVIDERS, EAGER, PROVIDERS
 from benchmarks.quantized import QUANTIZED
@@ -188,7 +189,7 @@ def results(tmp_path_factory):
     path = folder / rows.file_name(environment)
     names = [*CPU_PROVIDERS, "dequantise", "unquantised", "loop", "bmm"]
     options = {"seconds_a_mode": 0.0, "deadline": float("inf"), "resumed": []}
-    assert run.measure_all(cases, names, path, environment, device, **options)
+    assert run.measure_all(cases, names, path, environment, device, **options) == 0
     return path
 
 
@@ -239,11 +240,52 @@ def test_a_run_out_of_time_is_resumed(results, tmp_path, capsys):
     late = replace(TINY, M=1)
     path = tmp_path / "rows.json"
     options = {"seconds_a_mode": 0.0, "deadline": 0.0, "resumed": resumed}
-    assert not run.measure_all(
-        [*cases, late], [], path, environment, torch.device("cpu"), **options
-    )
+    status = run.measure_all([*cases, late], [], path, environment, torch.device("cpu"), **options)
+    assert status == OUT_OF_TIME
     assert "1 cases left" in capsys.readouterr().out
     assert len(rows.load(path)) == len(resumed)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_failed_provider_is_a_failed_run(monkeypatch, tmp_path, device, fails):
+    """Also where time ran out after it; what is not made for a case is no failure."""
+
+    def build(p):
+        raise RuntimeError("out of memory")
+
+    chosen = [replace(PROVIDERS["addmm"], obstacle=lambda p: "never")]
+    chosen += [replace(PROVIDERS[EAGER], build=build)] * fails
+    monkeypatch.setattr(kinds, "choose", lambda *_: chosen)
+    now = iter([0.0, 2.0])
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    path, environment = tmp_path / "rows.json", rows.environment(device, "perf_counter")
+    options = {"seconds_a_mode": 0.0, "deadline": 1.0, "resumed": []}
+    cases = [TINY, replace(TINY, M=1)]
+    status = run.measure_all(cases, None, path, environment, device, **options)
+    assert status == (run.FAILED if fails else OUT_OF_TIME)
+    left_out = json.loads(path.read_text())["not_measured"]
+    failed = {row["provider"]: row["failed"] for row in left_out}
+    assert failed == {"addmm": False, "all": False} | ({EAGER: True} if fails else {})
+
+
+@pytest.mark.parametrize("name", ["device", "driver", "torch", "triton", "commit"])
+def test_rows_of_another_environment_are_not_gone_on_with(results, name):
+    written = rows.load(results)
+    environment = {key: written[0][key] for key in rows.ENVIRONMENT}
+    assert rows.resumed(results, environment | {"date": "later", "note": "other"}) == written
+    with pytest.raises(
+        ValueError, match=f"its rows are of another run than this: {name} .*, not X"
+    ):
+        rows.resumed(results, environment | {name: "X"})
+
+
+def test_the_command_says_which_rows_it_does_not_go_on_with(results, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("COMMIT", "other")
+    with pytest.raises(SystemExit) as ended:
+        run.main(["--selection", "tiny", "--resume", str(results), "--out", str(tmp_path)])
+    assert ended.value.code == 2
+    assert re.search(r"--resume: .*: commit \w+, not other", capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
 
 
 def test_comparison_with_another_commit_is_relative_to_the_base_layer(results):
