@@ -133,8 +133,20 @@ def _measured(members: Members, seconds: float) -> Iterator[tuple[str, dict[str,
         yield mode, {name: statistics.median(samples) for name, samples in times.items()}
 
 
+def _measure(problem: Problem, seconds: float) -> Iterator[tuple[str, dict[str, float]]]:
+    """Medians in us by name, of every mode; AssertionError if the group's results are wrong."""
+    members = problem.members()
+    if better_apart(members.x, problem.dropout_p > 0, "auto"):
+        print(f"{problem}: run apart anyway")
+        return
+    # Each member's mask has a seed of its own, and layers apart draw others.
+    error = 0.0 if problem.dropout_p else members.difference()
+    assert error < TOLERANCE, f"wrong by {error:.1e} of the norm"
+    yield from _measured(members, seconds)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The command line; 1 if a group's results are wrong."""
+    """The command line; 1 if a group's results are wrong, or something fails."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=MODELS, help="whose q, k, v and gate, up")
     parser.add_argument("--rows", type=int, nargs="+", help="M")
@@ -155,27 +167,21 @@ def main(argv: list[str] | None = None) -> int:
     table: csv.DictWriter[str] | None = None
     with contextlib.ExitStack() as files:
         for problem in todo:
-            members = problem.members()
-            if better_apart(members.x, problem.dropout_p > 0, "auto"):
-                print(f"{problem}: run apart anyway")
-                continue
-            # Each member's mask has a seed of its own, and layers apart draw others.
-            error = 0.0 if problem.dropout_p else members.difference()
-            if not error < TOLERANCE:
-                print(f"{problem}: wrong by {error:.1e} of the norm")
+            try:
+                for mode, medians in _measure(problem, args.seconds_a_mode):
+                    row = problem._asdict() | {"mode": mode} | medians | environment
+                    if table is None:  # not before: what an earlier run left may be all there is
+                        file = files.enter_context(path.open("w", newline=""))
+                        table = csv.DictWriter(file, row)
+                        table.writeheader()
+                    table.writerow(row)
+                    file.flush()  # a limit may end it
+                    ratio = medians["apart"] / medians["group"]
+                    times = "  ".join(f"{name} {us:8.1f} us" for name, us in medians.items())
+                    print(f"{problem} {mode:16} {times}  {ratio:.3f}x", flush=True)
+            except Exception as error:  # whatever it is, the others are still to be measured
+                print(f"{problem}: {type(error).__name__}: {error}", flush=True)
                 failed = True
-                continue
-            for mode, medians in _measured(members, args.seconds_a_mode):
-                row = problem._asdict() | {"mode": mode} | medians | environment
-                if table is None:  # not before: what an earlier run left may be all there is
-                    file = files.enter_context(path.open("w", newline=""))
-                    table = csv.DictWriter(file, row)
-                    table.writeheader()
-                table.writerow(row)
-                file.flush()  # a limit may end it
-                ratio = medians["apart"] / medians["group"]
-                times = "  ".join(f"{name} {us:8.1f} us" for name, us in medians.items())
-                print(f"{problem} {mode:16} {times}  {ratio:.3f}x", flush=True)
     return int(failed)
 
 

@@ -1,6 +1,7 @@
-"""Every kernel on small, odd-shaped calls, forward and backward: a program for compute-sanitizer.
+r"""Every kernel on small, odd-shaped calls, forward and backward: a program for compute-sanitizer.
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m benchmarks.sanitize
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \
+        python -m benchmarks.sanitize [--parts PART ...]
 
 Without PyTorch's caching allocator every tensor is an allocation of its own, beyond whose end
 nothing is. Results are checked too; without a GPU the kernels run in Triton's interpreter.
@@ -8,12 +9,13 @@ nothing is. Results are checked too; without a GPU the kernels run in Triton's i
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, product
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 
@@ -34,7 +36,8 @@ from fused_lora import (
 )
 from fused_lora.dispatch import Plan
 from fused_lora.group import LoRALinearGroupFunction
-from fused_lora.kernels.configs import MAX_SKINNY_M
+from fused_lora.kernels.configs import MAX_SKINNY_M, TileConfig, rows_obstacle
+from fused_lora.kernels.copy import aligned_copy
 from fused_lora.kernels.device import device_info
 from fused_lora.kernels.dropout import dropout_threshold
 from fused_lora.multi import LoRALinearMultiFunction
@@ -82,36 +85,87 @@ def _layers() -> Iterator[Case]:
             yield name, partial(_layer, shape, dtype, strategy, p)
 
 
+def _form(
+    shape: tuple[int, int, int, int], form: str, config: TileConfig, transposed: bool
+) -> None:
+    from hand_scheduled import TOLERANCE, Operands
+
+    operands = Operands(*shape, transposed=transposed, device=DEVICE, dtype=HALF[0])
+    operands.check(form, config, 8 * TOLERANCE)
+
+
+def _sum(M: int, N: int, Ks: tuple[int, ...], config: TileConfig, adapters: bool) -> None:
+    from hand_scheduled import TOLERANCE, check_sum
+
+    like: dict[str, Any] = {"transposed": False, "device": DEVICE, "dtype": HALF[0]}
+    check_sum(config, M, N, Ks, adapters=adapters, tolerance=8 * TOLERANCE, **like)
+
+
 def _by_hand() -> Iterator[Case]:
-    """The hand-scheduled kernel in all of its forms; last: one that hangs ends the program."""
+    """The hand-scheduled kernel in all of its forms, the newest first; over W0 in both layouts."""
     if specialized_obstacle(DEVICE, device_info(DEVICE)) is not None:
         return
-    from hand_scheduled import TOLERANCE, Operands, all_tiles, check_sum
+    from hand_scheduled import all_tiles
 
-    of: dict[str, Any] = {"transposed": False, "device": DEVICE, "dtype": HALF[0]}
     first, halves = all_tiles()[0], next(c for c in all_tiles() if c.HALVES)
+    layouts = {True: "of a forward", False: "of dx"}
     for shape in ALIGNED:
-        for form in ("plain", "second", "produced", "dora"):
-            operands = Operands(*shape, **of)
-            yield f"{form} {shape}", partial(operands.check, form, first, 8 * TOLERANCE)
         M, N, K, _ = shape
         for Ks, adapters in product(((K, 136), (K, 136, 64)), (False, True)):
-            options = {"adapters": adapters, "tolerance": 8 * TOLERANCE, **of}
             name = f"a sum of {len(Ks)} products {shape}, adapters: {adapters}"
-            yield name, partial(check_sum, first, M, N, Ks, **options)
+            yield name, partial(_sum, M, N, Ks, first, adapters)
+        yield from _groups_by(("ws_split", 0.0), ("ws_split", 0.3), shape=shape)
+        for form, turned in product(("dora", "second", "produced", "plain"), layouts):
+            name = f"{form} {shape}, W0 {layouts[turned]}"
+            yield name, partial(_form, shape, form, first, turned)
     shape = (2900, 3208, 72, 24)  # more tiles than multiprocessors, and few in the last round
-    for form in ("second", "produced", "dora"):
-        operands = Operands(*shape, **of)
-        yield f"{form} {shape} by halves", partial(operands.check, form, halves, 8 * TOLERANCE)
+    for form, turned in product(("dora", "second", "produced"), layouts):
+        name = f"{form} {shape} by halves, W0 {layouts[turned]}"
+        yield name, partial(_form, shape, form, halves, turned)
+
+
+def _copy(t: torch.Tensor) -> None:
+    copy = aligned_copy(t, HALF[0])
+    assert rows_obstacle(copy) is None
+    assert torch.equal(copy, t.to(HALF[0])), "not what Tensor.to makes"
+
+
+def _copies() -> Iterator[Case]:
+    """Adapters in fp32, as they are and as their own transpose, for the copy engine."""
+    for M, N, *_ in SHAPES[2:]:
+        t = _normal(torch.float32, M, N)
+        yield f"a copy of {(M, N)}", partial(_copy, t)
+        yield f"a copy of {(N, M)}, transposed", partial(_copy, t.t())
+
+
+def _normal(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return (torch.randn(*shape) * shape[-1] ** -0.5).to(DEVICE, dtype)
+
+
+def _groups_by(*ways: tuple[Strategy, float], shape: tuple[int, int, int, int]) -> Iterator[Case]:
+    """Layers on one x, whose one dx is made by one strategy and dropout after another."""
+    M, N, K, r = shape
+    x, *weights = (_normal(HALF[0], rows, K) for rows in (M, N, N, N))
+    As, Bs = ([_normal(HALF[0], *size) for _ in weights] for size in ((r, K), (N, r)))
+    leaves = [x, *As, *Bs]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    for strategy, dropout_p in ways:
+        call = partial(_group, x, weights, As, Bs, strategy, dropout_p)
+        name = f"M, N, K, r {shape} group, dx {strategy}, dropout {dropout_p}"
+        yield name, partial(_same_on_both, call, leaves)
+
+
+def _groups() -> Iterator[Case]:
+    """One dx of layers on one x, by what a compiler schedules."""
+    for shape in SHAPES[2:]:
+        yield from _groups_by(("split", 0.3), ("library", 0.3), ("library", 0.0), shape=shape)
 
 
 def _others() -> Iterator[Case]:
     """The other products, forward and backward, against their own PyTorch path."""
     for dtype, (M, N, K, r) in product(HALF, SHAPES[2:]):
-
-        def normal(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-            return (torch.randn(*shape) * shape[-1] ** -0.5).to(DEVICE, dtype)
-
+        normal = partial(_normal, dtype)
         x, As, Bs = normal(M, K), [normal(r, K) for _ in range(3)], [normal(N, r) for _ in range(3)]
         weights = [normal(N, K) for _ in range(3)]
         rows = torch.arange(M, device=DEVICE) % 4 - 1
@@ -128,10 +182,6 @@ def _others() -> Iterator[Case]:
                 dora_linear, x, weights[0], As[0], Bs[0], normal(N).abs() + 0.5, scaling=1.0
             ),
         }
-        for way, p in (("split", 0.3), ("library", 0.3), ("library", 0.0)):
-            calls[f"group, dx {way}, dropout {p}"] = partial(
-                _group, x, weights, As, Bs, cast(Strategy, way), p
-            )
         leaves = [x, *As, *Bs]
         if whole:
             x4, A4s = normal(M, whole), [normal(r, whole) for _ in range(3)]
@@ -217,22 +267,43 @@ def _same_on_both(call: Callable[..., Any], leaves: list[torch.Tensor]) -> None:
         assert error < 0.05, f"{error:.1e} of the norm away from the PyTorch path"
 
 
-def main() -> int:
-    """Runs all cases; returns 1 if a result is wrong."""
+# In an order in which one that hangs, which ends the program, leaves nothing behind it.
+PARTS: dict[str, Callable[[], Iterator[Case]]] = {
+    "copies": _copies,
+    "groups": _groups,
+    "others": _others,
+    "layers": _layers,
+    "by_hand": _by_hand,
+}
+
+
+def _verdict(case: Callable[[], None]) -> str:
+    try:
+        case()
+    except AssertionError as error:
+        return f"wrong, {error}"
+    except Exception as error:  # whatever it is, the others are still to be checked
+        return f"failed, {type(error).__name__}: {error}"
+    return "right"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; 1 if a case is wrong or fails."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=[*PARTS], help="in this order; default: all"
+    )
+    args = parser.parse_args(argv)
     torch.manual_seed(0)
-    total = wrong = 0
-    for name, case in chain(_others(), _layers(), _by_hand()):
+    total = right = 0
+    for name, case in chain.from_iterable(PARTS[part]() for part in args.parts):
+        verdict = _verdict(case)
         total += 1
-        verdict = "right"
-        try:
-            case()
-        except AssertionError as error:
-            wrong += 1
-            verdict = f"wrong, {error}"
+        right += verdict == "right"
         print(f"{name}: {verdict}", flush=True)  # a sanitizer cut short: how far it came
     where = torch.cuda.get_device_name() if CUDA else "the CPU, in Triton's interpreter"
-    print(f"{total - wrong} of {total} cases right on {where}")
-    return int(wrong > 0)
+    print(f"{right} of {total} cases right on {where}")
+    return int(right < total)
 
 
 if __name__ == "__main__":

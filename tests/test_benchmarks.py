@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import OUT_OF_TIME, groups, kinds, measure, rows, run, shapes
+from benchmarks import OUT_OF_TIME, groups, kinds, measure, rows, run, sanitize, shapes
 from benchmarks.multi import MULTI
 from benchmarks.providers import CPU_PROVIDERS, EAGER, PROVIDERS
 from benchmarks.quantized import QUANTIZED
@@ -508,3 +508,63 @@ def test_groups_that_are_wrong_are_not_measured(monkeypatch, tmp_path, capsys):
     assert groups.main(["--rows", "70", "--out", str(tmp_path), "--model", "smollm2-135m"]) == 1
     assert not list(tmp_path.glob("*.csv"))
     assert "wrong by" in capsys.readouterr().out
+
+
+def test_groups_that_fail_do_not_end_the_others(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(groups.MODELS, "tiny", (48, 32, 64))
+    right = groups.lora_linear_group
+
+    def of_two(x, weights, *arguments, **options):
+        if len(weights) == 3:
+            raise RuntimeError("out of resources")
+        return right(x, weights, *arguments, **options)
+
+    monkeypatch.setattr(groups, "lora_linear_group", of_two)
+    arguments = ["--rows", "70", "--seconds-a-mode", "0.01", "--out", str(tmp_path)]
+    assert groups.main([*arguments, "--model", "tiny"]) == 1
+    said = capsys.readouterr().out
+    assert "q,k,v M 70 K 48 dropout 0: RuntimeError: out of resources" in said
+    assert "gate,up M 70 K 48 dropout 0 forward" in said
+
+
+def test_the_sanitizers_program_runs_the_parts_it_is_told(monkeypatch, capsys):
+    """And goes on after a case that fails, which it counts."""
+
+    def wrong():
+        raise AssertionError("by 1")
+
+    def fails():
+        raise RuntimeError("out of resources")
+
+    cases = {"right": lambda: None, "wrong": wrong, "fails": fails}
+    parts = {name: lambda name=name: iter([(name, cases[name])]) for name in cases}
+    monkeypatch.setattr(sanitize, "PARTS", parts)
+    assert sanitize.main(["--parts", "right"]) == 0
+    assert capsys.readouterr().out.startswith("right: right\n1 of 1 cases right on ")
+    assert sanitize.main(["--parts", "fails", "right"]) == 1
+    assert capsys.readouterr().out.startswith(
+        "fails: failed, RuntimeError: out of resources\nright"
+    )
+    assert sanitize.main([]) == 1
+    said = capsys.readouterr().out
+    assert said.splitlines()[1] == "wrong: wrong, by 1"
+    assert "1 of 3 cases right on" in said
+
+
+def test_the_sanitizers_program_ends_with_what_is_scheduled_by_hand(monkeypatch):
+    pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
+    assert [*sanitize.PARTS][-1] == "by_hand"
+    assert [*sanitize._by_hand()] == [] or torch.cuda.is_available()
+    monkeypatch.setattr(sanitize, "specialized_obstacle", lambda *_: None)
+    names = [name for name, _ in sanitize._by_hand()]
+    for of in ("a sum of 2", "a sum of 3", "group, dx ws_split, dropout 0.3"):
+        assert any(of in name for name in names[:6])
+    for layout in ("a forward", "dx"):
+        assert any(name.startswith("dora") and f"W0 of {layout}" in name for name in names)
+
+
+@pytest.mark.parametrize("part", ["copies", "groups"])
+def test_what_the_sanitizers_see_is_right(monkeypatch, part):
+    """On fewer shapes: the rest is a matter of minutes."""
+    monkeypatch.setattr(sanitize, "SHAPES", sanitize.SHAPES[:3])
+    assert sanitize.main(["--parts", part]) == 0
