@@ -5,6 +5,7 @@ Without one they run in Triton's interpreter, on CPU tensors. SHARD=i/n takes ev
 from test i on: n processes share them where there is no xdist (on_gpu.sh).
 """
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,6 +21,30 @@ torch.set_num_threads(1)
 INTERPRETED = not CUDA and "FRONT_END" not in os.environ  # front_end.py compiles instead
 if INTERPRETED:  # read by Triton when a kernel is defined, so before any import of our kernels
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_configure() -> None:
+    """Says why no kernel would run, instead of a thousand failures."""
+    if INTERPRETED and importlib.util.find_spec("triton") and _interpreter_fails():
+        raise pytest.UsageError(
+            "Triton 3.6's interpreter makes numbers of arrays of one element, which NumPy refuses "
+            "from 2.4 on: install numpy<2.4, or a later Triton"
+        )
+
+
+def _interpreter_fails() -> bool:
+    import triton
+
+    @triton.jit
+    def loop(n):
+        for _ in range(n):
+            pass
+
+    try:
+        loop[(1,)](2)
+    except triton.runtime.errors.InterpreterError as error:
+        return "0-dimensional" in str(error)
+    return False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
