@@ -235,7 +235,13 @@ def test_known_launches_read_the_tensors_of_their_own_call(device, strategy, lau
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-@pytest.mark.parametrize("strategy", sorted({*WAYS} - {"in_loop", "library"}))
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param(name, marks=[pytest.mark.by_hand] * WAYS[name].by_hand)
+        for name in sorted({*WAYS} - {"in_loop", "library"})
+    ],
+)
 def test_replayed_calls(device, strategy, dropout_p, monkeypatch):
     """The same launches for tensors elsewhere (kernels/replay.py), on other streams too."""
     replayed = []
