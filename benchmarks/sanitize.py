@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain, product
+from itertools import chain, islice, product
 from typing import Any, Literal
 
 import torch
@@ -101,6 +101,19 @@ def _sum(M: int, N: int, Ks: tuple[int, ...], config: TileConfig, adapters: bool
     check_sum(config, M, N, Ks, adapters=adapters, tolerance=8 * TOLERANCE, **like)
 
 
+def _sums(shape: tuple[int, int, int, int], config: TileConfig) -> Iterator[Case]:
+    """dx of two layers and of three, with their adapters' part and without."""
+    M, N, K, _ = shape
+    for Ks, adapters in product(((K, 136), (K, 136, 64)), (True, False)):
+        name = f"a sum of {len(Ks)} products {shape}, adapters: {adapters}"
+        yield name, partial(_sum, M, N, Ks, config, adapters)
+
+
+def _one_by_hand() -> Iterator[Case]:
+    """The first of `_by_hand`'s, to be run alone before what runs such kernels side by side."""
+    yield from islice(_by_hand(), 1)
+
+
 def _by_hand() -> Iterator[Case]:
     """The hand-scheduled kernel in all of its forms, the newest first; over W0 in both layouts."""
     if specialized_obstacle(DEVICE, device_info(DEVICE)) is not None:
@@ -110,10 +123,7 @@ def _by_hand() -> Iterator[Case]:
     first, halves = all_tiles()[0], next(c for c in all_tiles() if c.HALVES)
     layouts = {True: "of a forward", False: "of dx"}
     for shape in ALIGNED:
-        M, N, K, _ = shape
-        for Ks, adapters in product(((K, 136), (K, 136, 64)), (False, True)):
-            name = f"a sum of {len(Ks)} products {shape}, adapters: {adapters}"
-            yield name, partial(_sum, M, N, Ks, first, adapters)
+        yield from _sums(shape, first)
         yield from _groups_by(("ws_split", 0.0), ("ws_split", 0.3), shape=shape)
         for form, turned in product(("dora", "second", "produced", "plain"), layouts):
             name = f"{form} {shape}, W0 {layouts[turned]}"
@@ -267,12 +277,13 @@ def _same_on_both(call: Callable[..., Any], leaves: list[torch.Tensor]) -> None:
         assert error < 0.05, f"{error:.1e} of the norm away from the PyTorch path"
 
 
-# In an order in which one that hangs, which ends the program, leaves nothing behind it.
+# In an order in which one that hangs, which ends the program, keeps no other kernel from its turn.
 PARTS: dict[str, Callable[[], Iterator[Case]]] = {
     "copies": _copies,
     "groups": _groups,
     "others": _others,
     "layers": _layers,
+    "one_by_hand": _one_by_hand,
     "by_hand": _by_hand,
 }
 

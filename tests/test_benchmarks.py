@@ -384,14 +384,22 @@ def on_gpu(*arguments, **environment):
 
 @pytest.fixture
 def tools(tmp_path):
-    """A PATH with a python that only says how it was called, and that fails the tests."""
+    """Makes a PATH with a python that only says how it was called.
+
+    It ends with the status given for the module that it was to run.
+    """
     folder = tmp_path / "tools"
-    folder.mkdir()
-    says = '#!/bin/sh\necho "$(basename "$0") $*"\n'
-    for name, status in {"python": '[ "$2" != pytest ]', "compute-sanitizer": ":"}.items():
-        (folder / name).write_text(says + status + "\n")
-        (folder / name).chmod(0o755)
-    return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+    def make(**statuses):
+        folder.mkdir()
+        cases = [f"*{module}*) exit {status} ;;" for module, status in statuses.items()]
+        script = ["#!/bin/sh", 'echo "$(basename "$0") $*"', 'case "$2" in', *cases, "esac"]
+        for name in ("python", "compute-sanitizer"):
+            (folder / name).write_text("\n".join(script) + "\n")
+            (folder / name).chmod(0o755)
+        return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "PYTHON": "python"}
+
+    return make
 
 
 def test_the_gpu_plan_refuses_without_a_gpu(tmp_path):
@@ -404,39 +412,86 @@ def test_the_gpu_plan_refuses_without_a_gpu(tmp_path):
 
 def test_the_gpu_plan_goes_on_after_a_failed_step(tmp_path, tools):
     out = tmp_path / "out"
-    done = on_gpu(OUT=str(out), PYTHON="python", PATH=tools, RESUME="earlier.json")
+    done = on_gpu(OUT=str(out), RESUME="earlier.json", **tools(pytest=1))
     assert done.returncode == 1
     files = {file.name for file in out.iterdir()}
     assert files == {"summary.txt", "tests.log", "benchmark.log", "sanitizer.log"}  # and rows
     summary = (out / "summary.txt").read_text()
     assert "tests: failed with 1" in summary
     assert "by_hand: failed with 1" in summary
-    for step in ("base_product", "benchmark", "groups", "memcheck"):
+    for step in ("one_by_hand", "base_product", "benchmark", "groups", "memcheck"):
         assert f"{step}: passed" in summary
+    assert "not every step passed" in summary
     assert "--resume earlier.json" in (out / "benchmark.log").read_text()
     tests = (out / "tests.log").read_text()
     call = next(line for line in tests.splitlines() if "pytest tests/test_lora_linear.py" in line)
-    assert "-m gpu and not slow" in call
+    assert "-m gpu and not slow and not by_hand" in call
     for file in (ROOT / "tests").glob("test_*.py"):
-        apart = file.name == "test_specialized.py"  # it may hang
-        assert call.count(f"tests/{file.name} ") == (0 if apart else 1)
-        assert apart == (f"pytest tests/{file.name} -m gpu" in tests)
+        assert call.count(f"tests/{file.name} ") == (file.name != "test_specialized.py")
+    apart = next(line for line in tests.splitlines() if "pytest tests/test_specialized.py" in line)
+    assert "tests/test_cuda.py -m gpu and not slow and by_hand" in apart
+    assert tests.index(call) < tests.index("--parts one_by_hand") < tests.index(apart)
+    assert "--parts copies by_hand groups" in (out / "sanitizer.log").read_text()
+
+
+def test_a_benchmark_out_of_time_has_not_failed(tmp_path, tools):
+    out = tmp_path / "out"
+    done = on_gpu(OUT=str(out), **tools(**{"benchmarks.run": OUT_OF_TIME}))
+    assert done.returncode == 0
+    summary = (out / "summary.txt").read_text()
+    assert "benchmark: out of time, " in summary
+    assert "no step failed" in summary
+
+
+def test_an_error_of_pytests_own_is_a_failure(tmp_path, tools):
+    out = tmp_path / "out"
+    assert on_gpu(OUT=str(out), **tools(pytest=3)).returncode == 1
+    assert "tests: failed with 1" in (out / "summary.txt").read_text()
+
+
+def test_groups_are_not_measured_if_their_kernel_hangs(tmp_path, tools):
+    out = tmp_path / "out"
+    assert on_gpu(OUT=str(out), **tools(**{"benchmarks.sanitize": 124})).returncode == 1
+    summary = (out / "summary.txt").read_text()
+    assert "one_by_hand: stopped at its limit of 20 s" in summary
+    assert "groups: not run, as the kernel of their dx hangs" in summary
+    assert "base_product: passed" in summary
 
 
 def test_the_gpu_plans_limits_fit_into_eight_minutes():
     script = (ROOT / "benchmarks" / "on_gpu.sh").read_text()
     plan = script[script.index("step tests ") :]
-    limits = re.findall(r"^(?:step \w+|sanitizer \w+) (\d+)", plan, flags=re.MULTILINE)
-    assert len(limits) == 6
-    assert sum(map(int, limits)) <= int(re.search(r"^BUDGET=(\d+)", script, re.MULTILINE)[1]) < 480
+    limits = re.findall(r"^ *(?:step|sanitizer) (\w+) (\d+)", plan, flags=re.MULTILINE)
+    limits = {name: int(limit) for name, limit in limits}
+    assert len(limits) == 7
+    assert sum(limits.values()) <= int(re.search(r"^BUDGET=(\d+)", script, re.MULTILINE)[1]) < 480
+    assert limits["benchmark"] == 125
+    inner = re.findall(r"^step (\w+) \d+ .* 'tests (\d+) ", plan, flags=re.MULTILINE)
+    assert [name for name, _ in inner] == ["tests", "by_hand"]
+    for name, limit in inner:  # pytest has 8 seconds to say what failed until then
+        assert int(limit) + 8 < limits[name]
 
 
 def test_sanitizers_run_alone(tmp_path, tools):
-    done = on_gpu("sanitize", OUT=str(tmp_path / "out"), PYTHON="python", PATH=tools)
+    done = on_gpu("sanitize", OUT=str(tmp_path / "out"), **tools())
     assert done.returncode == 0, done.stdout
     log = (tmp_path / "out" / "sanitizer.log").read_text()
     for tool in ("memcheck", "racecheck", "initcheck"):
         assert f"compute-sanitizer --tool {tool} " in log
+    assert "--parts" not in log  # all
+
+
+@pytest.mark.parametrize(("status", "verdict"), [(0, "passed"), (3, "out of time"), (1, "failed")])
+def test_tuning_is_one_program_with_a_limit(tmp_path, tools, status, verdict):
+    out = tmp_path / "out"
+    done = on_gpu("tune", OUT=str(out), **tools(**{"benchmarks.tune": status}))
+    assert done.returncode == (status == 1)
+    assert {file.name for file in out.iterdir()} == {"summary.txt", "tune.log"}  # and the table
+    assert f"tune: {verdict}" in (out / "summary.txt").read_text()
+    (call,) = re.findall("^python .*", (out / "tune.log").read_text(), flags=re.MULTILINE)
+    limit = int(re.search(r"--seconds (\d+)", call)[1])
+    script = (ROOT / "benchmarks" / "on_gpu.sh").read_text()
+    assert limit < int(re.search(r"step tune (\d+) ", script)[1]) < 540
 
 
 def test_model_projections_are_those_of_the_configs():
