@@ -1,5 +1,6 @@
 """Tuning with a fake timer, and the tables that it writes."""
 
+import contextlib
 import functools
 import json
 import os
@@ -360,8 +361,8 @@ KEYS = {
 }
 
 
-def _tune_all(path, timer, deadline=float("inf")):
-    options = {"dtype": torch.float16, "deadline": deadline, "workers": 0, "timer": timer}
+def _tune_all(path, timer, deadline=float("inf"), workers=0):
+    options = {"dtype": torch.float16, "deadline": deadline, "workers": workers, "timer": timer}
     return benchmark.tune_all(BATCHES, path, torch.device("cpu"), **options)
 
 
@@ -376,6 +377,23 @@ def test_all_batches_in_one_program(monkeypatch, tmp_path, capsys):
     with warnings.catch_warnings(action="error"):
         assert set(tables._read(path, GPU)) == KEYS
     assert "forward M8 N16 K24 r8 float16" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("one_tile_each")
+def test_all_batches_share_their_processes(monkeypatch, tmp_path):
+    """Starting one costs seconds: it imports torch and makes a CUDA context."""
+    pools, compiled = [], []
+
+    def processes(workers):
+        pools.append(workers)
+        return contextlib.nullcontext(
+            SimpleNamespace(map=lambda _, jobs: compiled.extend(jobs) or ())
+        )
+
+    monkeypatch.setattr(benchmark, "processes", processes)
+    assert _tune_all(tmp_path / "tuned_GPU.json", _fake_timer("split"), workers=3)
+    assert pools == [3]
+    assert {call.M for call, *_ in compiled} == {5, 9}
 
 
 @pytest.mark.usefixtures("one_tile_each")
