@@ -1,8 +1,10 @@
-"""Layers that share their input, together and one by one: `python -m benchmarks.groups`.
+"""Layers that are computed together, and one by one: `python -m benchmarks.groups`.
 
-Whether a group pays: q, k, v and gate, up by `lora_linear_group`, the same layers by `lora_linear`
-each, and their frozen layers alone; in turns, medians. Both are compared with each other before
-they are timed. With few rows, where it counts, also CPU time without waiting for the device.
+Whether it pays: q, k, v and gate, up by `lora_linear_group`, and a gated MLP with
+`lora_linear_gated` for its last layer; the same layers by `lora_linear` each, by PEFT's formula,
+and their frozen layers alone; in turns, medians in us. Both of ours are compared with each other
+before they are timed. With few rows, where it counts, also CPU time without waiting for the device.
+And the most memory that forward and backward hold at once, in bytes.
 """
 
 from __future__ import annotations
@@ -22,16 +24,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_lora import lora_linear, lora_linear_group
+from fused_lora import lora_linear, lora_linear_gated, lora_linear_group
 from fused_lora.dispatch import better_apart
 from fused_lora.tune import in_processes
 
 from . import measure, rows
+from .providers import peft_expression
 from .shapes import MODELS
 
 RANK, SCALING = 16, 2.0
 TOLERANCE = 2e-2  # of the norm, in 16-bit products
-NAMES = ("group", "apart", "linear")
+NAMES = ("group", "apart", "peft", "linear")
 # CPU time is a mean of 100 calls, which CUDA's queue of about 1,000 launches must not hold up.
 OVERHEAD_ROWS = 128
 
@@ -49,16 +52,19 @@ class Problem(NamedTuple):
         return f"{self.layers} M {self.M} K {self.K} dropout {self.dropout_p:g}"
 
     def members(self) -> Members:
-        """On the device that there is."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        like = torch.empty(0, dtype=torch.bfloat16, device=device)
-        return Members(self.M, self.K, self.sides, self.dropout_p, like)
+        """On the device that there is, in bf16, which many CPUs cannot multiply: there in fp32."""
+        like = torch.empty(0, dtype=torch.float32, device="cpu")
+        if torch.cuda.is_available():
+            like = like.to("cuda", torch.bfloat16)
+        kind = MLP if self.layers == "mlp" else Members
+        return kind(self.M, self.K, self.sides, self.dropout_p, like)
 
 
 def problems(model: str, Ms: Sequence[int]) -> list[Problem]:
     """All cases, those without dropout first."""
     hidden, kv, intermediate = MODELS[model]
     sides = {"q,k,v": (hidden, kv, kv), "gate,up": (intermediate,) * 2}
+    sides["mlp"] = sides["gate,up"]
     return [
         Problem(layers, M, hidden, sides[layers], dropout_p)
         for dropout_p, M, layers in product((0.0, 0.1), Ms, sides)
@@ -72,6 +78,7 @@ class Members:
         def normal(*shape: int) -> Tensor:
             return (torch.randn(shape, device=like.device) * shape[-1] ** -0.5).to(like.dtype)
 
+        self.normal = normal
         self.x = torch.randn(M, K, device=like.device).to(like.dtype).requires_grad_()
         self.weights = [normal(N, K) for N in sides]
         self.As = [normal(RANK, K).requires_grad_() for _ in sides]
@@ -92,13 +99,24 @@ class Members:
             for W, A, B in zip(self.weights, self.As, self.Bs, strict=True)
         ]
 
+    def peft(self) -> Sequence[Tensor]:
+        """As PEFT does it."""
+        return [
+            peft_expression(self.x, W, A, B, None, SCALING, self.dropout_p)
+            for W, A, B in zip(self.weights, self.As, self.Bs, strict=True)
+        ]
+
     def linear(self) -> Sequence[Tensor]:
         """The frozen layers alone."""
         return [F.linear(self.x, W) for W in self.weights]
 
+    def adapters(self) -> Sequence[Tensor]:
+        """All that is trained."""
+        return [*self.As, *self.Bs]
+
     def gradient(self, name: str) -> tuple[Tensor, ...]:
         """Forward and backward of one of the above."""
-        trained = [self.x] if name == "linear" else [self.x, *self.As, *self.Bs]
+        trained = [self.x] if name == "linear" else [self.x, *self.adapters()]
         ys = getattr(self, name)()
         return torch.autograd.grad(ys, trained, self.gradients)
 
@@ -112,6 +130,42 @@ class Members:
         return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
 
 
+class MLP(Members):
+    """A gated MLP: gate and up [N, K], which share x, and down [K, N] on silu(gate) o up."""
+
+    def __init__(self, M: int, K: int, sides: Sequence[int], dropout_p: float, like: Tensor):
+        super().__init__(M, K, sides, dropout_p, like)
+        N = sides[0]
+        A, B = self.normal(RANK, N).requires_grad_(), self.normal(K, RANK).requires_grad_()
+        self.down, self.gradients = (self.normal(K, N), A, B), [self.normal(M, K)]
+
+    def group(self) -> Sequence[Tensor]:
+        """With the last layer's input in parts."""
+        gate, up = super().group()
+        p = self.dropout_p
+        return [lora_linear_gated(gate, up, *self.down, scaling=SCALING, dropout_p=p)]
+
+    def apart(self) -> Sequence[Tensor]:
+        """A call each."""
+        gate, up = super().apart()
+        x = F.silu(gate) * up
+        return [lora_linear(x, *self.down, scaling=SCALING, dropout_p=self.dropout_p)]
+
+    def peft(self) -> Sequence[Tensor]:
+        """As PEFT does it."""
+        gate, up = super().peft()
+        return [peft_expression(F.silu(gate) * up, *self.down, None, SCALING, self.dropout_p)]
+
+    def linear(self) -> Sequence[Tensor]:
+        """The frozen layers alone."""
+        gate, up = super().linear()
+        return [F.linear(F.silu(gate) * up, self.down[0])]
+
+    def adapters(self) -> Sequence[Tensor]:
+        """All that is trained."""
+        return [*super().adapters(), *self.down[1:]]
+
+
 def _compile(problem: Problem) -> None:
     """Leaves a case's kernels in Triton's cache on disk."""
     members = problem.members()
@@ -121,7 +175,7 @@ def _compile(problem: Problem) -> None:
 
 
 def _measured(members: Members, seconds: float) -> Iterator[tuple[str, dict[str, float]]]:
-    """Medians in us by name, of every mode."""
+    """By name of every mode the median in us, or the bytes."""
     device = members.x.device
     forward: dict[str, measure.Call] = {name: getattr(members, name) for name in NAMES}
     both: dict[str, measure.Call] = {name: partial(members.gradient, name) for name in NAMES}
@@ -131,16 +185,17 @@ def _measured(members: Members, seconds: float) -> Iterator[tuple[str, dict[str,
     for mode, calls, overhead in modes:
         times = measure.side_by_side(calls, device, seconds, overhead=overhead)
         yield mode, {name: statistics.median(samples) for name, samples in times.items()}
+    yield "memory", {name: measure.peak_memory(call, device) for name, call in both.items()}
 
 
 def _measure(problem: Problem, seconds: float) -> Iterator[tuple[str, dict[str, float]]]:
-    """Medians in us by name, of every mode; AssertionError if the group's results are wrong."""
+    """What `_measured` gives; AssertionError if the group's results are wrong."""
     members = problem.members()
-    if better_apart(members.x, problem.dropout_p > 0, "auto"):
+    if problem.layers != "mlp" and better_apart(members.x, problem.dropout_p > 0, "auto"):
         print(f"{problem}: run apart anyway")
         return
-    # Each member's mask has a seed of its own, and layers apart draw others.
-    error = 0.0 if problem.dropout_p else members.difference()
+    # Without dropout, whose masks differ: each member of a group has a seed of its own.
+    error = problem._replace(dropout_p=0.0).members().difference()
     assert error < TOLERANCE, f"wrong by {error:.1e} of the norm"
     yield from _measured(members, seconds)
 
@@ -158,7 +213,8 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     environment = rows.environment(device, "CUDA events" if cuda else measure.clock().__name__, "")
     path = args.out / rows.file_name(environment).replace(".json", "-groups.csv")
-    print(f"q,k,v and gate,up, r {RANK}, bf16, on {environment['device']} -> {path}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    print(f"q,k,v, gate,up and mlp, r {RANK}, on {environment['device']} -> {path}")
     Ms = args.rows or ((8192, 2048, 512, OVERHEAD_ROWS) if cuda else (512,))
     todo = problems(args.model or ("llama-3.1-8b" if cuda else "smollm2-135m"), Ms)
     if args.workers:
@@ -177,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
                     table.writerow(row)
                     file.flush()  # a limit may end it
                     ratio = medians["apart"] / medians["group"]
-                    times = "  ".join(f"{name} {us:8.1f} us" for name, us in medians.items())
+                    times = "  ".join(f"{name} {value:10.1f}" for name, value in medians.items())
                     print(f"{problem} {mode:16} {times}  {ratio:.3f}x", flush=True)
             except Exception as error:  # whatever it is, the others are still to be measured
                 print(f"{problem}: {type(error).__name__}: {error}", flush=True)

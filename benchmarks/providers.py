@@ -121,7 +121,7 @@ def linear(p: Problem) -> Layer:
     return lambda x: F.linear(x, p.weight, p.bias)
 
 
-def _expression(
+def peft_expression(
     x: Tensor,
     weight: Tensor,
     lora_A: Tensor,
@@ -137,7 +137,7 @@ def _expression(
     return (result + update * scaling).to(result.dtype)
 
 
-_compiled_expression = torch.compile(_expression, fullgraph=True, dynamic=False)
+_compiled_expression = torch.compile(peft_expression, fullgraph=True, dynamic=False)
 
 
 def _takes_all(call: Callable[..., Tensor]) -> Callable[[Problem], Layer]:
@@ -256,7 +256,7 @@ def by_name(*providers: Provider) -> dict[str, Provider]:
 _eager = (
     (Provider("peft", _peft), Provider("peft_fused", _peft_fused, True, obstacle=_many_rows))
     if importlib.util.find_spec("peft")
-    else (Provider("peft_formula", _takes_all(_expression)),)
+    else (Provider("peft_formula", _takes_all(peft_expression)),)
 )
 EAGER = _eager[0].name
 PROVIDERS = by_name(

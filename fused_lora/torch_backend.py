@@ -173,10 +173,6 @@ def backward(
     return dx, dA, dB
 
 
-# Elements of W0 + scaling * B A, of g o z and of an activation's gradient that are there at a time:
-# 16 MB in fp32.
-_CHUNK = 1 << 22
-
 _APPROXIMATE = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}  # PyTorch's names
 
 
@@ -193,6 +189,11 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return acted * up if torch.is_grad_enabled() else acted.mul_(up)
 
 
+# Elements of act(gate)'s gradient that are there at a time: of an eighth of them each part takes
+# longer to start than to compute, of all of them it takes 0.9 of the time.
+_GATED_CHUNK = 1 << 18
+
+
 def gated_backward(
     dx: Tensor,
     gate: Tensor,
@@ -204,7 +205,7 @@ def gated_backward(
 ) -> None:
     """The gradients of gate and up [M, K] for dx, whose memory dgate may have."""
     aten: Any = torch.ops.aten
-    for rows in slices(len(dx), max(1, _CHUNK // max(1, dx.shape[1]))):
+    for rows in slices(len(dx), max(1, _GATED_CHUNK // max(1, dx.shape[1]))):
         e, d = gate[rows], dx[rows]
         torch.mul(d, acted[rows], out=dup[rows])
         dact = d * up[rows]
@@ -213,6 +214,10 @@ def gated_backward(
         else:
             how = _APPROXIMATE[activation]
             aten.gelu_backward.grad_input(dact, e, approximate=how, grad_input=dgate[rows])
+
+
+# Elements of W0 + scaling * B A, and of g o z, that are there in fp32 at a time: 16 MB.
+_CHUNK = 1 << 22
 
 
 @torch.no_grad()

@@ -546,9 +546,16 @@ def test_groups_are_measured_against_their_layers(monkeypatch, tmp_path, capsys)
     (path,) = tmp_path.glob("*-groups.csv")
     with path.open() as file:
         found = list(csv.DictReader(file))
-    assert {row["layers"] for row in found} == {"q,k,v", "gate,up"}
-    assert {row["mode"] for row in found} == {"forward", "forward+backward", "overhead"}
-    assert all(float(row[name]) > 0 for row in found for name in ("group", "apart", "linear"))
+    assert {row["layers"] for row in found} == {"q,k,v", "gate,up", "mlp"}
+    modes = {"forward", "forward+backward", "overhead", "memory"}
+    assert {row["mode"] for row in found} == modes
+    assert all(float(row[name]) > 0 for row in found for name in groups.NAMES)
+    (memory,) = (
+        row
+        for row in found
+        if (row["layers"], row["mode"], row["dropout_p"]) == ("mlp", "memory", "0.0")
+    )
+    assert float(memory["group"]) < float(memory["apart"]) < float(memory["peft"])
     assert "q,k,v M 70 K 48 dropout 0 forward" in capsys.readouterr().out
 
 
