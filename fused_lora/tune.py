@@ -30,7 +30,7 @@ from .tables import Choice, Product, Strategy
 Candidate = tuple[Strategy | None, TileConfig | None]
 Problems = Mapping[str, tuple[Call, Product]]  # by their keys in a table
 Timer = Callable[[Sequence[Callable[[], object]]], list[float]]  # seconds of calls, in turns
-FINALISTS = 4
+FINALISTS = 4  # of a problem: once more, in turns
 # How far two correct results may be apart, as a fraction of their norm, in 16-bit products.
 _TOLERANCE = 2e-2
 
