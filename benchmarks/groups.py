@@ -34,7 +34,7 @@ from .shapes import MODELS
 
 RANK, SCALING = 16, 2.0
 TOLERANCE = 2e-2  # of the norm, in 16-bit products
-NAMES = ("group", "apart", "peft", "linear")
+NAMES = ("group", "apart", "by_peft", "linear")
 # CPU time is a mean of 100 calls, which CUDA's queue of about 1,000 launches must not hold up.
 OVERHEAD_ROWS = 128
 
@@ -99,7 +99,7 @@ class Members:
             for W, A, B in zip(self.weights, self.As, self.Bs, strict=True)
         ]
 
-    def peft(self) -> Sequence[Tensor]:
+    def by_peft(self) -> Sequence[Tensor]:
         """As PEFT does it."""
         return [
             peft_expression(self.x, W, A, B, None, SCALING, self.dropout_p)
@@ -151,9 +151,9 @@ class MLP(Members):
         x = F.silu(gate) * up
         return [lora_linear(x, *self.down, scaling=SCALING, dropout_p=self.dropout_p)]
 
-    def peft(self) -> Sequence[Tensor]:
+    def by_peft(self) -> Sequence[Tensor]:
         """As PEFT does it."""
-        gate, up = super().peft()
+        gate, up = super().by_peft()
         return [peft_expression(F.silu(gate) * up, *self.down, None, SCALING, self.dropout_p)]
 
     def linear(self) -> Sequence[Tensor]:

@@ -550,12 +550,6 @@ def test_groups_are_measured_against_their_layers(monkeypatch, tmp_path, capsys)
     modes = {"forward", "forward+backward", "overhead", "memory"}
     assert {row["mode"] for row in found} == modes
     assert all(float(row[name]) > 0 for row in found for name in groups.NAMES)
-    (memory,) = (
-        row
-        for row in found
-        if (row["layers"], row["mode"], row["dropout_p"]) == ("mlp", "memory", "0.0")
-    )
-    assert float(memory["group"]) < float(memory["apart"]) < float(memory["peft"])
     assert "q,k,v M 70 K 48 dropout 0 forward" in capsys.readouterr().out
 
 
