@@ -183,7 +183,7 @@ def _measured(members: Members, seconds: float) -> Iterator[tuple[str, dict[str,
     if len(members.x) <= OVERHEAD_ROWS:
         modes.append(("overhead", both, True))
     for mode, calls, overhead in modes:
-        times = measure.side_by_side(calls, device, seconds, overhead=overhead)
+        times = measure.undisturbed(calls, device, seconds, overhead=overhead)
         yield mode, {name: statistics.median(samples) for name, samples in times.items()}
     yield "memory", {name: measure.peak_memory(call, device) for name, call in both.items()}
 
