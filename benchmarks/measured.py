@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import csv
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from . import rows
@@ -36,6 +37,8 @@ class Measured:
     heading: str  # the device and the versions
     remark: str  # the clock, and what the runner had to say
     cases: dict[Case, Medians]
+    # Of `benchmarks.groups`, as its file has them: layers that are computed together.
+    together: list[dict[str, str]] = field(default_factory=list)
 
     def ratios(self, above: str, mode: str, below: str) -> dict[Case, float]:
         """The number of provider ``above`` over that of ``below``, where both were measured."""
@@ -83,6 +86,13 @@ def read(folder: Path) -> list[Measured]:
             case = Case(**{name: row[name] for name in Case.__dataclass_fields__})
             by_case.setdefault(case, {})[row["provider"], row["mode"]] = row["median"]
         measured.cases |= by_case
+    groups = []
+    for path in folder.glob("*-groups.csv"):
+        with path.open(newline="") as file:
+            groups.append([*csv.DictReader(file)])
+    for found in sorted(filter(None, groups), key=lambda found: found[0]["date"]):
+        if found[0]["device"] in devices:  # which has a heading
+            devices[found[0]["device"]].together = found
     return list(devices.values())
 
 

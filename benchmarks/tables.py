@@ -140,6 +140,21 @@ def _multi_table(measured: Measured) -> Iterator[str]:
             yield "| " + " | ".join(map(str, cells)) + " |"
 
 
+def _together_table(found: list[dict[str, str]]) -> Iterator[str]:
+    """Times in us; memory, of forward+backward, in MB of 10^6 bytes."""
+    names = {"group": "together", "apart": "one by one", "by_peft": "PEFT's formula"}
+    columns = [*names.values(), "frozen layers", "over one by one", "over PEFT's formula"]
+    yield "| layers | M | K | dropout | mode | " + " | ".join(columns) + " |"
+    yield "|---|---:|---:|---:|---|" + "---:|" * len(columns)
+    for row in found:
+        unit = 1e6 if row["mode"] == "memory" else 1.0
+        values = [float(row[name]) / unit for name in (*names, "linear")]
+        cells = [row[name] for name in ("layers", "M", "K", "dropout_p", "mode")]
+        cells += [_number(value) for value in values]
+        cells += [_number(_quotient(other, values[0]), ".2f", "x") for other in values[1:3]]
+        yield "| " + " | ".join(cells) + " |"
+
+
 def markdown(devices: list[Measured]) -> str:
     """The tables of all devices."""
     lines = [
@@ -158,4 +173,8 @@ def markdown(devices: list[Measured]) -> str:
             lines += [*_quantized_summary(quantised), "", *_quantized_table(quantised)]
         if (multi := measured.only("multi")).cases:
             lines += ["", "### Many adapters in one batch", "", *_multi_table(multi)]
+        if measured.together:
+            commit = measured.together[0]["commit"]
+            lines += ["", f"### Layers together, and gated MLPs (commit {commit})", ""]
+            lines += _together_table(measured.together)
     return "\n".join(lines) + "\n"

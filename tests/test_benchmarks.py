@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -318,6 +319,24 @@ def test_report(results, tmp_path):
     assert "| tiny | 5 | 48 | 64 | 4 | nf4 | fp32 |" in text
     assert "| tiny, 3 adapters | 12 | 48 | 64 | 4 | fp32 | forward+backward |" in text
     assert all(path.stat().st_size > 1000 for path in written[1:])
+
+
+def test_report_has_layers_together(results, tmp_path):
+    """Of the newest run of each device."""
+    report = pytest.importorskip("benchmarks.report", exc_type=ImportError)
+    shutil.copy(results, tmp_path)
+    device = rows.load(results)[0]["device"]
+    row = {"layers": "mlp", "M": 70, "K": 48, "dropout_p": 0.1, "mode": "memory"}
+    row |= {"by_peft": 4e6, "apart": 3e6, "linear": 1e6, "device": device, "commit": "abc"}
+    for name, date, size in (("b", "2026-01-01", 5e6), ("a", "2026-01-02", 2e6)):
+        with (tmp_path / f"{name}-groups.csv").open("w", newline="") as file:
+            table = csv.DictWriter(file, [*row, "group", "date"])
+            table.writeheader()
+            table.writerow(row | {"group": size, "date": date})
+    (measured,) = report.read(tmp_path)
+    text = report.markdown([measured])
+    assert "gated MLPs (commit abc)" in text
+    assert "| mlp | 70 | 48 | 0.1 | memory | 2.0 | 3.0 | 4.0 | 1.0 | 1.50x | 2.00x |" in text
 
 
 def test_report_has_a_roofline_for_a_gpu(results):
