@@ -23,6 +23,7 @@ from fused_lora import (
     dora_linear,
     group,
     lora_linear,
+    lora_linear_gated,
     lora_linear_group,
     quantize_nf4,
 )
@@ -108,6 +109,15 @@ class DoRA(Layer):
 
     def tensors(self):
         return {**super().tensors(), "m": self.m}
+
+
+class Gated(Layer):
+    """On act(gate) o up, which has launches of its own beside what is replayed."""
+
+    def __call__(self, x):
+        adapter = (self.A, self.B)
+        options = {"scaling": 2.0, "bias": self.bias, "dropout_p": self.dropout_p}
+        return lora_linear_gated(x, x, self.weight, *adapter, **options)
 
 
 class Group:
@@ -198,14 +208,16 @@ def check_replays(layer, shape, backward, train_x=True):
             expected = what_happens(layer, shape, backward, train_x)
     dispatch.forget_plans()
     with replayed() as counts:
-        for _ in range(1 if isinstance(layer, DoRA) else 2):  # what is recalled, is recorded then
+        recalled = not isinstance(layer, DoRA) and not (isinstance(layer, Gated) and backward)
+        for _ in range(1 + recalled):  # what is recalled, is recorded then
             assert what_happens(layer, shape, backward, train_x) == expected
         assert counts["replayed"] == 0
         counts["launched"] = 0
         for _ in range(3):
             assert what_happens(layer, shape, backward, train_x) == expected
         forward = 2 if isinstance(layer, DoRA) else 1
-        assert counts == {"replayed": 3 * (forward + backward), "launched": 0}, counts
+        beside = (1 + 2 * backward) * isinstance(layer, Gated)
+        assert counts == {"replayed": 3 * (forward + backward), "launched": 3 * beside}, counts
 
 
 def check_compiled_layers():
@@ -427,6 +439,9 @@ if __name__ == "__main__":
             check_replays(DoRA(strategy), (70,), backward)
         check_replays(DoRA(strategy, bias=True, adapters=torch.float32), (5, 14), True)
     check_replays(DoRA("codes"), (70,), True)
+    for strategy, backward in product(("split", "one_launch", "codes"), (False, True)):
+        check_replays(Gated(strategy), (70,), backward)
+        check_replays(Gated(strategy, bias=True, dropout_p=0.1), (5, 14), backward)
     group.better_apart = lambda x, dropout, backend: False  # as on a GPU
     plain = ["split"] * 3
     check_replays(Group(plain), (70,), True, train_x=False)
