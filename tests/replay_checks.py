@@ -335,8 +335,7 @@ def check_what_is_not_recorded():
 
 def check_compiled_autograd():
     """A backward that Dynamo traces is neither recorded nor replayed."""
-    for seen in (0, 3):
-        layer = Layer("skinny")
+    for seen, layer in product((0, 3), (Layer("skinny"), Gated("split"))):
         x, g = inputs((48,))
         for _ in range(seen):
             layer(x).backward(g)
