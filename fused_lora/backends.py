@@ -155,8 +155,11 @@ def gated_backward(
     *,
     spare: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients [..., K] of gate, in the memory of dx, and of up, in that of ``spare``."""
-    dup = torch.empty_like(dx) if spare is None else spare
+    """The gradients [..., K] of gate, in the memory of dx, and of up, in that of ``spare``.
+
+    Unless its strides are those of a permuted gate, which could be no view as a matrix.
+    """
+    dup = spare if spare is not None and spare.is_contiguous() else torch.empty_like(dx)
     dx2, gate2, up2 = as_matrix(dx), as_matrix(gate), as_matrix(up)
     outputs = (dx2, as_matrix(dup))  # views
     if acted is not None:

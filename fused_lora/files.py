@@ -15,10 +15,12 @@ def write_atomically(path: Path, write: Callable[[str], object]) -> None:
     temporary file goes and the old one stays.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    # Not by mkstemp, whose files are for the owner alone: these have the process's own mode.
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    mode = os.fstat(handle).st_mode  # what the process's umask makes of it
+    os.close(handle)
     try:
         write(str(temporary))
+        temporary.chmod(mode)  # safetensors puts a file of its own there, for the owner alone
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

@@ -23,8 +23,8 @@ from .functional import (
     call_layer,
     check_options,
     draw_for,
+    is_differentiated,
     is_observed,
-    is_recorded,
 )
 from .kernels.dropout import dropout_of, dropout_threshold
 from .torch_backend import gated
@@ -160,7 +160,8 @@ def call_gated(gate: Tensor, up: Tensor, activation: Activation, given: Argument
     """`lora_linear_gated` of what a layer passes on."""
     _check(gate, up, activation, given.weight)
     decided = _decided(gate, up, given)
-    if decided is None or not is_recorded():
+    if decided is None or not (is_differentiated(gate) or is_differentiated(up)):
+        # In the latter case x alone is kept, if anything, for the adapter's gradient.
         x = _made(gate, up, activation, decided)
         del gate, up  # the caller may have no other
         return call_layer(x, given)
@@ -209,7 +210,8 @@ def _made(
 
 
 def _are_plain(*tensors: Tensor) -> bool:
-    return all(type(t) in (Tensor, nn.Parameter) and not t.is_neg() for t in tensors)
+    plain = (Tensor, nn.Parameter)
+    return all(type(t) in plain and not t.is_neg() and not t.is_inference() for t in tensors)
 
 
 def _check(gate: object, up: object, activation: object, weight: Weight) -> None:

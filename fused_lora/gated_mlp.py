@@ -42,18 +42,24 @@ class GatedMLP(nn.Module):
     """In front of a class of MLPs of that formula."""
 
     plain: type[nn.Module]  # that class
+    gate_proj: nn.Module
+    up_proj: nn.Module
     down_proj: nn.Module
     act_fn: nn.Module
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """x [..., K] -> y [..., K], as the block's own."""
         y: Tensor
+        if not isinstance(self, GatedMLP):  # whoever holds this one, bound, from before `unfuse`
+            y = type(self).forward(self, x)
+            return y
         activation = self._activation(x)
         if activation is None:
             y = super().forward(x)
             return y
         gate, up = self.gate_proj(x), self.up_proj(x)
-        given: Arguments | None = self.down_proj.passed_on(gate)
+        down: Any = self.down_proj
+        given: Arguments | None = down.passed_on(gate)
         if given is None or not are_alike(gate, up):
             y = self.down_proj(self.act_fn(gate) * up)
         elif is_recorded():
@@ -68,6 +74,8 @@ class GatedMLP(nn.Module):
         """None where the block's own forward is as good, or where somebody hears of its parts."""
         if torch.compiler.is_compiling() or not isinstance(x, Tensor):
             return None  # Inductor makes one pass of the formula by itself
+        if x.layout is not torch.strided or x.is_nested or not _is_formula(self.plain):
+            return None
         if x.shape[:-1].numel() <= FEW_ROWS or is_observed():
             return None
         down, act = self.down_proj, self.act_fn
@@ -78,8 +86,12 @@ class GatedMLP(nn.Module):
         return _ACTIVATIONS.get((type(act).__module__, type(act).__name__))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """The class is made at run time, where copy and pickle do not find it."""
-        return _empty, (self.plain,), self.__dict__
+        """The class is made at run time, where copy and pickle do not find it.
+
+        Without an adapter it is the block's own, which can be loaded without this library.
+        """
+        ours = hasattr(self.down_proj, "passed_on")
+        return _empty if ours else object.__new__, (self.plain,), self.__dict__
 
 
 def _empty(plain: type[nn.Module]) -> nn.Module:
@@ -93,23 +105,26 @@ _gated_classes: dict[Any, Any] = {}
 
 def _gated(plain: Any) -> Any:
     if plain not in _gated_classes:
-        _gated_classes[plain] = type(f"Gated{plain.__name__}", (GatedMLP, plain), {"plain": plain})
+        own = {"plain": plain, "__module__": plain.__module__}  # by which families are known
+        _gated_classes[plain] = type(f"Gated{plain.__name__}", (GatedMLP, plain), own)
     return _gated_classes[plain]
 
 
-def _has_formula(block: nn.Module) -> bool:
-    """Whether a block's forward is the formula, instruction by instruction, and not patched."""
-    code = getattr(type(block).forward, "__code__", None)
+def _is_formula(kind: type[nn.Module]) -> bool:
+    """Whether a class's forward is the formula, instruction by instruction, and not patched."""
+    code: Any = getattr(kind.forward, "__code__", None)
     wanted = _formula.__code__
-    same = code is not None and (code.co_code, code.co_names) == (wanted.co_code, wanted.co_names)
-    return same and "forward" not in block.__dict__
+    if code is None or code.co_varnames[:2] != wanted.co_varnames[:2]:
+        return False
+    same: bool = (code.co_code, code.co_names) == (wanted.co_code, wanted.co_names)
+    return same
 
 
 def gate_mlps(model: nn.Module, kinds: Collection[type[nn.Module]]) -> Iterator[str]:
     """Exchanges the class of gated MLPs whose down_proj is of one of ``kinds``; their paths."""
     for path, block in model.named_modules():
         if type(getattr(block, "down_proj", None)) in kinds:
-            if _has_formula(block):
+            if _is_formula(type(block)) and "forward" not in block.__dict__:
                 block.__class__ = _gated(type(block))
             if isinstance(block, GatedMLP):
                 yield path

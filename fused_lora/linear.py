@@ -424,6 +424,13 @@ class FusedLoRALinear(FrozenLinear):
         self._set_weight(value - product)
         self.merged, self.merged_scale = False, None
 
+    def _take_back(self, weight: nn.Parameter | QuantizedWeight) -> None:
+        """Undoes a merge over ``weight`` without a rounding; nothing happens if not merged."""
+        if isinstance(weight, QuantizedWeight):
+            self.unmerge()
+        elif self.merged:
+            self.weight, self.merged, self.merged_scale = weight, False, None
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:  # else loading it would add the adapter a second time

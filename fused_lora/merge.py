@@ -61,13 +61,13 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
                 "after FSDP2's reshard(), is right where it is and leaves the layer there)"
             )
         checks.check_unhooked(f"model: {path}", layer)
-    merged_here = [layer for layer in paths if not layer.merged]
+    before = {layer: layer.weight for layer in paths if not layer.merged}
     try:
-        for layer in merged_here:
+        for layer in before:
             layer.merge()
     except BaseException:
-        for layer in merged_here:
-            layer.unmerge()  # of those that were not reached nothing
+        for layer, weight in before.items():
+            layer._take_back(weight)
         raise
     for layer, places in paths.items():
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")

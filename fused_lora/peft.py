@@ -274,12 +274,12 @@ def fuse(
                 _swap(layer, _FUSED[type(layer)])
             layer.fused_lora_backend = backend
             layer.__dict__.pop("fused_lora_group", None)
+    ungate_mlps(model)
     found = tuple(sharing.find_groups(model, _FUSED.values())) if groups else ()
     for paths in found:
         group = SharedInput([model.get_submodule(path) for path in paths])
         for layer, place in group.places():
             layer.__dict__["fused_lora_group"] = place
-    ungate_mlps(model)
     mlps = tuple(gate_mlps(model, _FUSED.values())) if groups else ()
     fused = tuple(path for path in layers if path not in not_fused)
     return FuseReport(fused, not_fused, found, mlps, model)

@@ -194,7 +194,9 @@ def activated(gate: Tensor, activation: str) -> Tensor:
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """act(gate) o up, recorded by PyTorch's autograd where that is on."""
     acted = activated(gate, activation)
-    return acted * up if torch.is_grad_enabled() else acted.mul_(up)
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return acted * up
+    return acted.mul_(up)
 
 
 # Elements of act(gate)'s gradient that are there at a time: of an eighth of them each part takes

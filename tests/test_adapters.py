@@ -487,3 +487,13 @@ def test_groups_without_a_number_are_no_repetitions(tmp_path):
     _edit(target_modules=r"(?:self_attn|mlp)\.(?:q_proj|k_proj)(?:|a)(?:|b)(?:|c)")(tmp_path)
     plain = nn.ModuleDict({"self_attn": nn.ModuleDict({"q_proj": nn.Linear(4, 4)})})
     load_adapter(plain, tmp_path)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_have_the_mode_that_others_have(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save_adapter(_adapted(), tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~umask}

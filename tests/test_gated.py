@@ -1,5 +1,6 @@
 """`lora_linear_gated`: the house rule on both backends, what is saved, where PyTorch makes x."""
 
+import functools
 import re
 from dataclasses import dataclass, fields
 
@@ -20,6 +21,8 @@ from fused_lora.kernels import gated as kernels
 ACTIVATIONS = ["silu", "gelu", "gelu_pytorch_tanh"]
 BACKENDS = ["triton", "torch"]
 NEEDS = ("gate", "up", "lora_A", "lora_B", "bias")
+# Of sums in fp32 that are rounded in another order.
+assert_close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
 ROWS = 70  # more than what PyTorch's autograd records by itself on a CPU
 
 
@@ -86,11 +89,11 @@ def test_one_row(device, backend, dtype):
     expected = lora_linear(x, p.weight, p.lora_A, p.lora_B, **adapter)
     y = _call(p, backend=backend)
     tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.float16 else {}
-    torch.testing.assert_close(y, expected, **tolerance)
+    assert_close(y, expected, **tolerance)
     for ours, theirs in zip(
         torch.autograd.grad(y, inputs, p.g), torch.autograd.grad(expected, inputs, p.g), strict=True
     ):
-        torch.testing.assert_close(ours, theirs, **tolerance)
+        assert_close(ours, theirs, **tolerance)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -116,12 +119,12 @@ def test_activations_at_their_ends(device, backend):
         y = lora_linear_gated(
             gate, torch.ones_like(gate), eye, zeros, zeros.t(), activation=activation, **options
         )
-        torch.testing.assert_close(y, acted)
+        assert_close(y, acted)
         inner = slice(1, None)  # PyTorch's own GeLU has NaN for the derivative at -1e30
         for got, want in zip(
             torch.autograd.grad(y.sum(), gate), torch.autograd.grad(acted.sum(), gate), strict=True
         ):
-            torch.testing.assert_close(got[:, inner], want[:, inner])
+            assert_close(got[:, inner], want[:, inner])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -145,6 +148,44 @@ def test_strides(device, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("permuted", [("gate",), ("up",), ("gate", "up")])
+def test_permuted_inputs(device, backend, permuted):
+    """Dense, but no matrix is a view of them."""
+    p = _problem((5, 14), 24, 40, 4, device=device)
+    for name in permuted:
+        setattr(p, name, torch.randn(40, 14, 5, device=device).permute(2, 1, 0))
+    check(run(lambda p: _call(p, backend=backend), p, NEEDS), p, _expression())
+
+
+def test_inputs_that_need_no_gradient_are_not_kept():
+    p = _problem(ROWS, 24, 40, 4)
+    p.lora_A.requires_grad_()
+    p.lora_B.requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = _call(p)
+    assert sum(t.numel() == p.gate.numel() for t in saved) == 1
+    expected = torch.autograd.grad(_call(p, reference.lora_linear_gated), p.lora_A, p.g)
+    p.gate.mul_(2)  # as it may be
+    assert_close(torch.autograd.grad(y, p.lora_A, p.g), expected)
+
+
+def test_inference_tensors_and_batches_without_gradients():
+    p = _problem(ROWS, 24, 40, 4)
+    expected = _call(p, reference.lora_linear_gated)
+    with torch.inference_mode():
+        gate = p.gate.clone()
+    operands = (p.weight, p.lora_A.requires_grad_(), p.lora_B)
+    options = {"scaling": p.scaling, "bias": p.bias}
+    y = lora_linear_gated(gate, p.up.clone().requires_grad_(), *operands, **options)
+    assert_close(y, expected)
+    torch.autograd.grad(y.sum(), p.lora_A)
+    with torch.no_grad():
+        batched = vmap(lambda up: lora_linear_gated(p.gate, up, *operands, **options))
+        assert_close(batched(p.up[None])[0], expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_rows(device, backend):
     p = _problem((2, 0), 24, 40, 4, device=device)
     check(run(lambda p: _call(p, backend=backend), p, NEEDS), p, _expression())
@@ -165,7 +206,7 @@ def test_dropout_masks_are_those_of_the_layer(device, backend):
             y = lora_linear(nn.functional.silu(p.gate) * p.up, *operands, **options)
         results.append((y, *torch.autograd.grad(y, inputs, p.g)))
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs)
+        assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -220,7 +261,7 @@ def test_without_gradients(device, launched, backend):
     expected = _call(p, reference.lora_linear_gated)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            torch.testing.assert_close(_call(p, backend=backend), expected)
+            assert_close(_call(p, backend=backend), expected)
     assert launched == ["_launch"] * 2 * (backend == "triton")
 
 
@@ -235,11 +276,11 @@ def test_over_codes(device, backend):
     expected = reference.lora_linear(
         x, codes.dequantize(torch.float32), p.lora_A, p.lora_B, scaling=1.0
     )
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    assert_close(y, expected)
     for ours, theirs in zip(
         torch.autograd.grad(y, inputs, p.g), torch.autograd.grad(expected, inputs, p.g), strict=True
     ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert_close(ours, theirs)
 
 
 @pytest.fixture
@@ -262,10 +303,10 @@ def test_autocast(recorded, enabled):
         p.gate, p.up = [t.requires_grad_() for t in inputs]
         got, expected = _call(p), _call(p, reference.lora_linear_gated)
     assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(got, expected, rtol=0.1, atol=0.1)
+    assert_close(got, expected, rtol=0.1, atol=0.1)
     (dgate,) = torch.autograd.grad(got, p.gate, p.g.bfloat16())
     (wanted,) = torch.autograd.grad(expected, p.gate, p.g.bfloat16())
-    torch.testing.assert_close(dgate, wanted, rtol=0.1, atol=0.1)
+    assert_close(dgate, wanted, rtol=0.1, atol=0.1)
     assert len(recorded) == enabled
 
 
@@ -289,7 +330,7 @@ def test_checkpointing(recorded, reentrant):
         )  # fmt: skip
     y.backward(p.g)
     (dgate,) = torch.autograd.grad(expected, p.gate, p.g)
-    torch.testing.assert_close(p.gate.grad, dgate)
+    assert_close(p.gate.grad, dgate)
 
 
 def test_what_watches_operators_gets_the_formula(recorded):
@@ -305,14 +346,14 @@ def test_what_watches_operators_gets_the_formula(recorded):
         )
 
     y = compiled(p.gate)
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(torch.autograd.grad(y, p.gate, p.g)[0], wanted)
+    assert_close(y, expected)
+    assert_close(torch.autograd.grad(y, p.gate, p.g)[0], wanted)
     with Made():
-        torch.testing.assert_close(_call(p), expected)
+        assert_close(_call(p), expected)
     examples = vmap(lambda gate, up: lora_linear_gated(
         gate, up, p.weight, p.lora_A, p.lora_B, scaling=p.scaling, bias=p.bias
     ))(p.gate[None], p.up[None])  # fmt: skip
-    torch.testing.assert_close(examples[0], expected)
+    assert_close(examples[0], expected)
     assert recorded == []
 
 

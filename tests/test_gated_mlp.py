@@ -350,6 +350,90 @@ def test_other_formulas_are_left_alone(calls):
     assert calls == []
 
 
+def test_a_class_that_is_patched_later(calls, monkeypatch):
+    """As Liger does it, and with a parameter of another name from the start."""
+    model, ids = _model(), _batch()
+    fuse(model)
+    seen = []
+
+    def patched(self, x):
+        seen.append(x.shape)
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    monkeypatch.setattr(_mlps(model)[0].plain, "forward", patched)
+    _outputs(model, ids)
+    assert len(seen) == 2
+    assert calls == []
+
+    class Named(nn.Module):
+        def __init__(self, mlp):
+            super().__init__()
+            self.__dict__.update(mlp.__dict__)
+
+        def forward(self, hidden_states):
+            down_proj = self.down_proj(
+                self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+            )
+            return down_proj
+
+    unfuse(model)
+    for layer in model.base_model.model.model.layers:
+        layer.mlp = Named(layer.mlp)
+    assert fuse(model).gated == ()
+
+
+@pytest.mark.parametrize("leave", ["unfuse", "fuse", "unload"])
+def test_whoever_holds_a_forward(leave):
+    """accelerate wraps a block's forward, and may outlive what it wrapped."""
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = _model(), _batch()
+    fuse(model)
+    for mlp in _mlps(model):
+        accelerate.hooks.add_hook_to_module(mlp, accelerate.hooks.ModelHook())
+    expected = _outputs(model, ids)
+    if leave == "unfuse":
+        unfuse(model)
+    elif leave == "fuse":
+        fuse(model)
+    else:
+        for mlp in _mlps(model):
+            accelerate.hooks.remove_hook_from_module(mlp)
+        unfuse(model)
+    _assert_same(_outputs(model, ids), expected)
+
+
+def test_fusing_again_finds_the_same(calls):
+    model = _model(targets="all-linear")
+    first = fuse(model)
+    assert len(first.groups) == 4
+    for _ in range(2):
+        again = fuse(model)
+        assert (again.groups, again.gated) == (first.groups, first.gated)
+    plain = model.merge_and_unload()
+    again = fuse(peft.get_peft_model(plain, peft.LoraConfig(target_modules="all-linear")))
+    assert len(again.groups) == 4
+
+
+def test_a_plain_models_pickle_has_nothing_of_ours():
+    model = _model()
+    fuse(model)
+    plain = model.merge_and_unload()
+    assert b"fused_lora" not in pickle.dumps(plain)
+    assert type(pickle.loads(pickle.dumps(_mlps(plain)[0]))).__name__ == "LlamaMLP"
+
+
+def test_nested_tensors(calls):
+    model = _model(dtype=torch.float32)
+    mlp = _mlps(model)[0]
+    parts = [torch.randn(40, 16), torch.randn(50, 16)]
+    x = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    expected = mlp(x)
+    fuse(model)
+    for got, want in zip(mlp(x).unbind(), expected.unbind(), strict=True):
+        torch.testing.assert_close(got, want)
+    assert calls == []
+
+
 def test_compiled(calls):
     model, ids = _model(dtype=torch.float32).eval(), _batch()
     fuse(model)

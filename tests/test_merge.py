@@ -218,13 +218,16 @@ def test_what_is_merged_into_codes_is_no_plain_layer():
 
 
 def test_a_refused_merge_leaves_nothing_merged():
+    """And W0 the very parameters that they were."""
     model, x = _adapted(Tied()), torch.randn(3, 6).double()
-    expected = model(x)
+    expected, before = model(x), [model.first.weight, model.last.weight]
     with torch.no_grad():
         model.last.lora_B[0, 0] = torch.inf
     with pytest.raises(ValueError, match="not finite"):
         merge_and_unload(model)
     assert [m.merged for m in (model.first, model.last)] == [False, False]
+    assert model.first.weight is before[0]
+    assert model.last.weight is before[1]
     with torch.no_grad():
         model.last.lora_B[0, 0] = 0.0
     assert model(x)[:, 1:].allclose(expected[:, 1:])
