@@ -339,7 +339,7 @@ def test_data_that_is_no_text(settings, tmp_path, suffix):
         ({"lora_alpha": 0}, "lora_alpha: got 0, wanted more than 0"),
         ({"device": "gpu"}, "device: got 'gpu', wanted auto, cpu, cuda or cuda:N"),
         ({"device": "meta"}, "device: got 'meta'"),
-        ({"steps": 0}, "steps: got 0, wanted an integer of at least 1"),
+        ({"steps": 0}, "steps: got 0, wanted at least 1"),
         ({"batch_size": True}, "batch_size: got True"),
         ({"seq_len": 1}, "seq_len: got 1"),
         ({"lr": -1.0}, "lr: got -1.0"),
