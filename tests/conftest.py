@@ -112,6 +112,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     Nothing is replayed, which would go past them.
     """
     from fused_lora import triton_backend
+    from fused_lora.kernels import gated
     from fused_lora.kernels.replay import Replays
     from fused_lora.strategies import gluon_problem
 
@@ -143,6 +144,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "grad_lora_b",
     ):
         record(name)
+    for name in ("gated", "gated_backward"):
+        record(name, gated)
     if gluon_problem() is None:
         from fused_lora.kernels import specialized
 

@@ -1,10 +1,10 @@
 """Gated MLPs of PEFT's and of injected models: which take the last layer's input in parts, when."""
 
 import copy
+import functools
 import io
 import pickle
 import types
-import warnings
 
 import pytest
 import torch
@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+from small_models import FAMILIES, adapted, assert_same, base, outputs  # noqa: E402
+
 from fused_lora import (  # noqa: E402
     disable_adapter,
     gated_mlp,
@@ -22,46 +24,15 @@ from fused_lora import (  # noqa: E402
 )
 from fused_lora.peft import fuse, unfuse  # noqa: E402
 
-SMALL = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "pad_token_id": 0,
-    "max_position_embeddings": 64,
-}
-FAMILIES = {
-    "llama": transformers.LlamaConfig,
-    "mistral": transformers.MistralConfig,
-    "qwen2": transformers.Qwen2Config,
-    "qwen3": transformers.Qwen3Config,
-    "gemma": transformers.GemmaConfig,  # gelu_pytorch_tanh
-    "gemma2": transformers.Gemma2Config,
-    "gemma3": transformers.Gemma3TextConfig,
-    "granite": transformers.GraniteConfig,
-    "olmo2": transformers.Olmo2Config,
-}
 LAYERS = ["gate_proj", "up_proj", "down_proj"]
 
 
-def _base(family="llama", dtype=torch.float64, **config):
-    given = {k: v for k, v in SMALL.items() if (family, k) not in {("granite", "head_dim")}}
-    config = FAMILIES[family](**given | config, attn_implementation="eager")
-    return transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+def _base(family="llama", **config):
+    return base(family, **config).double()
 
 
-def _model(family="llama", targets=LAYERS, dtype=torch.float64, base=None, **config):
-    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, **config)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = peft.get_peft_model(base or _base(family), config).to(dtype)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter)
-    return model
+def _model(family="llama", targets=LAYERS, **options):
+    return adapted(base(family), targets, **options)
 
 
 def _mlps(model):
@@ -72,18 +43,7 @@ def _batch(rows=35):
     return torch.randint(1, 40, (2, rows))
 
 
-def _outputs(model, ids):
-    model.zero_grad()
-    out = model(input_ids=ids, labels=ids)
-    out.loss.backward()
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return {"logits": out.logits.detach()} | grads
-
-
-def _assert_same(got, expected):
-    assert got.keys() == expected.keys()
-    for name in got:
-        torch.testing.assert_close(got[name], expected[name], msg=name, rtol=1e-6, atol=1e-7)
+_assert_same = functools.partial(assert_same, rtol=1e-6, atol=1e-7)
 
 
 @pytest.fixture
@@ -105,23 +65,23 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_values_and_gradients_are_pefts(family, calls):
     model, ids = _model(family), _batch()
-    expected = _outputs(model, ids)
+    expected = outputs(model, ids)
     report = fuse(model)
     assert len(report.gated) == 2
     assert "mlp: down_proj takes act(gate_proj) * up_proj in parts, 2 x" in str(report)
-    _assert_same(_outputs(model, ids), expected)
+    _assert_same(outputs(model, ids), expected)
     assert calls == ["gelu_pytorch_tanh" if "gemma" in family else "silu"] * 2
 
 
 def test_kernels_run(device, calls, launches):
     model, ids = _model(dtype=torch.float32).to(device), _batch().to(device)
-    expected = _outputs(model, ids)
+    expected = outputs(model, ids)
     fuse(model, backend="triton")
-    got = _outputs(model, ids)
+    got = outputs(model, ids)
     for name in got:
         torch.testing.assert_close(got[name], expected[name], msg=name, rtol=2e-3, atol=2e-4)
     assert calls == ["silu"] * 2
-    assert launches
+    assert (launches.count("gated"), launches.count("gated_backward")) == (4, 2)
 
 
 def test_injected_models(calls):
@@ -132,10 +92,10 @@ def test_injected_models(calls):
             nn.init.normal_(parameter)
     assert report.gated == ("model.layers.0.mlp", "model.layers.1.mlp")
     assert "in parts, 2 x" in str(report)
-    got = _outputs(model, ids)
+    got = outputs(model, ids)
     assert calls == ["silu"] * 2
     gated_mlp.ungate_mlps(model)
-    _assert_same(got, _outputs(model, ids))
+    _assert_same(got, outputs(model, ids))
     assert len(calls) == 2
 
 
@@ -152,19 +112,19 @@ def test_without_gradients(calls):
 
 def test_few_rows_run_apart(calls):
     model, ids = _model(), _batch(32)
-    expected = _outputs(model, ids)
+    expected = outputs(model, ids)
     fuse(model)
-    _assert_same(_outputs(model, ids), expected)
+    _assert_same(outputs(model, ids), expected)
     assert calls == []
 
 
 @pytest.mark.parametrize("targets", [["down_proj"], ["gate_proj", "down_proj"], ["up_proj"]])
 def test_some_of_the_layers(calls, targets):
     model, ids = _model(targets=targets), _batch()
-    expected = _outputs(model, ids)
+    expected = outputs(model, ids)
     gated = "down_proj" in targets
     assert len(fuse(model).gated) == 2 * gated
-    _assert_same(_outputs(model, ids), expected)
+    _assert_same(outputs(model, ids), expected)
     assert len(calls) == 2 * gated
 
 
@@ -174,7 +134,7 @@ def test_dropout_is_that_of_apart(calls):
     for groups in (True, False):
         fuse(model, groups=groups)
         torch.manual_seed(5)
-        results.append(_outputs(model, ids))
+        results.append(outputs(model, ids))
     _assert_same(*results)
     assert len(calls) == 2
 
@@ -194,12 +154,12 @@ def test_gradient_checkpointing(calls, reentrant):
     model, ids = _model(lora_dropout=0.5).train(), _batch()
     fuse(model)
     torch.manual_seed(5)
-    expected = _outputs(model, ids)
+    expected = outputs(model, ids)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     calls.clear()
     torch.manual_seed(5)
-    _assert_same(_outputs(model, ids), expected)
+    _assert_same(outputs(model, ids), expected)
     assert len(calls) == 4  # each block twice
 
 
@@ -217,14 +177,14 @@ def test_a_checkpointed_mlp(calls):
 @pytest.mark.parametrize("kind", ["register_forward_hook", "register_full_backward_hook"])
 def test_hooks_hear_what_they_would(calls, where, kind):
     model, ids = _model(), _batch()
-    expected = _outputs(model, ids)
+    expected = outputs(model, ids)
     fuse(model)
     heard = []
     handle = getattr(getattr(_mlps(model)[0], where), kind)(lambda *args: heard.append(args))
-    _assert_same(_outputs(model, ids), expected)
+    _assert_same(outputs(model, ids), expected)
     assert len(heard) == len(calls) == 1
     handle.remove()
-    _outputs(model, ids)
+    outputs(model, ids)
     assert len(calls) == 3
 
 
@@ -233,7 +193,7 @@ def test_hooks_on_every_module(calls):
     fuse(model)
     heard = []
     handle = nn.modules.module.register_module_forward_hook(lambda m, *_: heard.append(type(m)))
-    _outputs(model, ids)
+    outputs(model, ids)
     handle.remove()
     assert calls == []
     assert "FusedPeftLinear" in {kind.__name__ for kind in heard}
@@ -295,7 +255,7 @@ def test_unfuse_and_fuse_again(calls):
         first = fuse(model)
         assert fuse(model).gated == first.gated != ()
         assert fuse(model, groups=False).gated == ()
-        _outputs(model, _batch())
+        outputs(model, _batch())
         assert calls == []
         fuse(model)
     unfuse(model)
@@ -314,8 +274,8 @@ def test_peft_merges_and_unloads_around_it():
 def test_copies_and_pickles(calls):
     model, ids = _model(), _batch()
     fuse(model)
-    expected = _outputs(model, ids)
-    _assert_same(_outputs(copy.deepcopy(model), ids), expected)
+    expected = outputs(model, ids)
+    _assert_same(outputs(copy.deepcopy(model), ids), expected)
     assert len(calls) == 4
     mlp = _mlps(model)[0]
     x = torch.randn(70, 16, dtype=torch.float64)
@@ -344,9 +304,9 @@ def test_other_formulas_are_left_alone(calls):
     layers[0].mlp = Added(layers[0].mlp)
     mlp = layers[1].mlp  # Liger's way, and accelerate's
     mlp.forward = types.MethodType(type(mlp).forward, mlp)
-    expected = _outputs(model, ids)
+    expected = outputs(model, ids)
     assert fuse(model).gated == ()
-    _assert_same(_outputs(model, ids), expected)
+    _assert_same(outputs(model, ids), expected)
     assert calls == []
 
 
@@ -361,7 +321,7 @@ def test_a_class_that_is_patched_later(calls, monkeypatch):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
     monkeypatch.setattr(_mlps(model)[0].plain, "forward", patched)
-    _outputs(model, ids)
+    outputs(model, ids)
     assert len(seen) == 2
     assert calls == []
 
@@ -390,7 +350,7 @@ def test_whoever_holds_a_forward(leave):
     fuse(model)
     for mlp in _mlps(model):
         accelerate.hooks.add_hook_to_module(mlp, accelerate.hooks.ModelHook())
-    expected = _outputs(model, ids)
+    expected = outputs(model, ids)
     if leave == "unfuse":
         unfuse(model)
     elif leave == "fuse":
@@ -399,7 +359,7 @@ def test_whoever_holds_a_forward(leave):
         for mlp in _mlps(model):
             accelerate.hooks.remove_hook_from_module(mlp)
         unfuse(model)
-    _assert_same(_outputs(model, ids), expected)
+    _assert_same(outputs(model, ids), expected)
 
 
 def test_fusing_again_finds_the_same(calls):
@@ -446,7 +406,8 @@ def test_compiled(calls):
 
 def test_training_saves_memory():
     """Of the intermediate size: gate, up and act(gate), and not the product."""
-    model, ids = _model(base=_base(intermediate_size=23, num_hidden_layers=1)), _batch()
+    model = adapted(base(intermediate_size=23, num_hidden_layers=1), LAYERS)
+    ids = _batch()
     counts = []
     for groups in (False, True):
         fuse(model, groups=groups)
