@@ -54,8 +54,8 @@ def save_adapter(
     Of a model with several adapters (`add_adapter`), the one called ``adapter_name``.
 
     Each file is written beside its place and moved there: one that exists is whole. A module that
-    is reached at several paths is refused. Of a sharded model (FSDP2, tensor
-    parallel) every process has to call this, and the first one writes.
+    is reached at several paths is refused. Of a sharded model (FSDP2, tensor parallel) every
+    process has to call this, and the first one writes.
 
     A layer initialised by "pissa", "olora" or "loftq" has a residual for its base weight, which the
     files do not hold. It is saved as what it has learnt, relative to the original weight:
@@ -69,6 +69,8 @@ def save_adapter(
             that differ in dropout or rsLoRA, which PEFT's format has one value for.
         OSError: the folder cannot be made or written.
     """
+    from safetensors.torch import save_file
+
     folder = _folder(directory)
     model = _inner(model)
     layers = _layers(model, adapter_name)
@@ -100,8 +102,6 @@ def save_adapter(
         for name, tensor in layer.tensors().items():
             # Copies: of tensors that share memory safetensors writes none.
             tensors[_key(path, name)] = tensor.to("cpu", copy=True).contiguous()
-    from safetensors.torch import save_file
-
     if not writes_files() and any(is_sharded(layer.lora_A) for layer in layers.values()):
         return
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"

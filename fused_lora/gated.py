@@ -38,7 +38,8 @@ Activation = Literal["silu", "gelu", "gelu_pytorch_tanh"]  # transformers' names
 class LoRALinearGatedFunction(torch.autograd.Function):
     """`LoRALinearFunction` of x = act(gate) o up, which is not saved: gate and up are.
 
-    The gradients of gate and up are made in the memory of x, made again, and of x's gradient.
+    For gate and up of which at least one is differentiated: else saving x would be less. The
+    gradients of gate and up are made in the memory of x, made again, and of x's gradient.
     """
 
     @staticmethod
@@ -58,23 +59,13 @@ class LoRALinearGatedFunction(torch.autograd.Function):
         replays: Replays | None,
     ) -> Tensor:
         """gate and up [..., K], the others as `LoRALinearFunction.forward` takes them."""
-        needs_gate, needs_up, _, _, needs_A, needs_B = ctx.needs_input_grad[:6]
-        needs_x = needs_gate or needs_up
+        needs_B = ctx.needs_input_grad[5]
         x, acted = backends.gated(gate, up, activation, plan)
         operands = (x, weight, lora_A, lora_B, bias, scaling, dropout_of(seed, threshold), plan)
         y, h = backends.forward(*operands, need_h=needs_B, replays=replays)
-        needs_inputs = needs_x or needs_A
-        ctx.save_for_backward(
-            gate if needs_inputs else None,
-            up if needs_inputs else None,
-            acted if needs_inputs else None,
-            alias(weight) if needs_x and isinstance(weight, Tensor) else None,
-            alias(lora_A),
-            alias(lora_B),
-            h,
-            seed if needs_inputs else None,
-        )
-        ctx.quantized = Codes.of(weight) if needs_x else None
+        W = alias(weight) if isinstance(weight, Tensor) else None
+        ctx.save_for_backward(gate, up, acted, W, alias(lora_A), alias(lora_B), h, seed)
+        ctx.quantized = Codes.of(weight)
         ctx.activation, ctx.scaling, ctx.threshold = activation, scaling, threshold
         ctx.plan, ctx.replays = plan, replays
         return y
@@ -98,12 +89,11 @@ class LoRALinearGatedFunction(torch.autograd.Function):
             ctx.scaling,
             dropout_of(seed, ctx.threshold),
             ctx.plan,
-            need_dx=needs_gate or needs_up,
+            need_dx=True,
             replays=ctx.replays,
         )
-        dgate = dup = None
-        if dx is not None:
-            dgate, dup = backends.gated_backward(dx, gate, up, acted, *how, spare=x)
+        assert dx is not None
+        dgate, dup = backends.gated_backward(dx, gate, up, acted, *how, spare=x)
         dbias = g.sum_to_size(g.shape[-1:]) if needs_bias else None
         return (
             dgate if needs_gate else None,

@@ -8,7 +8,6 @@ traced runs the block's own forward.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
@@ -21,6 +20,7 @@ from .arguments import Arguments
 from .dispatch import FEW_ROWS
 from .functional import is_observed, is_recorded
 from .gated import Activation, are_alike, call_gated, gated_input
+from .sharing import in_any_layer
 
 
 def _formula(self: Any, x: Any) -> Any:
@@ -139,6 +139,6 @@ def ungate_mlps(model: nn.Module) -> None:
 
 def describe_mlps(paths: Iterable[str]) -> list[str]:
     """A line for each kind of MLP, for the reports."""
-    kinds = Counter(re.sub(r"\.\d+\.", ".*.", path) for path in paths)
+    kinds = Counter(map(in_any_layer, paths))
     what = "down_proj takes act(gate_proj) * up_proj in parts"
     return [f"  {kind}: {what}, {n} x" for kind, n in kinds.items()]

@@ -273,9 +273,14 @@ def find_groups(model: nn.Module, kinds: Collection[type[nn.Module]]) -> Iterato
                     yield tuple(f"{path}.{name}" if path else name for name in members)
 
 
+def in_any_layer(path: str) -> str:
+    """A path without the number of its layer."""
+    return re.sub(r"\.\d+\.", ".*.", path)
+
+
 def describe_groups(groups: Iterable[tuple[str, ...]]) -> list[str]:
     """A line for each kind of group, for the reports."""
-    kinds = Counter(tuple(re.sub(r"\.\d+\.", ".*.", path) for path in paths) for paths in groups)
+    kinds = Counter(tuple(map(in_any_layer, paths)) for paths in groups)
     lines = []
     for paths, times in kinds.items():
         names = ", ".join(path.rpartition(".")[2] for path in paths)

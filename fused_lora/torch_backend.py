@@ -49,7 +49,7 @@ def add_base_dx(dx: Tensor, g: Tensor, weight: Tensor | QuantizedWeight) -> None
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Elements of a mask that are there as such numbers at a time: 2 MB in fp32. Of all of them it takes
-# 1.1 to 2.9 times as long into new memory, and about as long in place.
+# 0.7 (bf16, 512 x 1536) to 2.9 (fp32) times as long into new memory, and about as long in place.
 _MASKED = 1 << 19
 
 

@@ -40,6 +40,18 @@ def _share(e, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _load(gate_ptr, up_ptr, K, stride_em, stride_ek, stride_um, stride_uk, BLOCK_K: tl.constexpr):
+    """The program's part of gate and up in fp32, and where it lies in a contiguous [M, K]."""
+    m = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = cols < K
+    cols = cols.to(tl.int64)
+    e = tl.load(gate_ptr + m * stride_em + cols * stride_ek, mask=mask, other=0.0)  # [BLOCK_K]
+    u = tl.load(up_ptr + m * stride_um + cols * stride_uk, mask=mask, other=0.0)  # [BLOCK_K]
+    return e.to(tl.float32), u.to(tl.float32), m * K + cols, mask
+
+
+@triton.jit
 def gated_kernel(
     gate_ptr,
     up_ptr,
@@ -52,16 +64,10 @@ def gated_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    m = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = cols < K
-    cols = cols.to(tl.int64)
-    e = tl.load(gate_ptr + m * stride_em + cols * stride_ek, mask=mask, other=0.0)  # [BLOCK_K]
-    u = tl.load(up_ptr + m * stride_um + cols * stride_uk, mask=mask, other=0.0)  # [BLOCK_K]
-    e = e.to(tl.float32)
+    e, u, at, mask = _load(gate_ptr, up_ptr, K, stride_em, stride_ek, stride_um, stride_uk, BLOCK_K)
     share, _ = _share(e, ACTIVATION)
-    x = e * share * u.to(tl.float32)
-    tl.store(x_ptr + m * K + cols, x.to(x_ptr.dtype.element_ty), mask=mask)
+    x = e * share * u
+    tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -79,20 +85,14 @@ def gated_backward_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    m = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = cols < K
-    cols = cols.to(tl.int64)
-    e = tl.load(gate_ptr + m * stride_em + cols * stride_ek, mask=mask, other=0.0)  # [BLOCK_K]
-    u = tl.load(up_ptr + m * stride_um + cols * stride_uk, mask=mask, other=0.0)  # [BLOCK_K]
-    dx = tl.load(dx_ptr + m * K + cols, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_K]
-    e = e.to(tl.float32)
+    e, u, at, mask = _load(gate_ptr, up_ptr, K, stride_em, stride_ek, stride_um, stride_uk, BLOCK_K)
+    dx = tl.load(dx_ptr + at, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_K]
     share, slope = _share(e, ACTIVATION)
-    dgate = dx * u.to(tl.float32) * (share + e * slope)
+    dgate = dx * u * (share + e * slope)
     dup = dx * (e * share)
     # dgate may be in dx's place: each element is loaded by the thread that stores it.
-    tl.store(dgate_ptr + m * K + cols, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
-    tl.store(dup_ptr + m * K + cols, dup.to(dup_ptr.dtype.element_ty), mask=mask)
+    tl.store(dgate_ptr + at, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
+    tl.store(dup_ptr + at, dup.to(dup_ptr.dtype.element_ty), mask=mask)
 
 
 _launch = Launcher(gated_kernel)
