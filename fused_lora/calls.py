@@ -44,6 +44,11 @@ def rounds_input(call: Call) -> bool:
     return call.quantized is not None and call.quantized.activations == "fp8"
 
 
+def are_plain(t: Tensor) -> bool:
+    """Whether kernels may read it: no subclass, and not lazily negated."""
+    return type(t) in (Tensor, torch.nn.Parameter) and not t.is_neg()
+
+
 def _describe(
     x: Tensor,
     weight: Tensor | QuantizedWeight,
@@ -63,10 +68,7 @@ def _describe(
         dtype=x.dtype,
         device=x.device,
         dropout=dropout,
-        plain_tensors=all(
-            t is None or (type(t) in (Tensor, torch.nn.Parameter) and not t.is_neg())
-            for t in tensors
-        ),
+        plain_tensors=all(t is None or are_plain(t) for t in tensors),
         quantized=quantized,
         adapter_dtypes=(lora_A.dtype, lora_B.dtype),
     )

@@ -106,16 +106,7 @@ def check_tensors(
     tensors = {"x": x, "weight": x if quantized else weight, "lora_A": lora_A, "lora_B": lora_B}
     if bias is not None:
         tensors["bias"] = bias
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: got {type(tensor).__name__}, wanted a torch.Tensor")
-        check_dtype(f"{name}'s dtype", tensor.dtype)
-        if tensor.layout != torch.strided or tensor.is_nested:
-            layout = "nested" if tensor.is_nested else tensor.layout
-            raise TypeError(f"{name}: got layout {layout}, wanted a dense tensor")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: is on {tensor.device}, wanted x's device, {x.device}")
-
+    _check_kinds(tensors, x)
     if isinstance(weight, QuantizedWeight):
         if weight.device != x.device:
             raise ValueError(f"weight: is on {weight.device}, wanted x's device, {x.device}")
@@ -135,6 +126,62 @@ def check_tensors(
         _check_shape("bias", bias, f"[{N}] to fit weight {[N, K]}", (N,))
         if bias.dtype != x.dtype:
             raise TypeError(f"bias: got dtype {bias.dtype}, wanted x's dtype, {x.dtype}")
+
+
+def _check_kinds(tensors: dict[str, Tensor], x: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, wanted a torch.Tensor")
+        check_dtype(f"{name}'s dtype", tensor.dtype)
+        if tensor.layout != torch.strided or tensor.is_nested:
+            layout = "nested" if tensor.is_nested else tensor.layout
+            raise TypeError(f"{name}: got layout {layout}, wanted a dense tensor")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: is on {tensor.device}, wanted x's device, {x.device}")
+
+
+def check_experts(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    indexed: torch.Size,
+) -> None:
+    """`check_tensors` of a stack of experts; ``indexed``: the shape of the rows' indices."""
+    if (lora_A is None) != (lora_B is None):
+        given = "lora_A" if lora_B is None else "lora_B"
+        raise ValueError(f"lora_A, lora_B: got {given} alone, wanted both, or None for both")
+    named = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B, "bias": bias}
+    optional = ("lora_A", "lora_B", "bias")
+    _check_kinds({k: t for k, t in named.items() if t is not None or k not in optional}, x)
+    _check_shape("weight", weight, "[experts, out_features, in_features]", (None, None, None))
+    E, N, K = weight.shape
+    fits = f"to fit weight {[E, N, K]}"
+    if E == 0:
+        raise ValueError(f"weight: got shape {[E, N, K]}, wanted at least one expert")
+    rows = list(indexed)
+    either = f"{[*rows, K]}" + (f" or {[*rows[:-1], K]}" if rows else "")
+    if list(x.shape) not in ([*rows, K], [*rows[:-1], K]) or (not rows and x.ndim != 1):
+        wanted = f"{either} to fit weight {[E, N, K]} and expert_indices {rows}"
+        raise ValueError(f"x: got shape {list(x.shape)}, wanted {wanted}")
+    if x.ndim == len(rows) and rows[-1] == 0:
+        raise ValueError(f"expert_indices: got shape {rows}, wanted an expert for each row of x")
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight: got dtype {weight.dtype}, wanted x's dtype, {x.dtype}")
+    if lora_A is not None and lora_B is not None:
+        _check_shape("lora_A", lora_A, f"[{E}, r, {K}] {fits}", (E, None, K))
+        r = lora_A.shape[1]
+        if r == 0:
+            got = f"got shape {list(lora_A.shape)} (r = 0)"
+            raise ValueError(f"lora_A: {got}, wanted r of at least 1")
+        _check_shape("lora_B", lora_B, f"[{E}, {N}, {r}] {fits} and lora_A", (E, N, r))
+    if bias is not None:
+        _check_shape("bias", bias, f"[{E}, {N}] {fits}", (E, N))
+        if bias.dtype != x.dtype:
+            raise TypeError(f"bias: got dtype {bias.dtype}, wanted x's dtype, {x.dtype}")
+        if torch.is_grad_enabled() and bias.requires_grad:
+            raise ValueError("bias: requires a gradient, but the experts' is frozen and gets none")
 
 
 def _check_shape(name: str, tensor: Tensor, wanted: str, shape: tuple[int | None, ...]) -> None:

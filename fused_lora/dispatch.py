@@ -165,13 +165,18 @@ def _composes(call: Call) -> bool:
     return not multiplied_in_fp32(call)  # which is ours
 
 
-@functools.lru_cache(maxsize=4096)
-def plan(call: Call, backend: Backend, form: Form = "layer") -> Plan:
-    """The decision for ``call``; raises the obstacle if "triton" was asked for and stands."""
+def takes_kernels(call: Call, backend: Backend) -> bool:
+    """Whether the kernels take a call; raises why not if "triton" was asked for."""
     problem = kernel_obstacle(call) if backend != "torch" else None
     if backend == "triton" and problem is not None:
         raise type(problem)(f'backend="triton" cannot take this call: {problem}')
-    if backend == "torch" or problem or (backend == "auto" and _auto_avoids_kernels(call)):
+    return not (backend == "torch" or problem or (backend == "auto" and _auto_avoids_kernels(call)))
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(call: Call, backend: Backend, form: Form = "layer") -> Plan:
+    """The decision for ``call``; raises the obstacle if "triton" was asked for and stands."""
+    if not takes_kernels(call, backend):
         return Plan("torch", "library", "library", composed=_composes(call))
     strategy, config = _choose(call, form)
     # DoRA's input gradient is a layer's.

@@ -14,7 +14,7 @@ from .kernels.rows import KEPT, RowGroups, Run, groups_of_indices, groups_of_run
 
 Segments = Sequence[tuple[int, int]]
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # Of a tensor of indices on a GPU, for its version and number of adapters: every layer of a model
 # asks. One on the CPU may share its memory with NumPy, whose writes no version counts.
 _seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -41,7 +41,7 @@ def row_groups(
         return groups_of_runs(_as_runs(segments, M, num_adapters), device)
     if not isinstance(adapter_indices, Tensor):
         adapter_indices = _as_tensor(adapter_indices)
-    if adapter_indices.dtype not in _INTEGERS:
+    if adapter_indices.dtype not in INTEGERS:
         raise TypeError(f"adapter_indices: got dtype {adapter_indices.dtype}, wanted integers")
     if adapter_indices.layout != torch.strided:
         layout = adapter_indices.layout

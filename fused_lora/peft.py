@@ -11,7 +11,7 @@ the extra "peft".
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import MethodType, TracebackType
 from typing import Any
@@ -24,13 +24,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import checks, sharing
+from . import checks, peft_experts, sharing
 from .arguments import Arguments
 from .calls import Backend
 from .explanation import Explanation
 from .functional import call_layer, dora_linear, explain
 from .gated_mlp import describe_mlps, gate_mlps, ungate_mlps
 from .multi import explain_multi, lora_linear_multi
+from .peft_experts import FusedPeftExperts, wrappers
 from .peft_state import (
     State,
     arguments_of,
@@ -120,7 +121,10 @@ class FusedPeftLinear(_FusedForward, peft_lora.Linear):  # type: ignore[misc]  #
 
 
 # PEFT's classes of layers that can be fused, and what they become.
-_FUSED: dict[type, type] = {peft_lora.Linear: FusedPeftLinear}
+_FUSED: dict[type, type] = {
+    peft_lora.Linear: FusedPeftLinear,
+    peft_lora.ParamWrapper: FusedPeftExperts,
+}
 
 if is_bnb_4bit_available():
     from peft.tuners.lora import bnb as peft_bnb
@@ -202,7 +206,12 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, peft_lora.LoraLayer]]:
             yield path, module
 
 
-def _swap(layer: peft_lora.Linear, new: type[peft_lora.Linear]) -> None:
+def _inner_wrappers(layers: Iterable[nn.Module]) -> set[nn.Module]:
+    """The wrappers of experts that another wrapper computes."""
+    return {inner for layer in layers for inner in list(wrappers(layer))[1:]}
+
+
+def _swap(layer: peft_lora.LoraLayer, new: type[peft_lora.LoraLayer]) -> None:
     old = type(layer)
     layer.__class__ = new
     wrapped = layer.__dict__.get("_old_forward")  # accelerate calls this one between its hooks
@@ -216,6 +225,13 @@ def _cannot_swap(layer: peft_lora.LoraLayer) -> str | None:
     if "forward" in layer.__dict__ and "_old_forward" not in layer.__dict__:
         return "its forward was replaced by another library"
     return None
+
+
+def _why_not(layer: peft_lora.LoraLayer) -> str | None:
+    """Why a layer is not fused, or is PEFT's for now."""
+    if isinstance(layer, peft_lora.ParamWrapper):
+        return _cannot_swap(layer) or peft_experts.obstacle(layer)
+    return _cannot_swap(layer) or obstacle(layer)
 
 
 def fuse(
@@ -262,14 +278,15 @@ def fuse(
         )
     not_fused = {}
     for path, layer in layers.items():
-        why = _cannot_swap(layer) or obstacle(layer)
+        why = _why_not(layer)
         if why is not None:
             not_fused[path] = why
     if strict and not_fused:
         listed = "; ".join(f"{path}: {why}" for path, why in not_fused.items())
         raise ValueError(f"model: {len(not_fused)} LoRA layers cannot be fused: {listed}")
+    inner = _inner_wrappers(layers.values())
     for layer in layers.values():
-        if _cannot_swap(layer) is None:
+        if layer not in inner and _cannot_swap(layer) is None:
             if type(layer) in _FUSED:
                 _swap(layer, _FUSED[type(layer)])
             layer.fused_lora_backend = backend

@@ -195,6 +195,55 @@ def lora_linear_gated(
     )
 
 
+def lora_linear_experts(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    *,
+    expert_indices: Tensor,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """`lora_linear` with each row's own expert e of a stack, one expert after the other.
+
+    weight [E, N, K], lora_A [E, r, K], lora_B [E, N, r] (or None, both), bias [E, N];
+    expert_indices [...], x [..., K], or [..., K] without the last of these dimensions, of which
+    each row then counts for all of that. y [*expert_indices.shape, N], zeros where an index is no
+    expert's. The mask is one of x.
+    """
+    chosen = expert_indices.flatten()
+    rows = x.flatten(0, -2) if x.ndim > 1 else x[None]
+    fan = len(chosen) // max(len(rows), 1)
+    threshold = dropout_threshold(dropout_p)
+    keep = None
+    if threshold > 0:
+        seed = seed if seed is not None else torch.randint(2**63 - 1, (1,), device=x.device)
+        keep = keep_mask(seed, threshold, *rows.shape)
+    y = x.new_zeros((len(chosen), weight.shape[1]))
+    for e, W in enumerate(weight):
+        index = (chosen == e).nonzero().flatten()
+        source = index // max(fan, 1)
+        b = None if bias is None else bias[e]
+        if lora_A is None or lora_B is None:
+            part = F.linear(rows[source], W, b)
+        else:
+            part = lora_linear(
+                rows[source],
+                W,
+                lora_A[e],
+                lora_B[e],
+                scaling=scaling,
+                bias=b,
+                dropout_p=dropout_p,
+                seed=None if keep is None else keep[source],
+            )
+        y = y.index_add(0, index, part)
+    return y.view(*expert_indices.shape, y.shape[1])
+
+
 def dora_linear(
     x: Tensor,
     weight: Tensor,

@@ -370,8 +370,9 @@ def choose_config(
     dropout: bool,
     device: DeviceInfo,
     dora: bool = False,
+    groups: int = 1,
 ) -> TileConfig:
-    """The valid tile that should be done with the output [M, N] first.
+    """The valid tile that should be done with the output [M, N], of each of ``groups``, first.
 
     Multiprocessors work through tiles in rounds, the last of which may be mostly empty; and a tile
     of BLOCK_M x BLOCK_N reads BLOCK_M + BLOCK_N operands for each step of K, so that a small one is
@@ -389,7 +390,7 @@ def choose_config(
 
     def cost(config: TileConfig) -> float:
         side_m, side_n = config.BLOCK_M, config.BLOCK_N
-        return computed(config, M, N, device) * (1 + _OPERANDS / side_m + _OPERANDS / side_n)
+        return computed(config, M, N, device, groups) * (1 + _OPERANDS / side_m + _OPERANDS / side_n)
 
     return min(valid, key=cost)
 
@@ -432,9 +433,12 @@ def is_odd_rank(r: int) -> bool:
     return r > MIN_DOT and r % ALIGNED != 0
 
 
-def computed(config: TileConfig, M: int, N: int, device: DeviceInfo) -> int:
-    """Elements that a GPU has time for in the rounds of tiles that y [M, N] takes; M N at least."""
-    tiles = cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N)
+def computed(config: TileConfig, M: int, N: int, device: DeviceInfo, groups: int = 1) -> int:
+    """Elements that a GPU has time for in the rounds of tiles that y [M, N] takes; M N at least.
+
+    ``groups``: how many such outputs there are.
+    """
+    tiles = groups * cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N)
     programs = device.num_sms * config.programs_per_sm
     return cdiv(tiles, programs) * programs * config.BLOCK_M * config.BLOCK_N
 

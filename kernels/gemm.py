@@ -303,7 +303,7 @@ def _launch(
         BLOCK_R = MIN_DOT
     pieces = None
     if multi:
-        pieces = multi.rows.pieces(config.BLOCK_M)
+        pieces = multi.rows.pieces(config.BLOCK_M, in_tiles=True)
         BLOCK_R = min(padded(multi.adapters.max_rank), config.BLOCK_K, MAX_BLOCK_R)
     precision, x_scales = dot_precision(x.dtype), None
     if quantized and quantized.takes_fp8:
@@ -327,7 +327,7 @@ def _launch(
                 seed_of(dropout),
                 multi.rows.order if multi else None,
                 pieces.table if pieces else None,
-                pieces.tile_first if pieces else None,
+                pieces.first if pieces else None,
                 multi.adapters.entries if multi else None,
             ),
             (

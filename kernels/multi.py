@@ -16,6 +16,9 @@ Shrinking for a decoding step is split over K, to have loads in flight on every 
 parts are added in a fixed order by `expand`. No atomics anywhere.
 
 (Punica's SGMV and BGMV, https://arxiv.org/abs/2310.18547, are the models for shrink and expand.)
+
+With a stack of experts' adapters (table_ptr None; see experts.py), x may have a row for FAN rows of
+the order: each token's, for as many experts.
 """
 
 from __future__ import annotations
@@ -32,20 +35,14 @@ from .device import device_guard, device_info
 from .dropout import Dropout, scale_and_threshold, seed_of
 from .gemm import dot_precision
 from .launch import Launcher
-from .pieces import load_adapter, load_piece
-from .rows import AdapterTable, RowGroups
+from .pieces import load_adapter, load_piece, load_rank, rows_at
+from .rows import Adapters, AdapterTable, RowGroups
 from .tiles import keep_mask
 
 MAX_SPLIT_K = 16
 _REDUCE_BLOCK = 1024
 
 
-@triton.jit
-def _rows_at(order_ptr, positions, mask):
-    rows = positions  # a return here would not keep Triton from compiling what comes after it
-    if order_ptr is not None:
-        rows = tl.load(order_ptr + positions, mask=mask, other=0)
-    return rows
 
 
 @triton.jit(do_not_specialize=["scale", "threshold"])
@@ -60,6 +57,7 @@ def shrink_kernel(
     seed_ptr,
     K,
     k_per_split,
+    R,
     stride_xm,
     stride_xk,
     stride_hs,
@@ -74,6 +72,7 @@ def shrink_kernel(
     USE_A: tl.constexpr,
     ALIGNED: tl.constexpr,
     RANK_DIVISOR: tl.constexpr,
+    FAN: tl.constexpr,
 ):
     adapter, first, last = load_piece(pieces_ptr, tl.program_id(0))
     first_rank = tl.program_id(1) * BLOCK_N
@@ -81,14 +80,14 @@ def shrink_kernel(
     if adapter < 0 or first >= last:
         return
     w_ptr, rank, stride_wr, stride_wk = load_adapter(
-        table_ptr, w_ptr, adapter, K, USE_A, ALIGNED, RANK_DIVISOR
+        table_ptr, w_ptr, adapter, R, K, USE_A, ALIGNED, RANK_DIVISOR
     )
     if first_rank >= rank:
         return
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     positions = first + tl.arange(0, BLOCK_M)
     in_m = positions < last
-    offs_m = _rows_at(order_ptr, positions, in_m)
+    offs_m = rows_at(order_ptr, positions, in_m) // FAN
     offs_r = first_rank + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     in_r = offs_r < rank
@@ -109,7 +108,9 @@ def shrink_kernel(
         w_ptrs = w_ptr + ks[:, None] * stride_wk + ranks * stride_wr
         w = tl.load(w_ptrs, mask=in_k[:, None] & in_r[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(x, w.to(dtype), acc, input_precision=PRECISION)
-    acc *= tl.load(scalings_ptr + adapter) * tl.cast(scale, tl.float32)
+    acc *= tl.cast(scale, tl.float32)
+    if scalings_ptr is not None:
+        acc *= tl.load(scalings_ptr + adapter)
     h_ptrs = h_ptr + pid_s.to(tl.int64) * stride_hs
     h_ptrs += positions.to(tl.int64)[:, None] * stride_hm + ranks
     tl.store(h_ptrs, acc.to(h_ptr.dtype.element_ty), mask=in_m[:, None] & in_r[None, :])
@@ -144,12 +145,12 @@ def expand_kernel(
     if adapter < 0 or first >= last:
         return
     w_ptr, rank, stride_wr, stride_wn = load_adapter(
-        table_ptr, w_ptr, adapter, N, USE_A, ALIGNED, RANK_DIVISOR
+        table_ptr, w_ptr, adapter, 0, N, USE_A, ALIGNED, RANK_DIVISOR
     )
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     positions = first + tl.arange(0, BLOCK_M)
     in_m = positions < last
-    offs_m = _rows_at(order_ptr, positions, in_m)
+    offs_m = rows_at(order_ptr, positions, in_m)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = tl.arange(0, BLOCK_K)
     in_n = offs_n < N
@@ -191,6 +192,7 @@ def multi_grad_kernel(
     table_ptr,
     seed_ptr,
     C,
+    R,
     stride_qm,
     stride_qc,
     stride_lm,
@@ -202,6 +204,7 @@ def multi_grad_kernel(
     BLOCK_K: tl.constexpr,  # rows of q and l: the reduction
     PRECISION: tl.constexpr,
     USE_A: tl.constexpr,
+    FAN: tl.constexpr,
 ):
     piece = tl.program_id(2)
     adapter, first, last = load_piece(pieces_ptr, piece)
@@ -209,7 +212,7 @@ def multi_grad_kernel(
     first_rank = tl.program_id(1) * BLOCK_N
     if adapter < 0 or first >= last:
         return
-    rank = tl.load(table_ptr + adapter * 4 + 2).to(tl.int32)
+    rank, ranks_before = load_rank(table_ptr, adapter, R)
     if first_rank >= rank:
         return
     offs_c = first_col + tl.arange(0, BLOCK_M)
@@ -223,7 +226,7 @@ def multi_grad_kernel(
     for m in range(first, last, BLOCK_K):
         positions = m + tl.arange(0, BLOCK_K)
         in_m = positions < last
-        offs_m = _rows_at(order_ptr, positions, in_m)
+        offs_m = rows_at(order_ptr, positions, in_m) // FAN
         q_ptrs = q_ptr + offs_m.to(tl.int64)[:, None] * stride_qm + cols[None, :] * stride_qc
         q = tl.load(q_ptrs, mask=in_m[:, None] & in_c[None, :], other=0.0)  # [BLOCK_K, BLOCK_M]
         if seed_ptr is not None:
@@ -234,7 +237,7 @@ def multi_grad_kernel(
         acc = tl.dot(tl.trans(q), l, acc, input_precision=PRECISION)
     acc *= tl.cast(scale, tl.float32)
     if stride_os == 0:
-        out_ptr += tl.load(table_ptr + adapter * 4 + 3) * C
+        out_ptr += ranks_before * C
     else:
         out_ptr += piece.to(tl.int64) * stride_os
     # dA is [r, C], dB is [C, r]
@@ -252,6 +255,7 @@ def sum_pieces_kernel(
     pieces_ptr,
     table_ptr,
     C,
+    R,
     stride_ps,
     BLOCK: tl.constexpr,
 ):
@@ -260,7 +264,8 @@ def sum_pieces_kernel(
     adapter = tl.load(adapters_ptr + group)
     if adapter < 0:
         return
-    numel = tl.load(table_ptr + adapter * 4 + 2) * C
+    rank, ranks_before = load_rank(table_ptr, adapter, R)
+    numel = tl.cast(rank, tl.int64) * C
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < numel
     acc = tl.zeros([BLOCK], tl.float32)
@@ -269,7 +274,7 @@ def sum_pieces_kernel(
         if first < last:
             partial_ptrs = partial_ptr + tl.cast(piece, tl.int64) * stride_ps + offs
             acc += tl.load(partial_ptrs, mask=mask, other=0.0)
-    out_ptrs = out_ptr + tl.load(table_ptr + adapter * 4 + 3) * C + offs
+    out_ptrs = out_ptr + ranks_before * C + offs
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -287,18 +292,20 @@ def shrink(
     config: TileConfig,
     x: torch.Tensor,
     rows: RowGroups,
-    adapters: AdapterTable,
+    adapters: Adapters,
     *,
     use_A: bool,
     in_parts: bool = False,
     dropout: Dropout | None = None,
+    fan: int = 1,
 ) -> torch.Tensor:
     """h = scaling_i * (D o x) A_i^T (use_A) or scaling_i * x B_i, for each row's own adapter i.
 
-    x [M, K], any strides. Returns h [M, max r] in x's dtype; if ``in_parts``, fp32 parts of it
-    [SPLIT_K, M, max r]. Undefined where a row has no adapter and beyond the rank of its own.
+    x [M, K], any strides; [M / fan, K] if each of its rows is ``fan`` of the order's. Returns
+    h [M, max r] in x's dtype; if ``in_parts``, fp32 parts of it [SPLIT_K, M, max r]. Undefined
+    where a row has no adapter and beyond the rank of its own.
     """
-    M, K = x.shape
+    M, K = rows.M, x.shape[1]
     w = (adapters.lora_As if use_A else adapters.lora_Bs)[0]
     if is_odd(x) or K % ALIGNED:  # K: of the adapters, which are contiguous
         config = for_odd_rows(config, x.dtype.itemsize)
@@ -311,6 +318,7 @@ def shrink(
     SPLIT_K = cdiv(max(K, 1), k_per_split)
     dtype = torch.float32 if in_parts else x.dtype
     h = torch.empty((SPLIT_K, M, adapters.max_rank), dtype=dtype, device=x.device)
+    scale, threshold = scale_and_threshold(dropout)
     if len(table):
         with device_guard(x):
             _launch_shrink(
@@ -325,8 +333,9 @@ def shrink(
                     adapters.scalings,
                     seed_of(dropout),
                 ),
-                (K, k_per_split, *x.stride(), *h.stride()[:2]),
-                scale_and_threshold(dropout),
+                (K, k_per_split, adapters.max_rank, *x.stride(), *h.stride()[:2]),
+                (adapters.scaling * scale, threshold),
+                FAN=fan,
                 EVEN_K=K % config.BLOCK_K == 0,
                 PRECISION=dot_precision(x.dtype),
                 **adapters.meta(use_A),
@@ -384,22 +393,22 @@ def multi_grads(
     q: torch.Tensor,
     l: torch.Tensor,
     rows: RowGroups,
-    adapters: AdapterTable,
+    adapters: Adapters,
     *,
     use_A: bool,
     dropout: Dropout | None = None,
-) -> Sequence[torch.Tensor]:
+    fan: int = 1,
+) -> Sequence[torch.Tensor] | torch.Tensor:
     """dA_i [r_i, C] = l^T (D o q) (use_A), or dB_i [C, r_i] = q^T l, over adapter i's own rows.
 
-    q [M, C] any strides, l [M, max r] with positions for rows. The gradients have their adapters'
-    dtype and are parts of one tensor; that of an adapter without rows is zero.
+    q [M, C] any strides, or [M / fan, C] as for `shrink`; l [M, max r] with positions for rows. The
+    gradients have their adapters' dtype and are parts of one tensor; that of an adapter without
+    rows is zero. Of a stack they are one: dA [E, r, C] or dB [E, C, r].
     """
-    M, C = q.shape
+    M, C = rows.M, q.shape[1]
     if is_odd(q):
         config = replace(config, BLOCK_M=64)  # with 128 columns it spills; see `for_odd_rows`
-    originals = adapters.lora_As if use_A else adapters.lora_Bs
-    ranks, total_rank = adapters.layout.ranks, adapters.layout.total_rank
-    flat = torch.zeros(total_rank * C, dtype=originals[0].dtype, device=q.device)
+    flat, gradients = adapters.gradients(C, use_A)
     if M and C:
         tiles_c = cdiv(C, config.BLOCK_M)
         tiles_r = cdiv(adapters.max_rank, config.BLOCK_N)
@@ -426,8 +435,9 @@ def multi_grads(
                         adapters.entries,
                         seed_of(dropout),
                     ),
-                    (C, *q.stride(), l.stride(0), stride),
+                    (C, adapters.max_rank, *q.stride(), l.stride(0), stride),
                     scale_and_threshold(dropout),
+                    FAN=fan,
                     PRECISION=dot_precision(q.dtype),
                     USE_A=use_A,
                     **config.meta(),
@@ -439,18 +449,13 @@ def multi_grads(
                         partial,
                         flat,
                         rows.adapters,
-                        pieces.group_first,
+                        pieces.first,
                         pieces.table,
                         adapters.entries,
                     ),
-                    (C, stride),
+                    (C, adapters.max_rank, stride),
                     (),
                     BLOCK=_REDUCE_BLOCK,
                     **FP_FUSION,
                 )
-    if use_A:
-        return flat.view(total_rank, C).split(ranks)
-    if len({*ranks}) == 1:  # one operation, where a view for each would be hundreds
-        return flat.view(len(ranks), C, ranks[0]).unbind()
-    parts = flat.split([C * r for r in ranks])
-    return [part.view(C, r) for part, r in zip(parts, ranks, strict=True)]
+    return gradients

@@ -16,21 +16,47 @@ def load_piece(pieces_ptr, piece):
 
 
 @triton.jit
+def rows_at(order_ptr, positions, mask):
+    """The rows at these positions."""
+    rows = positions  # a return here would not keep Triton from compiling what comes after it
+    if order_ptr is not None:
+        rows = tl.load(order_ptr + positions, mask=mask, other=0)
+    return rows
+
+
+@triton.jit
+def load_rank(table_ptr, adapter, R):
+    """An adapter's rank, and those of all before it together, an int64; ``R``: of a stack."""
+    if table_ptr is None:
+        rank = R
+        ranks_before = tl.cast(adapter, tl.int64) * R
+    else:
+        rank = tl.load(table_ptr + adapter * 4 + 2).to(tl.int32)
+        ranks_before = tl.load(table_ptr + adapter * 4 + 3)
+    return rank, ranks_before
+
+
+@triton.jit
 def load_adapter(
-    table_ptr,
-    like_ptr,  # any adapter's tensor: the dtype
+    table_ptr,  # None: the adapters are a stack
+    like_ptr,  # the stack; of a table any adapter's tensor, for the dtype
     adapter,
+    R,  # of the stack
     width,
     USE_A: tl.constexpr,
     ALIGNED: tl.constexpr,
     RANK_DIVISOR: tl.constexpr,
 ):
     """A [r, width] or B [width, r]: its address, r, and its strides along r and along width."""
-    entry = table_ptr + adapter * 4
-    address = tl.load(entry if USE_A else entry + 1).to(like_ptr.dtype)
-    if ALIGNED:
-        address = tl.multiple_of(address, 16)
-    rank = tl.multiple_of(tl.load(entry + 2).to(tl.int32), RANK_DIVISOR)
+    if table_ptr is None:
+        address = like_ptr + tl.cast(adapter, tl.int64) * R * width
+        rank = R
+    else:
+        entry = table_ptr + adapter * 4
+        address = tl.load(entry if USE_A else entry + 1).to(like_ptr.dtype)
+        if ALIGNED:
+            address = tl.multiple_of(address, 16)
+        rank = tl.multiple_of(tl.load(entry + 2).to(tl.int32), RANK_DIVISOR)
     return address, rank, width if USE_A else 1, 1 if USE_A else rank
 
 
@@ -60,7 +86,7 @@ def add_pieces(
         adapter, first, last = load_piece(pieces_ptr, piece)
         if adapter >= 0 and first < last:
             b_ptr, rank, stride_br, stride_bn = load_adapter(
-                table_ptr, like_ptr, adapter, N, USE_A, ALIGNED, RANK_DIVISOR
+                table_ptr, like_ptr, adapter, 0, N, USE_A, ALIGNED, RANK_DIVISOR
             )
             acc = add_product(
                 acc,

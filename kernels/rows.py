@@ -1,14 +1,16 @@
 """Rows that take different adapters: which tile has which of them, and where each adapter lies.
 
 Rows are visited in an order in which those of one adapter are together; a row's place in it is its
-position. A piece is a range of positions within one tile of BLOCK rows and of one adapter: a tile
-that straddles adapters has several, and no row is padded or copied. There are at most
-cdiv(M, BLOCK) + groups pieces, so that their table has a size the host knows even where the
-indices are on the GPU, and nothing waits for them.
+position. A piece is a range of at most BLOCK positions of one adapter: no row is padded or copied.
+There are at most cdiv(M, BLOCK) + groups pieces, so that their table has a size the host knows even
+where the indices are on the GPU, and nothing waits for them. Pieces begin at each adapter's first
+position; or, for a product with one W0 for all, at each tile's too, and a tile that straddles
+adapters has several.
 
 Adapters are read where they lie, through a table of their addresses: stacking them would read and
 write all of them in each call, of which a decoding step is little more than reading those that its
 rows have. The table depends on addresses, ranks and scalings alone and is kept between calls.
+Those of a model's experts are a stack from the start, and need no table.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -46,11 +48,10 @@ def _upload(table: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class Pieces(NamedTuple):
-    """The pieces of tiles of one size."""
+    """Pieces of up to as many positions, and whose they are."""
 
     table: torch.Tensor  # int32 [P, 3]: adapter (-1: none), first position, last position + 1
-    tile_first: torch.Tensor  # int32 [tiles + 1]: tile t has pieces tile_first[t] up to the next
-    group_first: torch.Tensor  # int32 [groups + 1]: likewise for the groups
+    first: torch.Tensor  # int32 [groups or tiles + 1]: group g has pieces first[g] up to the next
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,7 @@ class RowGroups:
     adapters: torch.Tensor  # [groups]: an adapter's index or -1, each once
     offsets: torch.Tensor  # [groups + 1]: the first position of each group, and M
     on_host: tuple[torch.Tensor, torch.Tensor] | None  # both on the CPU, where they are known
-    _pieces: dict[int, Pieces] = field(default_factory=dict)
+    _pieces: dict[tuple[int, bool], Pieces] = field(default_factory=dict)
 
     @property
     def num_groups(self) -> int:
@@ -80,34 +81,53 @@ class RowGroups:
         """The rows at a range of positions, as an index."""
         return slice(first, last) if self.order is None else self.order[first:last]
 
-    def pieces(self, block: int) -> Pieces:
-        """The pieces of tiles of ``block`` rows; made once."""
-        if block not in self._pieces:
+    def sorted(self) -> RowGroups:
+        """The same of rows that are in the order already."""
+        return replace(self, order=None)  # with the same pieces
+
+    def pieces(self, block: int, *, in_tiles: bool = False) -> Pieces:
+        """Pieces of up to ``block`` positions of each group; or ``in_tiles`` of as many. Made once.
+
+        On a GPU whose indices the host has not seen some are empty, and some of no adapter.
+        """
+        key = (block, in_tiles)
+        if key not in self._pieces:
+            cut = _cut_tiles if in_tiles else _cut_groups
             if self.on_host is None:
-                made = _cut(self.M, block, self.adapters, self.offsets, keep_empty=True)
+                made = cut(self.M, block, self.adapters, self.offsets)
             else:
-                made = _cut(self.M, block, *self.on_host, keep_empty=False)
+                made = _without_empty(cut(self.M, block, *self.on_host))
                 made = Pieces(*(_upload(t, self.offsets.device) for t in made))
-            self._pieces[block] = made
-        return self._pieces[block]
+            self._pieces[key] = made
+        return self._pieces[key]
 
 
-def _cut(
-    M: int, block: int, adapters: torch.Tensor, offsets: torch.Tensor, *, keep_empty: bool
-) -> Pieces:
-    device = offsets.device
-    tiles = torch.arange(0, M, block, dtype=torch.int32, device=device)
-    end = torch.full((1,), M, dtype=torch.int32, device=device)
+def _cut_groups(M: int, block: int, adapters: torch.Tensor, offsets: torch.Tensor) -> Pieces:
+    each = (offsets.diff() + (block - 1)) // block
+    ends = each.cumsum(0, dtype=torch.int32)
+    pieces = torch.arange(M // block + len(adapters), dtype=torch.int32, device=offsets.device)
+    groups = torch.searchsorted(ends, pieces, right=True).clamp_(max=len(adapters) - 1)
+    starts = offsets[groups] + (pieces - (ends - each)[groups]) * block  # of one too many: the end
+    stops = torch.minimum(starts + block, offsets[groups + 1])
+    table = torch.stack((adapters[groups], starts, stops), dim=1)
+    return Pieces(table, torch.cat((torch.zeros_like(ends[:1]), ends)))
+
+
+def _cut_tiles(M: int, block: int, adapters: torch.Tensor, offsets: torch.Tensor) -> Pieces:
+    tiles = torch.arange(0, M, block, dtype=torch.int32, device=offsets.device)
+    end = torch.full((1,), M, dtype=torch.int32, device=offsets.device)
     starts = torch.cat((tiles, offsets[:-1])).sort().values
     stops = torch.cat((starts, end))[1:]
     groups = torch.searchsorted(offsets, starts, right=True) - 1
     table = torch.stack((adapters[groups.clamp_(max=len(adapters) - 1)], starts, stops), dim=1)
-    if not keep_empty:  # on a GPU they are kept: how many there are isn't known here
-        table = table[(table[:, 0] >= 0) & (starts < stops)]
-        starts = table[:, 1].contiguous()
-    tile_first = torch.searchsorted(starts, torch.cat((tiles, end)), out_int32=True)
-    group_first = torch.searchsorted(starts, offsets, out_int32=True)
-    return Pieces(table.contiguous(), tile_first, group_first)
+    return Pieces(table, torch.searchsorted(starts, torch.cat((tiles, end)), out_int32=True))
+
+
+def _without_empty(pieces: Pieces) -> Pieces:
+    table, first = pieces
+    kept = (table[:, 0] >= 0) & (table[:, 1] < table[:, 2])
+    before = torch.cat((torch.zeros(1, dtype=torch.int64, device="cpu"), kept.cumsum(0)))
+    return Pieces(table[kept], before[first].to(torch.int32))
 
 
 def stream_of(device: torch.device) -> int:
@@ -167,7 +187,7 @@ def _groups_of_runs(runs: tuple[Run, ...], device: torch.device) -> RowGroups:
 
 
 def groups_of_indices(indices: torch.Tensor, num_adapters: int) -> RowGroups:
-    """The groups of rows by an integer tensor [M] on the GPU, -1 for none, without a wait."""
+    """The groups of rows by an integer tensor [M], -1 for none; of one on the GPU without a wait."""
     ordered, order = indices.to(torch.int32).sort(stable=True)
     adapters = torch.arange(-1, num_adapters, dtype=torch.int32, device=indices.device)
     end = torch.full((1,), len(indices), dtype=torch.int32, device=indices.device)
@@ -213,6 +233,9 @@ class AdapterLayout:
         return _upload(entries, self.device), _upload(scalings, self.device)
 
 
+GradientsOf = tuple[torch.Tensor, Sequence[torch.Tensor] | torch.Tensor]
+
+
 class AdapterTable(NamedTuple):
     """Adapters A_i [r_i, K] and B_i [N, r_i], contiguous, for kernels that look them up."""
 
@@ -221,6 +244,7 @@ class AdapterTable(NamedTuple):
     lora_As: Sequence[torch.Tensor]  # all of one dtype; kept, since the table has addresses only
     lora_Bs: Sequence[torch.Tensor]
     layout: AdapterLayout
+    scaling: float = 1.0  # of all of them, beside their own
 
     @property
     def max_rank(self) -> int:
@@ -230,6 +254,55 @@ class AdapterTable(NamedTuple):
     def meta(self, use_A: bool) -> dict[str, int | bool]:
         """What `load_adapter` is compiled for."""
         return {"USE_A": use_A, **self.layout.specialisation}
+
+    def gradients(self, C: int, use_A: bool) -> GradientsOf:
+        """Zeros for dA_i [r_i, C] or dB_i [C, r_i]: all in one tensor, and each."""
+        like = (self.lora_As if use_A else self.lora_Bs)[0]
+        ranks, total_rank = self.layout.ranks, self.layout.total_rank
+        flat = like.new_zeros(total_rank * C)
+        if use_A:
+            return flat, flat.view(total_rank, C).split(ranks)
+        if len({*ranks}) == 1:  # one operation, where a view for each would be hundreds
+            return flat, flat.view(len(ranks), C, ranks[0]).unbind()
+        parts = flat.split([C * r for r in ranks])
+        return flat, [part.view(C, r) for part, r in zip(parts, ranks, strict=True)]
+
+
+class AdapterStack(NamedTuple):
+    """`AdapterTable` of experts' adapters [E, r, K] and [E, N, r], contiguous: adapter i is [i]."""
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    scaling: float
+    entries: None = None
+    scalings: None = None
+
+    @property
+    def max_rank(self) -> int:
+        """Of all of them."""
+        return self.lora_A.shape[1]
+
+    @property
+    def lora_As(self) -> Sequence[torch.Tensor]:
+        """What a kernel is given for their address and dtype: the stack."""
+        return (self.lora_A,)
+
+    @property
+    def lora_Bs(self) -> Sequence[torch.Tensor]:
+        """Likewise."""
+        return (self.lora_B,)
+
+    def meta(self, use_A: bool) -> dict[str, int | bool]:
+        """What `load_adapter` is compiled for: Triton knows the rest of the arguments."""
+        return {"USE_A": use_A, "ALIGNED": False, "RANK_DIVISOR": 1}
+
+    def gradients(self, C: int, use_A: bool) -> GradientsOf:
+        """Zeros for dA [E, r, C] or dB [E, C, r], twice."""
+        zeros = torch.zeros_like(self.lora_A if use_A else self.lora_B)
+        return zeros, zeros
+
+
+Adapters = AdapterTable | AdapterStack
 
 
 def addresses_of(

@@ -1,0 +1,187 @@
+"""PEFT's adapters on a mixture of experts (``target_parameters``), on the fused path.
+
+PEFT wraps the module of all experts once for each projection that has an adapter, and in every call
+makes W + scaling * B A of all experts. Here the outermost of these wrappers computes the module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora import layer as peft_lora
+from torch import Tensor, nn
+
+from . import checks
+from .autocast import autocast_enabled
+from .calls import Backend, are_plain
+from .expert_mlp import ExpertAdapter, first_projection, run_experts
+from .expert_mlp import obstacle as experts_obstacle
+from .explanation import Explanation
+from .functional import is_observed
+
+
+class ExpertsState(NamedTuple):
+    """A wrapper, as it is now, whose module the fused path can compute."""
+
+    experts: nn.Module
+    adapters: dict[str, ExpertAdapter]
+
+
+class FusedPeftExperts(peft_lora.ParamWrapper):  # type: ignore[misc]  # peft is untyped
+    """`peft.tuners.lora.ParamWrapper` of a mixture of experts on the fused path."""
+
+    fused_lora_backend: Backend = "auto"
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [T, hidden], and a router's choice: what the module of experts takes and gives."""
+        found = look(self)
+        routed = _routed(*args, **kwargs)
+        y: Tensor
+        if isinstance(found, str) or routed is None or misfit(found, x, *routed) is not None:
+            y = super().forward(x, *args, **kwargs)
+            return y
+        return run_experts(found.experts, x, *routed, found.adapters, self.fused_lora_backend)
+
+    def explain(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Explanation:
+        """Which backend `forward` takes, and why, or why it is PEFT's own. Computes nothing."""
+        found: Any = look(self)
+        if not isinstance(found, str):
+            found = misfit(found, x, top_k_index, top_k_weights) or found
+        if isinstance(found, str):
+            reasons = {"fused": f"not taken: {found}", "peft": "taken: PEFT's own forward"}
+            return Explanation("torch", "peft", "peft", reasons)
+        name = first_projection(found.experts)
+        return explain_projection(found, name, x, top_k_index, self.fused_lora_backend)
+
+
+def explain_projection(
+    state: ExpertsState, name: str, x: Tensor, top_k_index: Tensor, backend: Backend
+) -> Explanation:
+    """Of the projection that x goes to."""
+    from .experts import explain_experts
+
+    experts: Any = state.experts
+    weight = getattr(experts, name)
+    A, B, scaling = state.adapters.get(name) or (None, None, 1.0)
+    return explain_experts(
+        x,
+        weight.mT if experts.is_transposed else weight,
+        A,
+        B,
+        expert_indices=top_k_index,
+        scaling=scaling,
+        bias=getattr(experts, f"{name}_bias") if experts.has_bias else None,
+        backend=backend,
+    )
+
+
+def wrappers(layer: nn.Module) -> Iterator[Any]:
+    """The wrapper and those inside of it, down to the module."""
+    while isinstance(layer, peft_lora.ParamWrapper):
+        yield layer
+        layer = layer.base_layer
+
+
+def obstacle(layer: peft_lora.ParamWrapper) -> str | None:
+    """Why PEFT's own forward runs now; None if the fused path takes it."""
+    found = look(layer)
+    return found if isinstance(found, str) else None
+
+
+def look(layer: Any) -> ExpertsState | str:
+    """What the wrapper's call depends on, or why it is for PEFT's own forward."""
+    if torch.jit.is_tracing() or is_observed():  # type: ignore[attr-defined,no-untyped-call]
+        return "it is compiled, traced, transformed or watched"
+    adapters: dict[str, ExpertAdapter] = {}
+    chain = list(wrappers(layer))
+    experts: Any = chain[-1].base_layer
+    why = experts_obstacle(experts)
+    if why is not None:
+        return why
+    known = (first_projection(experts), "down_proj")
+    if checks.all_are_hooked():
+        return "there are hooks on all modules"
+    if any(checks.is_hooked(module) for module in (*chain[1:], experts)):
+        return "its experts have hooks"
+    for wrapper in chain:
+        name = wrapper.parameter_name
+        if name not in known or name in adapters:
+            return f"it adapts {name}, which is none of {' and '.join(known)}, or twice"
+        found = _adapter(wrapper)
+        if isinstance(found, str):
+            return found
+        adapters[name] = found
+    for name in known:
+        weight = experts._parameters.get(name)
+        if weight is None or weight.ndim != 3 or len(weight) != experts.num_experts:
+            return f"its {name} is not one parameter for all experts"
+        if weight.dtype not in checks.DTYPES or not are_plain(weight):
+            return f"its {name} is a {type(weight).__name__} of {weight.dtype}"
+        if weight.requires_grad and torch.is_grad_enabled():
+            return f"its {name} requires a gradient"
+        bias = experts._parameters.get(f"{name}_bias")
+        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+            return f"its {name}_bias requires a gradient"
+    return ExpertsState(experts, adapters)
+
+
+def _adapter(wrapper: Any) -> ExpertAdapter | str:
+    """The active adapters' of a wrapper, as one."""
+    if wrapper.disable_adapters:
+        return "its adapters are disabled"
+    if wrapper.merged:
+        return "its adapters are merged"
+    found = []
+    for name in wrapper.active_adapters:
+        if name not in wrapper.lora_A:
+            continue
+        A, B, scaling = wrapper.lora_A[name], wrapper.lora_B[name], wrapper.scaling[name]
+        if type(A) is not nn.Linear or type(B) is not nn.Linear or B.bias is not None:
+            return f"adapter {name!r} is made of {A} and {B}"
+        if checks.is_hooked(A) or checks.is_hooked(B):
+            return f"adapter {name!r} has hooks"
+        number = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
+        if not number or not abs(scaling) < math.inf:
+            return f"adapter {name!r} has {scaling!r} for its scaling, not a finite number"
+        found.append(_of_experts(A.weight, B.weight, wrapper.num_experts, scaling))
+    if not found:
+        return "none of its adapters is active"
+    if len(found) == 1:
+        return found[0]
+    lora_A = torch.cat([each.lora_A for each in found], dim=1)
+    lora_B = torch.cat([each.lora_B * each.scaling for each in found], dim=2)
+    return ExpertAdapter(lora_A, lora_B, 1.0)
+
+
+def _of_experts(A: Tensor, B: Tensor, num_experts: int, scaling: float) -> ExpertAdapter:
+    """PEFT's A [E r, in], expert after expert, and B [out, r E], rank after rank, as stacks."""
+    of_A = A.view(num_experts, -1, A.shape[1])
+    of_B = B.view(len(B), -1, num_experts).permute(2, 0, 1)
+    return ExpertAdapter(of_A, of_B, scaling)
+
+
+def _routed(*args: Any, **kwargs: Any) -> tuple[Any, Any] | None:
+    """A router's choice among the arguments; None if there are others."""
+    given = {**dict(zip(("top_k_index", "top_k_weights"), args, strict=False)), **kwargs}
+    if len(args) > 2 or given.keys() != {"top_k_index", "top_k_weights"}:
+        return None
+    return given["top_k_index"], given["top_k_weights"]
+
+
+def misfit(state: ExpertsState, x: Any, index: Any, weights: Any) -> str | None:
+    """Why the arguments are not for the fused path; None if they are."""
+    if not all(isinstance(t, Tensor) and are_plain(t) for t in (x, index, weights)):
+        return "an argument is not a plain tensor"
+    if x.ndim != 2 or index.ndim != 2 or index.shape != weights.shape or len(x) != len(index):
+        return "x, top_k_index and top_k_weights are not [T, hidden], [T, k] and [T, k]"
+    if index.dtype != torch.int64 or index.device != x.device or index.shape[1] == 0:
+        return "top_k_index is not of integers beside x"
+    weight: Any = state.experts.down_proj
+    if x.device != weight.device or x.dtype not in checks.DTYPES:
+        return "x is not what the experts take"
+    if x.dtype != weight.dtype and not autocast_enabled(x):
+        return "x is not in the experts' dtype"
+    return None
