@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from numbers import Real
 
 import torch
@@ -103,7 +104,12 @@ def check_tensors(
 ) -> None:
     """Raises TypeError or ValueError unless types, shapes, dtypes and devices fit together."""
     quantized = isinstance(weight, QuantizedWeight)  # which checked itself
-    tensors = {"x": x, "weight": x if quantized else weight, "lora_A": lora_A, "lora_B": lora_B}
+    tensors: dict[str, object] = {
+        "x": x,
+        "weight": x if quantized else weight,
+        "lora_A": lora_A,
+        "lora_B": lora_B,
+    }
     if bias is not None:
         tensors["bias"] = bias
     _check_kinds(tensors, x)
@@ -128,7 +134,7 @@ def check_tensors(
             raise TypeError(f"bias: got dtype {bias.dtype}, wanted x's dtype, {x.dtype}")
 
 
-def _check_kinds(tensors: dict[str, Tensor], x: Tensor) -> None:
+def _check_kinds(tensors: Mapping[str, object], x: Tensor) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, wanted a torch.Tensor")
@@ -152,7 +158,13 @@ def check_experts(
     if (lora_A is None) != (lora_B is None):
         given = "lora_A" if lora_B is None else "lora_B"
         raise ValueError(f"lora_A, lora_B: got {given} alone, wanted both, or None for both")
-    named = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B, "bias": bias}
+    named: dict[str, object] = {
+        "x": x,
+        "weight": weight,
+        "lora_A": lora_A,
+        "lora_B": lora_B,
+        "bias": bias,
+    }
     optional = ("lora_A", "lora_B", "bias")
     _check_kinds({k: t for k, t in named.items() if t is not None or k not in optional}, x)
     _check_shape("weight", weight, "[experts, out_features, in_features]", (None, None, None))

@@ -1,26 +1,28 @@
-"""Forward and backward of a mixture of experts, on the kernels and in plain PyTorch.
+"""Products of a mixture of experts and their gradients, on the kernels and in plain PyTorch.
 
-x is a matrix [M / fan, K] and g one [M, N], of the rows of the order or of positions in it (see
-kernels/rows.py). h [M, r] is scaled already and has positions for rows; it is undefined where a row
-has no expert. Nothing given is overwritten.
+x is a matrix [M / fan, K] and y one [M, N], with rows of the order or positions in it (see
+kernels/rows.py) for rows. h and dh [M, r] are scaled already and have positions for rows; they are
+undefined where a row has no expert. Nothing given is overwritten.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .autocast import no_autocast
 from .kernels.configs import Kind, TileConfig, cdiv, choose_config
 from .kernels.device import device_info
 from .kernels.dropout import Dropout
 from .kernels.rows import AdapterStack, RowGroups
-from .products import addmm_, linear, mm
+from .products import addmm_, mm
 from .reference import keep_mask
 from .torch_backend import masked
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+Path = Literal["triton", "torch"]
+Index = slice | Tensor
 
 
 class Experts(NamedTuple):
@@ -32,21 +34,10 @@ class Experts(NamedTuple):
     scaling: float
     dropout: Dropout | None
     rows: RowGroups
-    fan: int  # how many rows of the order each row of x is
-    gathers: bool  # whether x has rows of the order, and not positions, for rows
-    scatters: bool  # whether y has
-
-    def source(self, first: int, last: int) -> slice | Tensor:
-        """The rows of x at these positions."""
-        order = self.rows.order
-        if not self.gathers or order is None:
-            return slice(first, last)
-        rows = order[first:last]
-        return rows if self.fan == 1 else rows // self.fan
-
-    def target(self, first: int, last: int) -> slice | Tensor:
-        """The rows of y at these positions."""
-        return self.rows.rows(first, last) if self.scatters else slice(first, last)
+    fan: int = 1  # how many rows of the order each row of x is
+    gathers: bool = True  # whether x has rows of the order, and not positions, for rows
+    scatters: bool = True  # whether y has
+    fan_g: int = 1  # how many rows of the order each row of y's gradient is
 
     def stack(self) -> AdapterStack | None:
         """The adapters as the kernels take them."""
@@ -54,12 +45,64 @@ class Experts(NamedTuple):
             return None
         return AdapterStack(self.lora_A.contiguous(), self.lora_B.contiguous(), self.scaling)
 
+    def of_x(self) -> RowGroups:
+        """The order that x's rows are found by."""
+        return self.rows if self.gathers else self.rows.sorted()
 
-def triton_forward(
-    x: Tensor, layer: Experts, bias: Tensor | None
+    def of_y(self) -> RowGroups:
+        """Those of y and of its gradient."""
+        return self.rows if self.scatters else self.rows.sorted()
+
+
+def project(
+    path: Path, x: Tensor, layer: Experts, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """y [M, N] and h [M, r]."""
-    return _product(x, layer, bias, forward=True)
+    """y [M, N] and h = scaling * (D o x) A^T [M, r]."""
+    with no_autocast(x):
+        if path == "triton":
+            return _launch(x, layer, bias, forward=True)
+        return _torch_project(x, layer, bias)
+
+
+def project_back(
+    path: Path, g: Tensor, layer: Experts, *, need_dx: bool, need_dh: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx, like x, and dh = scaling * g B [M, r] for g = dL/dy."""
+    with no_autocast(g):
+        if path == "torch":
+            return _torch_project_back(g, layer, need_dx=need_dx, need_dh=need_dh)
+        if need_dx:
+            dx, dh = _launch(g, layer, None, forward=False)
+            return _summed(dx, layer.fan), dh
+        from .kernels.multi import shrink
+
+        adapters = layer.stack()
+        if adapters is None or not need_dh:
+            return None, None
+        config = _config("plain", layer, adapters.max_rank, adapters.max_rank, False, g)
+        fan = layer.fan_g
+        return None, shrink(config, g, layer.of_y(), adapters, use_A=False, fan=fan)
+
+
+def grad_A(path: Path, x: Tensor, dh: Tensor, layer: Experts) -> Tensor:
+    """dA [E, r, K]; of an expert without rows zero."""
+    with no_autocast(x):
+        if path == "torch":
+            return _torch_grad_A(x, dh, layer)
+        return _launch_grads(x, dh, layer, layer.of_x(), layer.fan, use_A=True)
+
+
+def grad_B(path: Path, g: Tensor, h: Tensor, layer: Experts) -> Tensor:
+    """dB [E, N, r]; of an expert without rows zero."""
+    with no_autocast(g):
+        if path == "torch":
+            return _torch_grad_B(g, h, layer)
+        return _launch_grads(g, h, layer, layer.of_y(), layer.fan_g, use_A=False)
+
+
+def _summed(dx: Tensor, fan: int) -> Tensor:
+    """dx [M / fan, K] of [M, K], each sum rounded once."""
+    return dx if fan == 1 else dx.view(-1, fan, dx.shape[1]).sum(1)
 
 
 def _config(kind: Kind, layer: Experts, N: int, r: int, dropout: bool, x: Tensor) -> TileConfig:
@@ -70,31 +113,31 @@ def _config(kind: Kind, layer: Experts, N: int, r: int, dropout: bool, x: Tensor
     return choose_config(kind, rows, N, max(r, 1), itemsize, dropout, device, groups=groups)
 
 
-def _product(
+def _launch(
     x: Tensor, layer: Experts, bias: Tensor | None, *, forward: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """y and h; with forward=False dx, a row for each of the order, and dh, for x = g."""
+    """y and h; with forward=False a row of dx for each of the order, and dh, for x = g."""
     from .kernels.experts import gemm_experts
     from .kernels.multi import shrink
 
-    rows, adapters = layer.rows, layer.stack()
+    adapters, of_x, of_y = layer.stack(), layer.of_x(), layer.of_y()
+    fan, fan_y = layer.fan, 1
     w = layer.weight.mT if forward else layer.weight
-    N, r = w.shape[2], adapters.max_rank if adapters else 0
     # Forward drops elements of what is shrunk, the input gradient of what was expanded.
     drop_x, drop_y = (layer.dropout, None) if forward else (None, layer.dropout)
-    gathers, scatters, fan, fan_y = layer.gathers, layer.scatters, layer.fan, 1
     if not forward:
-        gathers, scatters, fan, fan_y = scatters, gathers, 1, fan
+        of_x, of_y, fan, fan_y = of_y, of_x, layer.fan_g, fan
+    N, r = w.shape[2], adapters.max_rank if adapters else 0
     h = None
     if adapters:
         config = _config("plain", layer, r, r, drop_x is not None, x)
-        of_x = rows if gathers else rows.sorted()
         h = shrink(config, x, of_x, adapters, use_A=forward, dropout=drop_x, fan=fan)
+    config = _config("second", layer, N, r, drop_y is not None, x)
     y = gemm_experts(
-        _config("second", layer, N, r, drop_y is not None, x),
+        config,
         x,
         w,
-        rows,
+        layer.rows,
         adapters=adapters,
         h=h,
         use_A=not forward,
@@ -102,126 +145,152 @@ def _product(
         dropout=drop_y,
         fan=fan,
         fan_y=fan_y,
-        gathers=gathers,
-        scatters=scatters,
+        order_x=of_x.order,
+        order_y=of_y.order,
     )
     return y, h
 
 
-def triton_backward(
-    g: Tensor, x: Tensor | None, layer: Experts, h: Tensor | None, *, need_dx: bool
-) -> Gradients:
-    """dx, dA and dB for g = dL/dy: dA iff x is given, dB iff h is."""
-    from .kernels.multi import multi_grads, shrink
+def _launch_grads(
+    q: Tensor, l: Tensor, layer: Experts, rows: RowGroups, fan: int, *, use_A: bool
+) -> Tensor:
+    from .kernels.multi import multi_grads
 
-    rows, adapters, dropout = layer.rows, layer.stack(), layer.dropout
-    of_x = rows if layer.gathers else rows.sorted()
-    of_g = rows if layer.scatters else rows.sorted()
-    dx = dh = dA = dB = None
-    if need_dx:
-        dx, dh = _product(g, layer, None, forward=False)
-        dx = _summed(dx, layer.fan)
-    if adapters is None:
-        return dx, None, None
-    r = adapters.max_rank
-    if dh is None and x is not None:
-        dh = shrink(_config("plain", layer, r, r, False, g), g, of_g, adapters, use_A=False)
-    if x is not None and dh is not None:
-        config = _config("multi_grad", layer, x.shape[1], r, dropout is not None, x)
-        how = {"use_A": True, "dropout": dropout, "fan": layer.fan}
-        dA = multi_grads(config, x, dh, of_x, adapters, **how)
-    if h is not None:
-        config = _config("multi_grad", layer, g.shape[1], r, False, g)
-        dB = multi_grads(config, g, h, of_g, adapters, use_A=False)
-    return dx, dA, dB
+    adapters = layer.stack()
+    assert adapters is not None
+    dropout = layer.dropout if use_A else None
+    config = _config("multi_grad", layer, q.shape[1], adapters.max_rank, dropout is not None, q)
+    gradient: Tensor = multi_grads(
+        config, q, l, rows, adapters, use_A=use_A, dropout=dropout, fan=fan
+    )
+    return gradient
 
 
-def _summed(dx: Tensor, fan: int) -> Tensor:
-    """dx [M / fan, K] of [M, K], each sum rounded once."""
-    return dx if fan == 1 else dx.view(-1, fan, dx.shape[1]).sum(1)
+# PyTorch's path: one expert after the other, each a few products. It waits for a GPU, to know how
+# many rows they have.
 
 
-def _mask(layer: Experts, M: int) -> tuple[Tensor | None, float]:
+def _index(rows: RowGroups, first: int, last: int, fan: int) -> Index:
+    """The rows of a matrix at these positions."""
+    found = rows.rows(first, last)
+    return found if fan == 1 or isinstance(found, slice) else found // fan
+
+
+def _rows(t: Tensor, index: Index) -> Tensor:
+    """t[index]; as advanced indexing it takes 4 times as long on a CPU."""
+    return t[index] if isinstance(index, slice) else t.index_select(0, index)
+
+
+def _mask(layer: Experts) -> tuple[Tensor | None, float]:
     if layer.dropout is None:
         return None, 1.0
     seed, threshold = layer.dropout
-    return keep_mask(seed, threshold, M, layer.weight.shape[2]), layer.dropout.keep_scale
+    M, K = layer.rows.M // layer.fan, layer.weight.shape[2]
+    return keep_mask(seed, threshold, M, K), layer.dropout.keep_scale
 
 
-def torch_forward(x: Tensor, layer: Experts, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """y [M, N] and h [M, r], one expert after the other. Waits for a GPU."""
-    weight, A, B, scaling = layer[:4]
-    M = layer.rows.M
-    y = x.new_empty((M, weight.shape[1]))
-    h = None if A is None else x.new_empty((M, A.shape[1]))
-    keep, keep_scale = _mask(layer, len(x))
-    spans = layer.rows.spans()
-    _zero_the_rest(y, layer, spans)
-    for expert, first, last in spans:
-        source = layer.source(first, last)
-        rows = x[source]
-        part = linear(rows, weight[expert], None if bias is None else bias[expert])
+def _dropped(x: Tensor, index: Index, keep: Tensor | None) -> Tensor:
+    rows = _rows(x, index)
+    return rows if keep is None else masked(rows, _rows(keep, index))
+
+
+def _zero_the_rest(y: Tensor, rows: RowGroups) -> None:
+    """The rows of no expert, which are the first."""
+    spans = rows.spans()
+    first = spans[0][1] if spans else rows.M
+    if first:
+        y[rows.rows(0, first)] = 0
+
+
+def _torch_project(x: Tensor, layer: Experts, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    weight, of_x, of_y = layer.weight, layer.of_x(), layer.of_y()
+    A, B, scaling = _adapters(layer, x.dtype)
+    y = x.new_empty((layer.rows.M, weight.shape[1]))
+    h = None if A is None else x.new_empty((layer.rows.M, A.shape[1]))
+    keep, keep_scale = _mask(layer)
+    _zero_the_rest(y, of_y)
+    for expert, first, last in layer.rows.spans():
+        source, target = _index(of_x, first, last, layer.fan), of_y.rows(first, last)
+        rows = _rows(x, source)
+        part = mm(rows, weight[expert].t(), out=y[target] if isinstance(target, slice) else None)
+        if bias is not None:
+            part += bias[expert]
         if A is not None and B is not None and h is not None:
-            if keep is not None:
-                rows = masked(rows, keep[source])
-            h_part = mm(rows, A[expert].to(x.dtype).t(), out=h[first:last])
+            rows = rows if keep is None else masked(rows, _rows(keep, source))
+            h_part = mm(rows, A[expert].t(), out=h[first:last])
             h_part *= scaling * keep_scale
-            addmm_(part, h_part, B[expert].to(x.dtype).t())
-        y[layer.target(first, last)] = part
+            addmm_(part, h_part, B[expert].t())
+        if not isinstance(target, slice):
+            y[target] = part
     return y, h
 
 
-def _zero_the_rest(y: Tensor, layer: Experts, spans: list[tuple[int, int, int]]) -> None:
-    """The rows of no expert, which are the first."""
-    first = spans[0][1] if spans else layer.rows.M
-    if first:
-        y[layer.target(0, first)] = 0
+def _adapters(layer: Experts, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, float]:
+    """A and B in ``dtype``, contiguous: one operation where the experts' own would be hundreds."""
+    A, B = layer.lora_A, layer.lora_B
+    if A is None or B is None:
+        return None, None, 1.0
+    return A.to(dtype).contiguous(), B.to(dtype).contiguous(), layer.scaling
 
 
-def torch_backward(
-    g: Tensor, x: Tensor | None, layer: Experts, h: Tensor | None, *, need_dx: bool
-) -> Gradients:
-    """dx, dA and dB for g = dL/dy: dA iff x is given, dB iff h is."""
-    weight, A, B, scaling = layer[:4]
-    M, K = layer.rows.M, weight.shape[2]
-    # On a CPU sums of fp32 need no row for each of them.
+def _torch_project_back(
+    g: Tensor, layer: Experts, *, need_dx: bool, need_dh: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    weight, rows, of_x, of_g = layer.weight, layer.rows, layer.of_x(), layer.of_y()
+    A, B, scaling = _adapters(layer, g.dtype)
+    M, K = rows.M, weight.shape[2]
+    # On a CPU sums in fp32 need no row for each of the order.
     at_once = layer.fan > 1 and g.device.type == "cpu" and g.dtype.itemsize >= 4
-    dx = None
+    dx = dh = None
     if need_dx:
         dx = g.new_zeros((M // layer.fan, K)) if at_once else g.new_empty((M, K))
-    dA = None if x is None or A is None else torch.zeros_like(A)
-    dB = None if h is None or B is None else torch.zeros_like(B)
-    needs_dh = A is not None and (need_dx or dA is not None)
-    keep, keep_scale = _mask(layer, M // layer.fan) if needs_dh else (None, 1.0)
-    spans = layer.rows.spans()
-    if dx is not None and not at_once:
-        first = spans[0][1] if spans else M
-        dx[layer.rows.rows(0, first) if layer.gathers else slice(0, first)] = 0
-    for expert, first, last in spans:
-        source, g_part = layer.source(first, last), g[layer.target(first, last)]
-        if dB is not None and h is not None:
-            dB[expert] = mm(g_part.t(), h[first:last])
-        dh = None
-        if needs_dh and A is not None and B is not None:
-            dh = mm(g_part, B[expert].to(g.dtype))
-            dh *= scaling * keep_scale
-        if dA is not None and dh is not None and x is not None:
-            rows = x[source] if keep is None else masked(x[source], keep[source])
-            dA[expert] = mm(dh.t(), rows)
+        if not at_once:
+            _zero_the_rest(dx, of_x)
+    if B is not None and (need_dh or need_dx):
+        dh = g.new_empty((M, B.shape[2]))
+    keep, keep_scale = _mask(layer) if dh is not None else (None, 1.0)
+    for expert, first, last in rows.spans() if dx is not None or dh is not None else ():
+        g_part = _rows(g, _index(of_g, first, last, layer.fan_g))
+        dh_part = None
+        if dh is not None and B is not None:
+            dh_part = mm(g_part, B[expert], out=dh[first:last])
+            dh_part *= scaling * keep_scale
         if dx is None:
             continue
-        if dh is None or A is None:
+        source = _index(of_x, first, last, layer.fan)
+        if keep is None or dh_part is None or A is None:
             part = mm(g_part, weight[expert])
-        elif keep is None:
-            part = addmm_(mm(g_part, weight[expert]), dh, A[expert].to(g.dtype))
+            if dh_part is not None and A is not None:
+                addmm_(part, dh_part, A[expert])
         else:
-            part = mm(dh, A[expert].to(g.dtype))
-            masked(part, keep[source], out=part)
+            part = mm(dh_part, A[expert])
+            masked(part, _rows(keep, source), out=part)
             addmm_(part, g_part, weight[expert])
         if at_once and isinstance(source, Tensor):
             dx.index_add_(0, source, part)
         else:
-            dx[layer.rows.rows(first, last) if layer.gathers else slice(first, last)] = part
+            dx[of_x.rows(first, last)] = part
     if dx is not None and not at_once:
         dx = _summed(dx, layer.fan)
-    return dx, dA, dB
+    return dx, dh
+
+
+def _torch_grad_A(x: Tensor, dh: Tensor, layer: Experts) -> Tensor:
+    assert layer.lora_A is not None
+    dA = torch.zeros_like(layer.lora_A, memory_format=torch.contiguous_format)
+    of_x = layer.of_x()
+    keep, _ = _mask(layer)
+    for expert, first, last in layer.rows.spans():
+        rows = _dropped(x, _index(of_x, first, last, layer.fan), keep)
+        dA[expert] = mm(dh[first:last].t(), rows)
+    return dA
+
+
+def _torch_grad_B(g: Tensor, h: Tensor, layer: Experts) -> Tensor:
+    assert layer.lora_B is not None
+    dB = torch.zeros_like(layer.lora_B, memory_format=torch.contiguous_format)
+    of_g = layer.of_y()
+    for expert, first, last in layer.rows.spans():
+        g_part = _rows(g, _index(of_g, first, last, layer.fan_g))
+        dB[expert] = mm(g_part.t(), h[first:last])
+    return dB

@@ -8,18 +8,18 @@ be a second copy of them in every forward, kept for the backward, and their whol
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import checks, expert_backends
-from .autocast import autocast, no_autocast
+from . import checks
+from .autocast import autocast
 from .autograd import alias, raise_second_derivative
 from .backends import as_gradient, as_matrix
 from .calls import Backend, Call, are_plain
 from .dispatch import takes_kernels, why_torch
-from .expert_backends import Experts
+from .expert_backends import Experts, Path, grad_A, grad_B, project, project_back
 from .explanation import Explanation
 from .functional import check_options, draw_seeds, is_observed, is_recorded
 from .kernels.dropout import dropout_of, dropout_threshold
@@ -33,15 +33,15 @@ class Routing:
 
     groups: RowGroups
     shape: torch.Size  # of the indices
-    num_experts: int
+    experts: Tensor  # int32 [M]: each row's, -1 for none
 
 
 def routing_of(expert_indices: Tensor, num_experts: int) -> Routing:
     """The rows' order by expert; an index that is no expert's is none. Waits for no GPU."""
     flat = expert_indices.flatten().to(torch.int32)
     known = (flat >= 0) & (flat < num_experts)
-    groups = groups_of_indices(torch.where(known, flat, -1), num_experts)
-    return Routing(groups, expert_indices.shape, num_experts)
+    experts = torch.where(known, flat, -1)
+    return Routing(groups_of_indices(experts, num_experts), expert_indices.shape, experts)
 
 
 class LoRALinearExpertsFunction(torch.autograd.Function):
@@ -85,10 +85,10 @@ class LoRALinearExpertsFunction(torch.autograd.Function):
         x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
         call, needs_x = ctx.call, ctx.needs_input_grad[0]
         layer = call.layer(weight, lora_A, lora_B, seed, ctx.threshold)
-        g2, x2 = as_gradient(g, call.backend), None if x is None else as_matrix(x)
-        with no_autocast(g):
-            run = getattr(expert_backends, f"{call.backend}_backward")
-            dx, dA, dB = run(g2, x2, layer, h, need_dx=needs_x)
+        path, g2 = call.path, as_gradient(g, call.path)
+        dx, dh = project_back(path, g2, layer, need_dx=needs_x, need_dh=x is not None)
+        dA = None if x is None or dh is None else grad_A(path, as_matrix(x), dh, layer)
+        dB = None if h is None else grad_B(path, g2, h, layer)
         return None if dx is None else dx.view(ctx.shape), None, dA, dB, *[None] * 4
 
 
@@ -96,12 +96,10 @@ class LoRALinearExpertsFunction(torch.autograd.Function):
 class ExpertsCall:
     """A call's decision, and how its rows lie."""
 
-    backend: str
+    path: Path
     routing: Routing
     scaling: float
     fan: int
-    gathers: bool
-    scatters: bool
 
     def layer(
         self,
@@ -120,19 +118,14 @@ class ExpertsCall:
             dropout_of(seed, threshold),
             self.routing.groups,
             self.fan,
-            self.gathers,
-            self.scatters,
         )
 
 
 def _forward(
     x: Tensor, layer: Experts, bias: Tensor | None, call: ExpertsCall
 ) -> tuple[Tensor, Tensor | None]:
-    run = getattr(expert_backends, f"{call.backend}_forward")
-    with no_autocast(x):
-        y, h = run(as_matrix(x), layer, bias)
-    lead = call.routing.shape if call.scatters else (call.routing.groups.M,)
-    return y.resize_(*lead, y.shape[-1]), h  # not view(): see multi_backends.forward
+    y, h = project(call.path, as_matrix(x), layer, bias)
+    return y.resize_(*call.routing.shape, y.shape[-1]), h  # not view(): see multi_backends.forward
 
 
 def lora_linear_experts(
@@ -175,52 +168,31 @@ def lora_linear_experts(
     """
     _check_indices(x, expert_indices)
     options = (scaling, bias, dropout_p, backend)
-    found = _decided(x, weight, lora_A, lora_B, expert_indices.shape, *options)
-    routing = routing_of(expert_indices, found.experts)
-    return _run(found, lora_A, lora_B, routing)
+    found = decided(x, weight, lora_A, lora_B, expert_indices.shape, *options)
+    x, weight, bias, _, path, scaling, threshold, fan = found
+    how = ExpertsCall(path, routing_of(expert_indices, len(weight)), scaling, fan)
+    seed = draw_seeds(1, x.device, path) if threshold else None
+    if not is_recorded():
+        return _forward(x, how.layer(weight, lora_A, lora_B, seed, threshold), bias, how)[0]
+    apply: Any = LoRALinearExpertsFunction.apply
+    y: Tensor = apply(x, weight, lora_A, lora_B, bias, seed, threshold, how)
+    return y
 
 
-def call_experts(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    routing: Routing,
-    *,
-    scaling: float = 1.0,
-    bias: Tensor | None = None,
-    dropout_p: float = 0.0,
-    backend: Backend = "auto",
-    gathers: bool = True,
-    scatters: bool = True,
-) -> Tensor:
-    """`lora_linear_experts` where the routing is known already.
+class Decided(NamedTuple):
+    """A checked call."""
 
-    Without ``gathers`` x is [M, K], without ``scatters`` y is [M, N], in the experts' order: what
-    one projection leaves for the next, so that nothing is moved in between.
-    """
-    shape = routing.shape if gathers else torch.Size((routing.groups.M,))
-    options = (scaling, bias, dropout_p, backend)
-    found = _decided(x, weight, lora_A, lora_B, shape, *options)
-    return _run(found, lora_A, lora_B, routing, gathers=gathers, scatters=scatters)
-
-
-class _Decided(NamedTuple):
     x: Tensor  # this and the next two as autocast would have them
     weight: Tensor
     bias: Tensor | None
     call: Call
-    backend: Literal["triton", "torch"]
+    path: Path
     scaling: float
     threshold: int
     fan: int
 
-    @property
-    def experts(self) -> int:
-        return len(self.weight)
 
-
-def _decided(
+def decided(
     x: Tensor,
     weight: Tensor,
     lora_A: Tensor | None,
@@ -230,8 +202,8 @@ def _decided(
     bias: Tensor | None,
     dropout_p: float,
     backend: Backend,
-) -> _Decided:
-    """The call as checked; ``indexed``: the indices' shape, or that of positions."""
+) -> Decided:
+    """The call as checked; ``indexed``: the indices' shape."""
     if is_observed():
         raise RuntimeError(
             "lora_linear_experts: torch.func's transforms and dispatch modes are not supported"
@@ -251,28 +223,9 @@ def _decided(
         dropout=threshold > 0,
         plain_tensors=all(are_plain(t) for t in tensors),
     )
-    kernels: Literal["triton", "torch"] = "triton" if takes_kernels(call, backend) else "torch"
+    kernels: Path = "triton" if takes_kernels(call, backend) else "torch"
     fan = 1 if x.shape[:-1] == indexed else indexed[-1]
-    return _Decided(x, weight, bias, call, kernels, float(scaling), threshold, fan)
-
-
-def _run(
-    found: _Decided,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    routing: Routing,
-    *,
-    gathers: bool = True,
-    scatters: bool = True,
-) -> Tensor:
-    x, weight, bias, _, backend, scaling, threshold, fan = found
-    how = ExpertsCall(backend, routing, scaling, fan, gathers, scatters)
-    seed = draw_seeds(1, x.device, backend) if threshold else None
-    if not is_recorded():
-        return _forward(x, how.layer(weight, lora_A, lora_B, seed, threshold), bias, how)[0]
-    apply: Any = LoRALinearExpertsFunction.apply
-    y: Tensor = apply(x, weight, lora_A, lora_B, bias, seed, threshold, how)
-    return y
+    return Decided(x, weight, bias, call, kernels, float(scaling), threshold, fan)
 
 
 def explain_experts(
@@ -293,8 +246,8 @@ def explain_experts(
     """
     _check_indices(x, expert_indices)
     options = (scaling, bias, dropout_p, backend)
-    found = _decided(x, weight, lora_A, lora_B, expert_indices.shape, *options)
-    if found.backend == "torch":
+    found = decided(x, weight, lora_A, lora_B, expert_indices.shape, *options)
+    if found.path == "torch":
         reasons = {
             "triton": f"not taken: {why_torch(found.call, backend)}",
             "library": "taken: F.linear, then addmm_ in place, for each expert with rows in turn",

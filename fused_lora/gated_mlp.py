@@ -38,6 +38,11 @@ _ACTIVATIONS: dict[tuple[str, str], Activation] = {
 }
 
 
+def activation_of(act: nn.Module) -> Activation | None:
+    """Its name, if it is one that is known here."""
+    return _ACTIVATIONS.get((type(act).__module__, type(act).__name__))
+
+
 class GatedMLP(nn.Module):
     """In front of a class of MLPs of that formula."""
 
@@ -83,7 +88,7 @@ class GatedMLP(nn.Module):
             return None
         if checks.all_are_hooked():
             return None
-        return _ACTIVATIONS.get((type(act).__module__, type(act).__name__))
+        return activation_of(act)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class is made at run time, where copy and pickle do not find it.

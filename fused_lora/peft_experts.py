@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import checks
 from .autocast import autocast_enabled
 from .calls import Backend, are_plain
-from .expert_mlp import ExpertAdapter, first_projection, run_experts
+from .expert_mlp import ExpertAdapter, projections, run_experts
 from .expert_mlp import obstacle as experts_obstacle
 from .explanation import Explanation
 from .functional import is_observed
@@ -53,7 +53,7 @@ class FusedPeftExperts(peft_lora.ParamWrapper):  # type: ignore[misc]  # peft is
         if isinstance(found, str):
             reasons = {"fused": f"not taken: {found}", "peft": "taken: PEFT's own forward"}
             return Explanation("torch", "peft", "peft", reasons)
-        name = first_projection(found.experts)
+        name, _ = projections(found.experts)
         return explain_projection(found, name, x, top_k_index, self.fused_lora_backend)
 
 
@@ -101,7 +101,7 @@ def look(layer: Any) -> ExpertsState | str:
     why = experts_obstacle(experts)
     if why is not None:
         return why
-    known = (first_projection(experts), "down_proj")
+    known = projections(experts)
     if checks.all_are_hooked():
         return "there are hooks on all modules"
     if any(checks.is_hooked(module) for module in (*chain[1:], experts)):
@@ -134,7 +134,7 @@ def _adapter(wrapper: Any) -> ExpertAdapter | str:
         return "its adapters are disabled"
     if wrapper.merged:
         return "its adapters are merged"
-    found = []
+    found: list[ExpertAdapter] = []
     for name in wrapper.active_adapters:
         if name not in wrapper.lora_A:
             continue

@@ -390,7 +390,9 @@ def choose_config(
 
     def cost(config: TileConfig) -> float:
         side_m, side_n = config.BLOCK_M, config.BLOCK_N
-        return computed(config, M, N, device, groups) * (1 + _OPERANDS / side_m + _OPERANDS / side_n)
+        return computed(config, M, N, device, groups) * (
+            1 + _OPERANDS / side_m + _OPERANDS / side_n
+        )
 
     return min(valid, key=cost)
 

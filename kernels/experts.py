@@ -146,14 +146,14 @@ def gemm_experts(
     dropout: Dropout | None = None,
     fan: int = 1,
     fan_y: int = 1,
-    gathers: bool = True,
-    scatters: bool = True,
+    order_x: torch.Tensor | None,
+    order_y: torch.Tensor | None,
 ) -> torch.Tensor:
     """y = x w_e + D o (h b_e) + bias_e for each row's expert e; y [M, N] in x's dtype.
 
     x [M / fan, K], w [E, K, N], bias [E, N]: any strides. h [M, R] as from `shrink`, and b_e of
-    ``adapters``: A's if ``use_A``, else B^T's; or none of both. D [M / fan_y, N]. ``gathers``,
-    ``scatters``: whether x and y have the order's rows for rows, and not positions.
+    ``adapters``: A's if ``use_A``, else B^T's; or none of both. D [M / fan_y, N]. ``order_x``,
+    ``order_y``: that of ``rows`` where x or y has its rows for rows, None where it has positions.
     """
     M, (_, K, N) = rows.M, w.shape
     y = x.new_empty(M, N)
@@ -170,7 +170,6 @@ def gemm_experts(
     if adapters:
         b = adapters.lora_A if use_A else adapters.lora_B
     scale, threshold = scale_and_threshold(dropout)
-    order = rows.order
     table = rows.pieces(config.BLOCK_M).table
     with device_guard(x):
         _launch_experts(
@@ -183,8 +182,8 @@ def gemm_experts(
                 b,
                 y,
                 seed_of(dropout),
-                order if gathers else None,
-                order if scatters else None,
+                order_x,
+                order_y,
                 table,
             ),
             (

@@ -82,6 +82,7 @@ def gated_backward_kernel(
     stride_ek,
     stride_um,
     stride_uk,
+    stride_dm,  # of dgate and dup
     ACTIVATION: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -91,6 +92,7 @@ def gated_backward_kernel(
     dgate = dx * u * (share + e * slope)
     dup = dx * (e * share)
     # dgate may be in dx's place: each element is loaded by the thread that stores it.
+    at += tl.program_id(0).to(tl.int64) * (stride_dm - K)
     tl.store(dgate_ptr + at, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
     tl.store(dup_ptr + at, dup.to(dup_ptr.dtype.element_ty), mask=mask)
 
@@ -123,14 +125,17 @@ def gated_backward(
     dgate: torch.Tensor,
     dup: torch.Tensor,
 ) -> None:
-    """The gradients of gate and up for dx [M, K], contiguous as dgate, which may be dx, and dup."""
+    """The gradients of gate and up for dx [M, K], contiguous; dgate may be dx.
+
+    dgate and dup [M, K] of one stride, their rows contiguous.
+    """
     M, K = gate.shape
     if dx.numel():
         with device_guard(gate):
             _launch_backward(
                 (M, cdiv(K, _TILE["BLOCK_K"]), 1),
                 (dx, gate, up, dgate, dup),
-                (K, *gate.stride(), *up.stride()),
+                (K, *gate.stride(), *up.stride(), dgate.stride(0)),
                 ACTIVATION=activation,
                 **_TILE,
             )

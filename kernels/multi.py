@@ -23,8 +23,8 @@ the order: each token's, for as many experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -41,8 +41,6 @@ from .tiles import keep_mask
 
 MAX_SPLIT_K = 16
 _REDUCE_BLOCK = 1024
-
-
 
 
 @triton.jit(do_not_specialize=["scale", "threshold"])
@@ -398,7 +396,7 @@ def multi_grads(
     use_A: bool,
     dropout: Dropout | None = None,
     fan: int = 1,
-) -> Sequence[torch.Tensor] | torch.Tensor:
+) -> Any:
     """dA_i [r_i, C] = l^T (D o q) (use_A), or dB_i [C, r_i] = q^T l, over adapter i's own rows.
 
     q [M, C] any strides, or [M / fan, C] as for `shrink`; l [M, max r] with positions for rows. The

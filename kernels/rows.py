@@ -187,7 +187,7 @@ def _groups_of_runs(runs: tuple[Run, ...], device: torch.device) -> RowGroups:
 
 
 def groups_of_indices(indices: torch.Tensor, num_adapters: int) -> RowGroups:
-    """The groups of rows by an integer tensor [M], -1 for none; of one on the GPU without a wait."""
+    """The groups of rows by an integer tensor [M], -1 for none; waits for no GPU."""
     ordered, order = indices.to(torch.int32).sort(stable=True)
     adapters = torch.arange(-1, num_adapters, dtype=torch.int32, device=indices.device)
     end = torch.full((1,), len(indices), dtype=torch.int32, device=indices.device)
@@ -233,9 +233,6 @@ class AdapterLayout:
         return _upload(entries, self.device), _upload(scalings, self.device)
 
 
-GradientsOf = tuple[torch.Tensor, Sequence[torch.Tensor] | torch.Tensor]
-
-
 class AdapterTable(NamedTuple):
     """Adapters A_i [r_i, K] and B_i [N, r_i], contiguous, for kernels that look them up."""
 
@@ -255,16 +252,16 @@ class AdapterTable(NamedTuple):
         """What `load_adapter` is compiled for."""
         return {"USE_A": use_A, **self.layout.specialisation}
 
-    def gradients(self, C: int, use_A: bool) -> GradientsOf:
+    def gradients(self, C: int, use_A: bool) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
         """Zeros for dA_i [r_i, C] or dB_i [C, r_i]: all in one tensor, and each."""
         like = (self.lora_As if use_A else self.lora_Bs)[0]
         ranks, total_rank = self.layout.ranks, self.layout.total_rank
         flat = like.new_zeros(total_rank * C)
         if use_A:
-            return flat, flat.view(total_rank, C).split(ranks)
+            return flat, flat.view(total_rank, C).split_with_sizes(ranks)
         if len({*ranks}) == 1:  # one operation, where a view for each would be hundreds
             return flat, flat.view(len(ranks), C, ranks[0]).unbind()
-        parts = flat.split([C * r for r in ranks])
+        parts = flat.split_with_sizes([C * r for r in ranks])
         return flat, [part.view(C, r) for part, r in zip(parts, ranks, strict=True)]
 
 
@@ -296,7 +293,7 @@ class AdapterStack(NamedTuple):
         """What `load_adapter` is compiled for: Triton knows the rest of the arguments."""
         return {"USE_A": use_A, "ALIGNED": False, "RANK_DIVISOR": 1}
 
-    def gradients(self, C: int, use_A: bool) -> GradientsOf:
+    def gradients(self, C: int, use_A: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Zeros for dA [E, r, C] or dB [E, C, r], twice."""
         zeros = torch.zeros_like(self.lora_A if use_A else self.lora_B)
         return zeros, zeros
