@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Literal
 
 from fused_lora.kernels.configs import Kind, TileConfig, is_specialized, is_tma, tunable
 from fused_lora.kernels.device import SHARED_MEMORY, DeviceInfo
@@ -30,14 +31,17 @@ RANKS: dict[Kind, tuple[int, ...]] = {
     "ws_produced": (16, 64),
     "ws_group": (16,),
 }
-# The kinds whose kernels come in a form for many adapters, and those that have no other. That of
-# "quantized" is the base product alone.
-MULTI: dict[Kind, tuple[bool, ...]] = {
-    "second": (False, True),
-    "quantized": (False, True),
-    "plain": (False, True),
-    "expand": (False, True),
-    "multi_grad": (True,),
+# multi: many adapters, rows through `order`, adapters through a table. experts: in a stack, and a
+# W0 for each.
+Form = Literal["layer", "multi", "experts"]
+# The kinds whose kernels come in other forms than a layer's, and those that have no such one. The
+# second one of "quantized" is the base product alone.
+FORMS: dict[Kind, tuple[Form, ...]] = {
+    "second": ("layer", "multi", "experts"),
+    "quantized": ("layer", "multi"),
+    "plain": ("layer", "multi", "experts"),
+    "expand": ("layer", "multi"),
+    "multi_grad": ("multi", "experts"),
 }
 
 
@@ -55,13 +59,13 @@ class Case:
     dora: bool  # with the column scale in the epilogue
     config: TileConfig
     sums: bool = False  # the kernel that adds the parts of a split one
-    multi: bool = False  # many adapters: rows through `order`, adapters through a table
+    form: Form = "layer"
     codes: str = ""  # of a quantised W0
 
     def __str__(self) -> str:
         c = self.config
         flags = "+sum" * self.sums + "+dropout" * self.dropout + "+transposed" * self.transposed
-        flags += "+dora" * self.dora + "+multi" * self.multi
+        flags += "+dora" * self.dora + f"+{self.form}" * (self.form != "layer")
         tile = f"{c.BLOCK_M}x{c.BLOCK_N}x{c.BLOCK_K}w{c.num_warps}s{c.num_stages}"
         if c.SUBTILES:
             tile += f"/{c.SUBTILES}" + "+coop" * bool(c.COOPERATIVE)
@@ -102,12 +106,12 @@ def cases(archs: list[int], dtypes: list[str]) -> Iterator[Case]:
                     summed = tiles if kind == "skinny" else ()
                     if kind == "grad" and not dropout and r == 16:
                         summed = tiles[:1]
-                    forms = MULTI.get(kind, (False,))
+                    forms = FORMS.get(kind, ("layer",))
                     if dora or (kind == "quantized" and dropout):
-                        forms = (False,)
-                    which = [(c, False, many) for c in tiles for many in forms]
-                    which += [(c, True, False) for c in summed]
-                    for (config, sums, many), codes in product(which, _codes(kind)):
+                        forms = ("layer",)
+                    which = [(c, False, form) for c in tiles for form in forms]
+                    which += [(c, True, "layer") for c in summed]
+                    for (config, sums, form), codes in product(which, _codes(kind)):
                         yield Case(
                             arch,
                             kind,
@@ -119,7 +123,7 @@ def cases(archs: list[int], dtypes: list[str]) -> Iterator[Case]:
                             dora,
                             config,
                             sums,
-                            many,
+                            form,
                             codes,
                         )
 
@@ -131,14 +135,14 @@ def _codes(kind: Kind) -> tuple[str, ...]:
 
 
 def heaviest(todo: list[Case]) -> list[Case]:
-    """One case of each tile, and with DoRA, and with many adapters: those that take the most.
+    """One case of each tile and form, and with DoRA: those that take the most.
 
     They have fp32 adapters, the largest rank, and W0 as dx reads it. A third of all: what
     the tests have the time for.
     """
     ordered = sorted(todo, key=lambda c: (c.adapter_dtype == "fp32", c.r, c.transposed))
     tiles = {
-        (c.arch, c.kind, c.codes, c.dtype, c.config, c.dropout, c.dora, c.sums, c.multi): c
+        (c.arch, c.kind, c.codes, c.dtype, c.config, c.dropout, c.dora, c.sums, c.form): c
         for c in ordered
     }
     return list(tiles.values())

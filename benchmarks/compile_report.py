@@ -180,7 +180,7 @@ def work(case: Case) -> tuple[int, int]:
     if case.kind == "expand_group":
         return MAX_GROUP * 2 * M * r * N, MAX_GROUP * (h + b) + 2 * y
     if case.kind == "expand":
-        return 2 * M * r * N, (4 * M * r if case.multi else h) + b + 2 * y
+        return 2 * M * r * N, (4 * M * r if case.form == "multi" else h) + b + 2 * y
     if case.kind == "multi_grad":  # one of the two
         return 2 * M * r * K, x + h + 4 * r * K
     if case.kind == "fp8":  # x in codes, as W0 is

@@ -8,7 +8,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_lora.kernels import expand, gemm, grads, group, multi, persistent, pieces, skinny
+from fused_lora.kernels import (
+    expand,
+    experts,
+    gemm,
+    grads,
+    group,
+    multi,
+    persistent,
+    pieces,
+    skinny,
+)
 from fused_lora.kernels.configs import MAX_GROUP, MAX_SPLIT_K, is_specialized, is_tma, padded
 
 from .cases import Case
@@ -77,7 +87,7 @@ def _gemm_source(case: Case) -> tuple[Any, dict[str, Any], dict[str, object]]:
     constants: dict[str, object] = {"stride_xk": 1, "GROUP_M": gemm.GROUP_M, "EVEN_K": True}
     constants["stride_wn" if case.transposed else "stride_wk"] = 1
     constants["BLOCK_R"] = padded(case.r)
-    base_alone = case.kind == "quantized" and case.multi  # h B is added by another kernel
+    base_alone = case.kind == "quantized" and case.form == "multi"  # h B is added by another kernel
     if base_alone:
         pointers["bias_ptr"], constants["stride_bias"] = x, 1
     elif case.kind != "plain":
@@ -91,7 +101,7 @@ def _gemm_source(case: Case) -> tuple[Any, dict[str, Any], dict[str, object]]:
         constants["BLOCK_R"] = min(padded(case.r), case.config.BLOCK_K)
     if case.dropout:
         pointers["seed_ptr"] = "*i64"
-    if case.multi and not base_alone:
+    if case.form == "multi" and not base_alone:
         pointers |= MULTI_POINTERS
         constants |= {"USE_A": case.transposed, "ALIGNED": True, "RANK_DIVISOR": 16}
         constants["BLOCK_R"] = min(padded(case.r), case.config.BLOCK_K, pieces.MAX_BLOCK_R)
@@ -242,22 +252,44 @@ MULTI_POINTERS = {
 }
 
 
+# Of load_adapter, where adapters are found by a table and where they are a stack.
+TABLE: dict[str, object] = {"ALIGNED": True, "RANK_DIVISOR": 16}
+STACK: dict[str, object] = {"ALIGNED": False, "RANK_DIVISOR": 1}
+FAN = 8  # experts of a token
+
+
 def _multi_source(case: Case) -> tuple[Any, dict[str, str], dict[str, object]]:
-    x = f"*{case.dtype}"
+    x, stacked = f"*{case.dtype}", case.form == "experts"
     pointers = MULTI_POINTERS | {"w_ptr": f"*{case.adapter_dtype}"}
+    if stacked:
+        del pointers["table_ptr"], pointers["scalings_ptr"]
     if case.dropout:
         pointers["seed_ptr"] = "*i64"
-    constants: dict[str, object] = {"USE_A": not case.transposed}
+    constants: dict[str, object] = {"USE_A": not case.transposed, "FAN": FAN if stacked else 1}
     if case.kind == "multi_grad":
         pointers |= {"q_ptr": x, "l_ptr": x, "out_ptr": "*fp32"}
         return multi.multi_grad_kernel, pointers, constants | {"stride_qc": 1}
-    constants |= {"ALIGNED": True, "RANK_DIVISOR": 16}
+    constants |= STACK if stacked else TABLE
     if case.kind == "plain":
-        pointers |= {"x_ptr": x, "h_ptr": "*fp32"}
+        pointers |= {"x_ptr": x, "h_ptr": x if stacked else "*fp32"}
         return multi.shrink_kernel, pointers, constants | {"stride_xk": 1, "EVEN_K": True}
     pointers |= {"h_ptr": "*fp32", "y_ptr": x, "h_sum_ptr": x}
     constants["BLOCK_K"] = min(padded(case.r), case.config.BLOCK_K)
     return multi.expand_kernel, pointers, constants
+
+
+def _experts_source(case: Case) -> tuple[Any, dict[str, str], dict[str, object]]:
+    x = f"*{case.dtype}"
+    orders = dict.fromkeys(("order_x_ptr", "order_y_ptr", "pieces_ptr"), "*i32")
+    pointers = orders | dict.fromkeys(("x_ptr", "w_ptr", "h_ptr", "y_ptr", "bias_ptr"), x)
+    pointers["b_ptr"] = f"*{case.adapter_dtype}"
+    if case.dropout:
+        pointers["seed_ptr"] = "*i64"
+    constants: dict[str, object] = {"stride_xk": 1, "stride_bias": 1, "EVEN_K": True}
+    constants["stride_wn" if case.transposed else "stride_wk"] = 1
+    constants |= {"FAN": FAN, "FAN_Y": FAN, "USE_A": case.transposed, **STACK}
+    constants |= {"BLOCK_R": pieces.MAX_BLOCK_R, "GROUP_M": gemm.GROUP_M}
+    return experts.experts_kernel, pointers, constants
 
 
 def source(case: Case) -> ASTSource:
@@ -268,7 +300,9 @@ def source(case: Case) -> ASTSource:
         build = _tma_source
     elif is_specialized(case.kind):
         build = _specialized_source
-    elif case.multi and case.kind not in ("second", "quantized"):
+    elif case.form == "experts" and case.kind == "second":
+        build = _experts_source
+    elif case.form != "layer" and case.kind not in ("second", "quantized"):
         build = _multi_source
     else:
         special = {"grad": _grad_source, "skinny": _skinny_source, "expand": _expand_source}

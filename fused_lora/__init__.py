@@ -6,6 +6,7 @@ from .adapters import load_adapter, save_adapter
 from .attention import FusedLoRAAttention
 from .autograd import LoRALinearFunction
 from .disable import disable_adapter
+from .experts import LoRALinearExpertsFunction, explain_experts, lora_linear_experts
 from .explanation import Explanation
 from .functional import dora_linear, explain, lora_linear
 from .gated import LoRALinearGatedFunction, lora_linear_gated
@@ -34,6 +35,7 @@ __all__ = [
     "FusedLoRALinear",
     "FusedMultiLoRALinear",
     "InjectReport",
+    "LoRALinearExpertsFunction",
     "LoRALinearFunction",
     "LoRALinearGatedFunction",
     "LoRALinearGroupFunction",
@@ -43,11 +45,13 @@ __all__ = [
     "disable_adapter",
     "dora_linear",
     "explain",
+    "explain_experts",
     "explain_group",
     "explain_multi",
     "inject",
     "load_adapter",
     "lora_linear",
+    "lora_linear_experts",
     "lora_linear_gated",
     "lora_linear_group",
     "lora_linear_multi",

@@ -38,9 +38,9 @@ class Routing:
 
 def routing_of(expert_indices: Tensor, num_experts: int) -> Routing:
     """The rows' order by expert; an index that is no expert's is none. Waits for no GPU."""
-    flat = expert_indices.flatten().to(torch.int32)
+    flat = expert_indices.flatten()
     known = (flat >= 0) & (flat < num_experts)
-    experts = torch.where(known, flat, -1)
+    experts = torch.where(known, flat.to(torch.int32), -1)
     return Routing(groups_of_indices(experts, num_experts), expert_indices.shape, experts)
 
 
@@ -81,7 +81,7 @@ class LoRALinearExpertsFunction(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of forward's arguments."""
         if torch.is_grad_enabled():
-            raise_second_derivative("lora_linear_experts", "lora_linear")
+            raise_second_derivative("lora_linear_experts")
         x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
         call, needs_x = ctx.call, ctx.needs_input_grad[0]
         layer = call.layer(weight, lora_A, lora_B, seed, ctx.threshold)
@@ -128,6 +128,7 @@ def _forward(
     return y.resize_(*call.routing.shape, y.shape[-1]), h  # not view(): see multi_backends.forward
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def lora_linear_experts(
     x: Tensor,
     weight: Tensor,
@@ -164,7 +165,9 @@ def lora_linear_experts(
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, shape, dtype, device or range.
         RuntimeError: ``backend="triton"`` where the kernels cannot run; under torch.func and
-            dispatch modes. Under torch.compile the graph breaks.
+            dispatch modes.
+
+    Under torch.compile the graph breaks.
     """
     _check_indices(x, expert_indices)
     options = (scaling, bias, dropout_p, backend)

@@ -37,13 +37,10 @@ class FusedPeftExperts(peft_lora.ParamWrapper):  # type: ignore[misc]  # peft is
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [T, hidden], and a router's choice: what the module of experts takes and gives."""
-        found = look(self)
-        routed = _routed(*args, **kwargs)
-        y: Tensor
-        if isinstance(found, str) or routed is None or misfit(found, x, *routed) is not None:
+        y: Tensor | None = _fused(self, x, _routed(*args, **kwargs))
+        if y is None:
             y = super().forward(x, *args, **kwargs)
-            return y
-        return run_experts(found.experts, x, *routed, found.adapters, self.fused_lora_backend)
+        return y
 
     def explain(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Explanation:
         """Which backend `forward` takes, and why, or why it is PEFT's own. Computes nothing."""
@@ -55,6 +52,15 @@ class FusedPeftExperts(peft_lora.ParamWrapper):  # type: ignore[misc]  # peft is
             return Explanation("torch", "peft", "peft", reasons)
         name, _ = projections(found.experts)
         return explain_projection(found, name, x, top_k_index, self.fused_lora_backend)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _fused(layer: FusedPeftExperts, x: Any, routed: tuple[Any, Any] | None) -> Tensor | None:
+    """The output, if the fused path takes the call."""
+    found = look(layer)
+    if isinstance(found, str) or routed is None or misfit(found, x, *routed) is not None:
+        return None
+    return run_experts(found.experts, x, *routed, found.adapters, layer.fused_lora_backend)
 
 
 def explain_projection(
@@ -94,7 +100,7 @@ def obstacle(layer: peft_lora.ParamWrapper) -> str | None:
 def look(layer: Any) -> ExpertsState | str:
     """What the wrapper's call depends on, or why it is for PEFT's own forward."""
     if torch.jit.is_tracing() or is_observed():  # type: ignore[attr-defined,no-untyped-call]
-        return "it is compiled, traced, transformed or watched"
+        return "it is traced, transformed or watched"
     adapters: dict[str, ExpertAdapter] = {}
     chain = list(wrappers(layer))
     experts: Any = chain[-1].base_layer

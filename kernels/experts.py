@@ -16,12 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import ALIGNED, MIN_DOT, TileConfig, cdiv, for_odd_rows, is_odd, may_be_odd, padded
+from .configs import ALIGNED, TileConfig, cdiv, for_odd_rows, is_odd, may_be_odd
 from .device import device_guard
 from .dropout import Dropout, scale_and_threshold, seed_of
 from .gemm import GROUP_M, dot_precision
 from .launch import Launcher
-from .pieces import load_adapter, load_piece, rows_at
+from .pieces import MAX_BLOCK_R, load_adapter, load_piece, rows_at
 from .rows import AdapterStack, RowGroups
 from .tiles import add_product, grouped_tile, keep_mask
 
@@ -163,9 +163,6 @@ def gemm_experts(
     odd = may_be_odd(config, x.dtype.itemsize) and is_odd(x, w[0])
     if odd or w.stride(0) % ALIGNED:
         config = for_odd_rows(config, x.dtype.itemsize)
-    # Each element of h and b by itself: few of them at a time.
-    few = R % ALIGNED or N % ALIGNED
-    BLOCK_R = MIN_DOT if few else min(padded(R), config.BLOCK_K)
     b = None
     if adapters:
         b = adapters.lora_A if use_A else adapters.lora_B
@@ -197,7 +194,7 @@ def gemm_experts(
                 h.stride(0) if h is not None else 0,
             ),
             (scale, threshold),
-            BLOCK_R=BLOCK_R,
+            BLOCK_R=MAX_BLOCK_R,
             GROUP_M=GROUP_M,
             EVEN_K=K % config.BLOCK_K == 0,
             PRECISION=dot_precision(x.dtype),

@@ -112,7 +112,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     Nothing is replayed, which would go past them.
     """
     from fused_lora import triton_backend
-    from fused_lora.kernels import gated
+    from fused_lora.kernels import experts, gated, multi
     from fused_lora.kernels.replay import Replays
     from fused_lora.strategies import gluon_problem
 
@@ -146,6 +146,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         record(name)
     for name in ("gated", "gated_backward"):
         record(name, gated)
+    record("gemm_experts", experts)
+    for name in ("shrink", "multi_grads"):
+        record(name, multi)
     if gluon_problem() is None:
         from fused_lora.kernels import specialized
 

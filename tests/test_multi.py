@@ -799,7 +799,8 @@ from benchmarks.cases import cases
 from benchmarks.sources import source
 import triton
 from triton.backends.compiler import GPUTarget
-case = next(c for c in cases([90], ["bf16"]) if c.kind == {kind!r} and c.multi and not c.dropout)
+found = (c for c in cases([90], ["bf16"]) if c.kind == {kind!r} and not c.dropout)
+case = next(c for c in found if c.form == "multi")
 ttir = triton.compile(source(case), target=GPUTarget("cuda", 90, 32)).asm["ttir"]
 offsets = re.findall(r"tt.addptr [^:]*: tensor<[^>]*ptr<(?:bf16|f32)>+, tensor<(\\S+)>", ttir)
 assert offsets, ttir
