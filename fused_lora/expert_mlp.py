@@ -269,6 +269,14 @@ def _usual_gate() -> object:
     return moe._default_apply_gate
 
 
+class Projection(NamedTuple):
+    """Of all experts."""
+
+    weight: Tensor  # [E, out, in]
+    bias: Tensor | None  # [E, out]
+    adapter: ExpertAdapter | None
+
+
 def run_experts(
     experts: Any,
     x: Tensor,
@@ -281,17 +289,32 @@ def run_experts(
 
     x [T, hidden], top_k_index and top_k_weights [T, k].
     """
-    first, last = projections(experts)
-    cast, up, up_bias = autocast(x, *_frozen(experts, first))
-    _, down, down_bias = autocast(x, *_frozen(experts, last))
-    up_A, up_B, scaling_up = adapters.get(first) or (None, None, 1.0)
-    down_A, down_B, scaling_down = adapters.get(last) or (None, None, 1.0)
+    first, last = (
+        Projection(*_frozen(experts, name), adapters.get(name)) for name in projections(experts)
+    )
+    return run_projections(x, top_k_index, top_k_weights, first, last, _middle(experts), backend)
+
+
+def run_projections(
+    x: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    first: Projection,
+    last: Projection,
+    middle: Middle,
+    backend: Backend = "auto",
+) -> Tensor:
+    """`run_experts` of the parts of a module, which may be anybody's."""
+    cast, up, up_bias = autocast(x, first.weight, first.bias)
+    _, down, down_bias = autocast(x, last.weight, last.bias)
+    up_A, up_B, scaling_up = first.adapter or (None, None, 1.0)
+    down_A, down_B, scaling_down = last.adapter or (None, None, 1.0)
     indexed = top_k_index.shape
     checked = decided(cast, up, up_A, up_B, indexed, scaling_up, up_bias, 0.0, backend)
     a = cast.new_empty(1).expand(*indexed, down.shape[2])  # like it
     decided(a, down, down_A, down_B, indexed, scaling_down, down_bias, 0.0, backend)
     routing = routing_of(top_k_index, len(up))
-    call = ExpertsMLP(checked.path, routing, _middle(experts), scaling_up, scaling_down)
+    call = ExpertsMLP(checked.path, routing, middle, scaling_up, scaling_down)
     adapted = (up_A, up_B, down_A, down_B)
     y: Tensor
     if is_recorded():
