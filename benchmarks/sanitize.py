@@ -28,6 +28,7 @@ from fused_lora import (
     QuantizedWeight,
     dora_linear,
     lora_linear,
+    lora_linear_experts,
     lora_linear_gated,
     lora_linear_group,
     lora_linear_multi,
@@ -35,6 +36,7 @@ from fused_lora import (
     quantize_nf4,
 )
 from fused_lora.dispatch import Plan
+from fused_lora.expert_mlp import ExpertAdapter, Middle, Projection, run_projections
 from fused_lora.group import LoRALinearGroupFunction
 from fused_lora.kernels.configs import MAX_SKINNY_M, TileConfig, rows_obstacle
 from fused_lora.kernels.copy import aligned_copy
@@ -185,6 +187,16 @@ def _others() -> Iterator[Case]:
             "multi": partial(
                 lora_linear_multi, x, weights[0], As, Bs, scalings=1.0, adapter_indices=rows
             ),
+            "experts": partial(
+                lora_linear_experts,
+                x,
+                torch.stack(weights),
+                torch.stack(As),
+                torch.stack(Bs),
+                expert_indices=torch.stack((rows, rows + 1), dim=1),
+                dropout_p=0.0,
+            ),
+            "a mixture of experts": partial(_mixture, x, weights, As, Bs, rows),
             "gated": partial(
                 lora_linear_gated, x, normal(M, K), weights[0], As[0], Bs[0], scaling=1.0
             ),
@@ -239,6 +251,25 @@ def _group(
         x, [1.0] * n, seeds, thresholds, [plan] * n, None, *tensors
     )
     return ys
+
+
+def _mixture(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    As: list[torch.Tensor],
+    Bs: list[torch.Tensor],
+    rows: torch.Tensor,
+    *,
+    backend: Literal["triton", "torch"],
+) -> torch.Tensor:
+    """x [M, K] by experts whose projections are [N, K] and half of that the other way round."""
+    half = len(weights[0]) // 2
+    W, A, B = map(torch.stack, (weights, As, Bs))
+    first = Projection(W[:, : 2 * half], None, ExpertAdapter(A, B[:, : 2 * half], 1.0))
+    last = Projection(W[:, :half].mT, None, ExpertAdapter(B[:, :half].mT, A.mT, 1.0))
+    index = torch.stack((rows, rows + 1), dim=1)
+    p = torch.full(index.shape, 0.5, dtype=x.dtype, device=x.device)
+    return run_projections(x, index, p, first, last, Middle("silu", None), backend)
 
 
 def _multi(

@@ -47,11 +47,12 @@ class Middle(NamedTuple):
     """What is between the projections: a = act(gate) o up of z = (gate, up), or any function."""
 
     known: Activation | None
-    function: Callable[[Tensor], Tensor]
+    function: Callable[[Tensor], Tensor] | None = None  # where it is not known
 
     def forward(self, path: Path, z: Tensor) -> tuple[Tensor, Tensor | None]:
         """a [M, K], and what to keep of it beside z."""
         if self.known is None:
+            assert self.function is not None
             return self.function(z), None
         gate, up = z.chunk(2, dim=-1)
         if path == "torch":
@@ -66,6 +67,7 @@ class Middle(NamedTuple):
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """a once more, and what makes z's gradient of a's, whose memory it may take."""
         if self.known is None:
+            assert self.function is not None
             with torch.enable_grad():
                 leaf = z.detach().requires_grad_()
                 a = self.function(leaf)

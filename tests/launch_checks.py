@@ -15,6 +15,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks import launch_overhead
 from fused_lora import lora_linear_multi
+from fused_lora.expert_mlp import ExpertAdapter, Middle, Projection, run_projections
 from fused_lora.kernels import expand, gemm, persistent
 from fused_lora.kernels.dropout import Dropout
 from fused_lora.kernels.launch import Launcher, Tiled
@@ -195,6 +196,34 @@ def check_many_adapters_compile(**rows):
     assert kernels <= {name for name, *_ in launches_of(both)[0]}
 
 
+def check_experts_compile():
+    """A mixture of experts, and that its launches are known the second time."""
+    launch_overhead.kernel_path("split")
+    side, E = launch_overhead.SIDE, 3
+
+    def normal(*shape):
+        return torch.randn(*shape, dtype=torch.bfloat16)
+
+    up = ExpertAdapter(torch.randn(E, 4, side), torch.randn(E, side, 4), 2.0)
+    down = ExpertAdapter(torch.randn(E, 16, side // 2), torch.randn(E, side, 16), 2.0)
+    first = Projection(normal(E, side, side), None, up)
+    last = Projection(normal(E, side // 2, side).mT, normal(E, side), down)
+    leaves = [normal(6, side), normal(6, 2), up.lora_A, up.lora_B, down.lora_A, down.lora_B]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    index = torch.randint(-1, E + 1, (6, 2))
+
+    def both():
+        x, p = leaves[:2]
+        run_projections(x, index, p, first, last, Middle("silu")).sum().backward()
+
+    kernels = {"shrink_kernel", "experts_kernel", "multi_grad_kernel", "gated_kernel"}
+    ran, looked = launches_of(both)
+    assert kernels <= {name for name, *_ in ran}
+    assert looked
+    assert not launches_of(both)[1]
+
+
 def check_the_memory_of_launches_is_bounded():
     launcher = Launcher(gemm.lora_gemm_kernel)
     launcher._known = {(i,): (None, ()) for i in range(4096)}
@@ -219,3 +248,4 @@ if __name__ == "__main__":
     check_known_additions_to_a_product()
     check_many_adapters_compile(segments=[(0, 2), (1, 4)])
     check_many_adapters_compile(adapter_indices=[1, 0, 1, 0, 0, -1])
+    check_experts_compile()
