@@ -265,7 +265,9 @@ def _multi_source(case: Case) -> tuple[Any, dict[str, str], dict[str, object]]:
         del pointers["table_ptr"], pointers["scalings_ptr"]
     if case.dropout:
         pointers["seed_ptr"] = "*i64"
-    constants: dict[str, object] = {"USE_A": not case.transposed, "FAN": FAN if stacked else 1}
+    constants: dict[str, object] = {"USE_A": not case.transposed}
+    if case.kind != "expand":
+        constants["FAN"] = FAN if stacked else 1
     if case.kind == "multi_grad":
         pointers |= {"q_ptr": x, "l_ptr": x, "out_ptr": "*fp32"}
         return multi.multi_grad_kernel, pointers, constants | {"stride_qc": 1}

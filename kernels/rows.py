@@ -92,25 +92,34 @@ class RowGroups:
         """
         key = (block, in_tiles)
         if key not in self._pieces:
-            cut = _cut_tiles if in_tiles else _cut_groups
-            if self.on_host is None:
-                made = cut(self.M, block, self.adapters, self.offsets)
-            else:
-                made = _without_empty(cut(self.M, block, *self.on_host))
-                made = Pieces(*(_upload(t, self.offsets.device) for t in made))
-            self._pieces[key] = made
+            self._pieces[key] = self._cut(block, in_tiles)
         return self._pieces[key]
 
+    def _cut(self, block: int, in_tiles: bool) -> Pieces:
+        if self.on_host is None:
+            if in_tiles:
+                return _cut_tiles(self.M, block, self.adapters, self.offsets)
+            from .cut import cut
 
-def _cut_groups(M: int, block: int, adapters: torch.Tensor, offsets: torch.Tensor) -> Pieces:
-    each = (offsets.diff() + (block - 1)) // block
-    ends = each.cumsum(0, dtype=torch.int32)
-    pieces = torch.arange(M // block + len(adapters), dtype=torch.int32, device=offsets.device)
-    groups = torch.searchsorted(ends, pieces, right=True).clamp_(max=len(adapters) - 1)
-    starts = offsets[groups] + (pieces - (ends - each)[groups]) * block  # of one too many: the end
-    stops = torch.minimum(starts + block, offsets[groups + 1])
-    table = torch.stack((adapters[groups], starts, stops), dim=1)
-    return Pieces(table, torch.cat((torch.zeros_like(ends[:1]), ends)))
+            return Pieces(*cut(self.M, block, self.adapters, self.offsets))
+        if in_tiles:
+            made = _without_empty(_cut_tiles(self.M, block, *self.on_host))
+        else:
+            made = _cut_groups(block, *self.on_host)
+        return Pieces(*(_upload(t, self.offsets.device) for t in made))
+
+
+def _cut_groups(block: int, adapters: torch.Tensor, offsets: torch.Tensor) -> Pieces:
+    """On the host."""
+    table: list[tuple[int, int, int]] = []
+    first = [0]
+    ends = offsets.tolist()
+    for adapter, start, end in zip(adapters.tolist(), ends[:-1], ends[1:], strict=True):
+        if adapter >= 0:
+            table += [(adapter, at, min(at + block, end)) for at in range(start, end, block)]
+        first.append(len(table))
+    made = torch.tensor(table, dtype=torch.int32, device="cpu").view(len(table), 3)
+    return Pieces(made, torch.tensor(first, dtype=torch.int32, device="cpu"))
 
 
 def _cut_tiles(M: int, block: int, adapters: torch.Tensor, offsets: torch.Tensor) -> Pieces:
