@@ -6,6 +6,7 @@ from .adapters import load_adapter, save_adapter
 from .attention import FusedLoRAAttention
 from .autograd import LoRALinearFunction
 from .disable import disable_adapter
+from .expert_layer import FusedLoRAExperts
 from .experts import LoRALinearExpertsFunction, explain_experts, lora_linear_experts
 from .explanation import Explanation
 from .functional import dora_linear, explain, lora_linear
@@ -31,6 +32,7 @@ flops.install()
 __all__ = [
     "Explanation",
     "FusedLoRAAttention",
+    "FusedLoRAExperts",
     "FusedLoRAGroup",
     "FusedLoRALinear",
     "FusedMultiLoRALinear",

@@ -21,6 +21,7 @@ _USED = {
     "lora_alpha",
     "lora_dropout",
     "target_modules",
+    "target_parameters",
     "exclude_modules",
     "use_rslora",
     "use_dora",
@@ -89,6 +90,8 @@ def read_config(path: Path) -> dict[str, Any]:
         "use_rslora": False,
         "use_dora": False,
         "exclude_modules": None,
+        "target_modules": None,
+        "target_parameters": None,
         "rank_pattern": {},
         "alpha_pattern": {},
     }
@@ -98,18 +101,19 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _check_config(path: Path, config: dict[str, Any]) -> None:
-    for field in ("r", "target_modules"):
-        if field not in config:
-            raise ValueError(f"{path}: {field}: is missing")
+    if "r" not in config:
+        raise ValueError(f"{path}: r: is missing")
+    if not config["target_modules"] and not config["target_parameters"]:
+        raise ValueError(f"{path}: target_modules: is missing")
     for field in ("use_rslora", "use_dora"):
         if not isinstance(config[field], bool):
             raise ValueError(f"{path}: {field}: got {config[field]!r}, wanted true or false")
     for field in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config[field], dict):
             raise ValueError(f"{path}: {field}: got {config[field]!r}, wanted an object")
-    for field in ("target_modules", "exclude_modules"):
+    for field in ("target_modules", "target_parameters", "exclude_modules"):
         value = config[field]
-        if isinstance(value, str):
+        if isinstance(value, str) and field != "target_parameters":
             _check_pattern(path, value)
         elif value is not None and not (
             isinstance(value, list) and all(isinstance(name, str) for name in value)

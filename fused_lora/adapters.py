@@ -11,7 +11,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +22,14 @@ from torch import Tensor, nn
 from . import checks
 from .adapter_config import CONFIG_NAME, read_config
 from .codes import Format
+from .expert_layer import ExpertsAdapter, FusedLoRAExperts, nested
+from .expert_mlp import weight_of
 from .files import write_atomically
 from .inject import inject
 from .linear import FusedLoRALinear
 from .matching import (
     alphas_of,
+    find_experts,
     has_peft_layers,
     is_linear,
     match_modules,
@@ -97,11 +100,11 @@ def save_adapter(
             break
     saved = {path: _saved(layer) for path, layer in layers.items()}
     config = _config(model, layers, saved)
-    tensors = {}
+    places, tensors = _places(model, layers), {}
     for path, layer in saved.items():
         for name, tensor in layer.tensors().items():
             # Copies: of tensors that share memory safetensors writes none.
-            tensors[_key(path, name)] = tensor.to("cpu", copy=True).contiguous()
+            tensors[_key(places[path], name)] = tensor.to("cpu", copy=True).contiguous()
     if not writes_files() and any(is_sharded(layer.lora_A) for layer in layers.values()):
         return
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -172,32 +175,22 @@ def load_adapter(
     config = read_config(folder / CONFIG_NAME)
     tensors = _read_weights(folder)
     options = {k: config[k] for k in ("exclude_modules", "rank_pattern", "alpha_pattern")}
-    linears: dict[str, Any] = layers
     if layers:
-        ranks = {path: layer.r for path, layer in layers.items()}
+        places = _places(model, layers)
+        expected = {places[path]: _Sides.of(layer) for path, layer in layers.items()}
     else:
-        linears = {path: m for path, m in model.named_modules() if is_linear(m)}
-        matched = match_modules(model, config["target_modules"], config["exclude_modules"])
-        paths = [path for path in matched if path in linears]
-        if not paths:
-            names = sorted({path.rpartition(".")[2] for path in linears})
-            raise ValueError(
-                f"{CONFIG_NAME}: target_modules: {config['target_modules']!r} matches no nn.Linear "
-                f"of the model, which has {names}; is it the adapter's base model?"
-            )
-        _check_one_path(model, [linears[path] for path in paths])
-        ranks = ranks_of(config["rank_pattern"], config["r"], paths)
-    expected = {path: (ranks[path], linears[path]) for path in ranks}
+        expected = _expected(model, config)
     _check_tensors(tensors, expected, config["use_dora"])
     if layers:
         _check_computation(layers, config)
-        _check_finite(tensors, layers)
+        _check_finite(tensors, layers, places)
     else:
         inject(
             model,
             config["r"],
             config["lora_alpha"],
             config["target_modules"],
+            target_parameters=config["target_parameters"],
             lora_dropout=config["lora_dropout"],
             use_rslora=config["use_rslora"],
             use_dora=config["use_dora"],
@@ -205,10 +198,54 @@ def load_adapter(
             **options,
         )
         layers = _layers(model)
+        places = _places(model, layers)
     for path, layer in layers.items():
         for name in _TENSORS:
-            if _key(path, name) in tensors:
-                fill(getattr(layer, name), tensors[_key(path, name)])
+            key = _key(places[path], name)
+            if key in tensors:
+                fill(getattr(layer, name), tensors[key])
+
+
+class _Sides(NamedTuple):
+    """What the shapes of an adapter's tensors follow from."""
+
+    rank: int  # of all experts together
+    in_features: int
+    out_features: int
+
+    @classmethod
+    def of(cls, layer: Any) -> _Sides:
+        return cls(layer.lora_A.shape[0], layer.in_features, layer.out_features)
+
+
+def _expected(model: nn.Module, config: dict[str, Any]) -> dict[str, _Sides]:
+    """By their paths in the files, the adapters that ``config`` gives a plain model."""
+    linears: dict[str, Any] = {path: m for path, m in model.named_modules() if is_linear(m)}
+    targets = config["target_modules"] or []
+    matched = match_modules(model, targets, config["exclude_modules"])
+    paths = [path for path in matched if path in linears]
+    mixtures = find_experts(model, config["target_parameters"] or ())
+    if targets and not paths:
+        names = sorted({path.rpartition(".")[2] for path in linears})
+        raise ValueError(
+            f"{CONFIG_NAME}: target_modules: {config['target_modules']!r} matches no nn.Linear "
+            f"of the model, which has {names}; is it the adapter's base model?"
+        )
+    if mixtures.skipped:
+        path, why = next(iter(mixtures.skipped.items()))
+        raise ValueError(f"{CONFIG_NAME}: target_parameters: {path} {why}")
+    experts: dict[str, Any] = {path: model.get_submodule(path) for path in mixtures.projections}
+    _check_one_path(model, [*(linears[path] for path in paths), *experts.values()])
+    ranks = ranks_of(config["rank_pattern"], config["r"], paths + mixtures.paths())
+    found = {
+        path: _Sides(ranks[path], linears[path].in_features, linears[path].out_features)
+        for path in paths
+    }
+    for path, names in mixtures.projections.items():
+        for name, place in nested(experts[path], names).items():
+            E, out_features, in_features = weight_of(experts[path], name).shape
+            found[path + place] = _Sides(E * ranks[f"{path}.{name}"], in_features, out_features)
+    return found
 
 
 def _folder(directory: object) -> Path:
@@ -219,11 +256,13 @@ def _folder(directory: object) -> Path:
     return Path(directory)
 
 
-def _check_finite(tensors: dict[str, Tensor], layers: dict[str, FusedLoRALinear]) -> None:
+def _check_finite(
+    tensors: dict[str, Tensor], layers: dict[str, Any], places: dict[str, str]
+) -> None:
     """ValueError if a value is not finite in its layer's dtype."""
     for path, layer in layers.items():
         for name in _TENSORS:
-            key = _key(path, name)
+            key = _key(places[path], name)
             dtype = getattr(layer, name).dtype if key in tensors else None
             if dtype is not None and not tensors[key].to(dtype).isfinite().all():
                 raise ValueError(f"{key}: has values that are not finite in the layer's {dtype}")
@@ -244,13 +283,19 @@ def _load_named(
             f"{folder / CONFIG_NAME}: use_dora: got True, wanted False: a layer with "
             "several adapters has no magnitudes"
         )
+    if config["target_parameters"]:
+        raise ValueError(
+            f"{folder / CONFIG_NAME}: target_parameters: got {config['target_parameters']!r}, "
+            "wanted none: a mixture of experts has one adapter"
+        )
     tensors = _read_weights(folder)
     modules: dict[str, Any] = dict(model.named_modules())
     matched = match_modules(model, config["target_modules"], config["exclude_modules"])
     paths = [path for path in matched if path in modules and can_adapt(modules[path])]
     _check_one_path(model, [modules[path] for path in paths])
     ranks = ranks_of(config["rank_pattern"], config["r"], paths)
-    _check_tensors(tensors, {path: (ranks[path], modules[path]) for path in paths}, False)
+    sides = {p: _Sides(ranks[p], modules[p].in_features, modules[p].out_features) for p in paths}
+    _check_tensors(tensors, sides, False)
     names = ("exclude_modules", "rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora")
     numbers = (config["r"], config["lora_alpha"], config["target_modules"])
     options = {name: config[name] for name in names}
@@ -292,7 +337,10 @@ def _inner(model: Any) -> Any:
 
 
 def _layers(model: Any, adapter_name: str | None = None) -> dict[str, Any]:
-    """The adapted layers, with the parameters that they keep, by their paths without wrappers."""
+    """The adapted layers, with the parameters that they keep, by their paths without wrappers.
+
+    Of a mixture of experts each `ExpertsAdapter`, by the path of its projection's parameter.
+    """
     checks.check_module("model", model)
     if isinstance(model, (FusedLoRALinear, FusedMultiLoRALinear)):
         raise ValueError(
@@ -305,9 +353,25 @@ def _layers(model: Any, adapter_name: str | None = None) -> dict[str, Any]:
         dropout = max((layer.lora_dropout for layer in found.values()), default=0.0)
         _check_one_path(model, found.values())
         return {own_path(p): _named(layer, adapter_name, dropout) for p, layer in found.items()}
-    layers = {own_path(p): m for p, m in model.named_modules() if isinstance(m, FusedLoRALinear)}
+    layers: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, FusedLoRALinear):
+            layers[own_path(path)] = module
+        elif isinstance(module, FusedLoRAExperts):
+            layers |= {f"{own_path(path)}.{n}": adapter for n, adapter in module.adapters.items()}
     _check_one_path(model, layers.values())
     return layers
+
+
+def _places(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
+    """Each layer's path in the files."""
+    places = {path: path for path in layers}
+    for path, module in model.named_modules():
+        if isinstance(module, FusedLoRAExperts):
+            at = own_path(path)
+            wrappers = nested(module.base_layer, list(module.adapters))
+            places |= {f"{at}.{name}": at + wrapper for name, wrapper in wrappers.items()}
+    return places
 
 
 def _check_one_path(model: nn.Module, adapted: Iterable[nn.Module]) -> None:
@@ -336,13 +400,14 @@ class _Saved(NamedTuple):
     lora_B: Tensor
     lora_magnitude_vector: Tensor | None
     lora_alpha: float
+    r: int
 
     def tensors(self) -> dict[str, Tensor]:
         values = {name: getattr(self, name) for name in _TENSORS}
         return {name: tensor for name, tensor in values.items() if tensor is not None}
 
 
-def _saved(layer: FusedLoRALinear | _Named) -> _Saved:
+def _saved(layer: FusedLoRALinear | ExpertsAdapter | _Named) -> _Saved:
     A, B = whole(layer.lora_A.detach()), whole(layer.lora_B.detach())
     magnitude = layer.lora_magnitude_vector
     if magnitude is not None:
@@ -351,10 +416,12 @@ def _saved(layer: FusedLoRALinear | _Named) -> _Saved:
         A = torch.cat([A, whole(layer.lora_A_init)])
         B = torch.cat([B, -whole(layer.lora_B_init)], dim=1)
     alpha, rank = layer.lora_alpha, A.shape[0]
+    if isinstance(layer, ExpertsAdapter):
+        rank = layer.r  # of each
     if layer.scaling != FusedLoRALinear.scaling_of(alpha, rank, layer.use_rslora):
         # It is the larger rank of a residual, or A and B or the scaling were replaced.
         alpha = layer.scaling / FusedLoRALinear.scaling_of(1.0, rank, layer.use_rslora)
-    return _Saved(A, B, magnitude, alpha)
+    return _Saved(A, B, magnitude, alpha, rank)
 
 
 def _key(path: str, name: str) -> str:
@@ -372,7 +439,8 @@ def _config(
     model: nn.Module, layers: dict[str, Any], saved: dict[str, _Saved]
 ) -> dict[str, object]:
     """The fields of PEFT's LoraConfig that these layers set."""
-    ranks = {path: layer.lora_A.shape[0] for path, layer in saved.items()}
+    experts = [path for path, layer in layers.items() if isinstance(layer, ExpertsAdapter)]
+    ranks = {path: layer.r for path, layer in saved.items()}
     # Plain numbers: NumPy's are no JSON.
     alphas = {
         path: alpha if isinstance(alpha := layer.lora_alpha, int) else float(alpha)
@@ -388,7 +456,8 @@ def _config(
         "lora_dropout": _only("lora_dropout", layers),
         "use_rslora": _only("use_rslora", layers),
         "use_dora": _only("use_dora", layers),
-        "target_modules": _target_modules(model, layers),
+        "target_modules": _target_modules(model, layers.keys() - experts),
+        "target_parameters": _target_parameters(model, experts) or None,
         # Without the anchor "q" would be every "....q" too.
         "rank_pattern": {f"^{re.escape(p)}": n for p, n in ranks.items() if n != r},
         "alpha_pattern": {f"^{re.escape(p)}": n for p, n in alphas.items() if n != lora_alpha},
@@ -406,7 +475,19 @@ def _task_type(model: nn.Module) -> str | None:
     return "CAUSAL_LM" if generates and type(model).__name__.endswith("ForCausalLM") else None
 
 
-def _target_modules(model: nn.Module, layers: dict[str, Any]) -> list[str] | str:
+def _target_parameters(model: nn.Module, experts: Collection[str]) -> list[str]:
+    """The shortest ends by which PEFT matches these parameters and no other."""
+    inner = (f".{name}." for name in ("base_layer", "adapters"))
+    paths = [own_path(path) for path, _ in model.named_parameters(remove_duplicate=False)]
+    others = [path for path in paths if not any(part in path for part in inner)]
+    for parts in (2, 3):
+        ends = sorted({".".join(path.split(".")[-parts:]) for path in experts})
+        if set(match_paths("target_parameters", ends, [*others, *experts])) == set(experts):
+            return ends
+    return sorted(experts)
+
+
+def _target_modules(model: nn.Module, layers: Collection[str]) -> list[str] | str:
     """The shortest form by which PEFT matches these layers and no other module."""
     names = sorted({path.rpartition(".")[2] for path in layers})
     paths = [own_path(path) for path, _ in model.named_modules(remove_duplicate=False)]
@@ -436,15 +517,15 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 def _check_tensors(
     tensors: dict[str, Tensor],
-    expected: dict[str, tuple[int, nn.Linear | FusedLoRALinear]],
+    expected: dict[str, _Sides],
     use_dora: bool,
 ) -> None:
     shapes: dict[str, list[int]] = {}
-    for path, (r, linear) in expected.items():
-        shapes[_key(path, "lora_A")] = [r, linear.in_features]
-        shapes[_key(path, "lora_B")] = [linear.out_features, r]
+    for path, (r, in_features, out_features) in expected.items():
+        shapes[_key(path, "lora_A")] = [r, in_features]
+        shapes[_key(path, "lora_B")] = [out_features, r]
         if use_dora:
-            shapes[_key(path, "lora_magnitude_vector")] = [linear.out_features]
+            shapes[_key(path, "lora_magnitude_vector")] = [out_features]
     missing, unexpected = sorted(shapes.keys() - tensors), sorted(tensors.keys() - shapes)
     if missing or unexpected:
         raise ValueError(
@@ -463,7 +544,7 @@ def _check_tensors(
             raise ValueError(f"{WEIGHTS_NAME}: {key}: has values that are not finite")
 
 
-def _check_computation(layers: dict[str, FusedLoRALinear], config: dict[str, Any]) -> None:
+def _check_computation(layers: dict[str, Any], config: dict[str, Any]) -> None:
     paths = list(layers)
     alphas = alphas_of(config["alpha_pattern"], config["lora_alpha"], paths)
     for path, layer in layers.items():

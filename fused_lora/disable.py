@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from . import checks
+from .expert_layer import FusedLoRAExperts
 from .frozen import FrozenLinear
-from .linear import FusedLoRALinear
 
 _lock = threading.Lock()
 
@@ -32,11 +32,12 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     Raises TypeError if model is no module, ValueError if it has no adapters of ours or merged ones.
     """
     checks.check_module("model", model)
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, FrozenLinear)}
+    kinds = (FrozenLinear, FusedLoRAExperts)
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, kinds)}
     if not layers:
         raise ValueError("model: has no adapters of fused_lora's; PEFT's models have their own")
     for path, layer in layers.items():
-        if isinstance(layer, FusedLoRALinear) and layer.merged:
+        if getattr(layer, "merged", False):  # one of many adapters is never
             raise ValueError(f"model: {path or 'the layer'} is merged; call unmerge() first")
     _count(layers.values(), 1)
     try:
@@ -45,7 +46,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         _count(layers.values(), -1)
 
 
-def _count(layers: Iterable[FrozenLinear], more: int) -> None:
+def _count(layers: Iterable[FrozenLinear | FusedLoRAExperts], more: int) -> None:
     with _lock:
         for layer in layers:
             layer.disabled += more

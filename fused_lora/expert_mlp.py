@@ -23,12 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, torch_backend
-from .autocast import autocast, no_autocast
+from .autocast import autocast, autocast_enabled, no_autocast
 from .autograd import alias, raise_second_derivative
 from .backends import as_gradient
-from .calls import Backend
+from .calls import Backend, are_plain
 from .expert_backends import Experts, Path, grad_A, grad_B, project, project_back
-from .experts import Routing, decided, routing_of
+from .experts import Routing, decided, explain_experts, routing_of
+from .explanation import Explanation
 from .functional import is_recorded
 from .gated import Activation
 from .gated_mlp import activation_of
@@ -41,6 +42,13 @@ class ExpertAdapter(NamedTuple):
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
+
+    @classmethod
+    def of(cls, A: Tensor, B: Tensor, num_experts: int, scaling: float) -> ExpertAdapter:
+        """Of PEFT's A [E r, in], expert after expert, and B [out, r E], rank after rank: views."""
+        of_A = A.view(num_experts, -1, A.shape[1])
+        of_B = B.view(len(B), -1, num_experts).permute(2, 0, 1)
+        return cls(of_A, of_B, scaling)
 
 
 class Middle(NamedTuple):
@@ -328,8 +336,54 @@ def run_projections(
     return y.to(x.dtype)
 
 
+def weight_of(experts: Any, name: str) -> Tensor:
+    """The weights [E, out, in] of a projection, a view."""
+    weight: Tensor = getattr(experts, name)
+    return weight.mT if experts.is_transposed else weight
+
+
 def _frozen(experts: Any, name: str) -> tuple[Tensor, Tensor | None]:
-    """The weights [E, out, in] of a projection, and its biases."""
-    weight = getattr(experts, name)
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
-    return weight.mT if experts.is_transposed else weight, bias
+    return weight_of(experts, name), bias
+
+
+def routed(*args: Any, **kwargs: Any) -> tuple[Any, Any] | None:
+    """A router's choice among the arguments beside x; None if there are others."""
+    given = {**dict(zip(("top_k_index", "top_k_weights"), args, strict=False)), **kwargs}
+    if len(args) > 2 or given.keys() != {"top_k_index", "top_k_weights"}:
+        return None
+    return given["top_k_index"], given["top_k_weights"]
+
+
+def misfit(experts: Any, x: Any, index: Any, weights: Any) -> str | None:
+    """Why these are not what `run_experts` takes; None if they are."""
+    if not all(isinstance(t, Tensor) and are_plain(t) for t in (x, index, weights)):
+        return "an argument is not a plain tensor"
+    if x.ndim != 2 or index.ndim != 2 or index.shape != weights.shape or len(x) != len(index):
+        got = ", ".join(str(list(t.shape)) for t in (x, index, weights))
+        return f"x, top_k_index, top_k_weights: got {got}, wanted [T, hidden], [T, k] and [T, k]"
+    if index.dtype != torch.int64 or index.device != x.device or index.shape[1] == 0:
+        return f"top_k_index: got {index.dtype} on {index.device}, wanted int64 on x's device"
+    weight: Any = experts.down_proj
+    if not are_plain(weight):
+        return f"the experts' weights are {type(weight).__name__}s"
+    if x.device != weight.device or x.dtype not in checks.DTYPES:
+        return f"x: got {x.dtype} on {x.device}, the experts are on {weight.device}"
+    if x.dtype != weight.dtype and not autocast_enabled(x):
+        return f"x: got {x.dtype}, wanted the experts' dtype, {weight.dtype}"
+    return None
+
+
+def explain_experts_module(
+    experts: Any,
+    x: Tensor,
+    top_k_index: Tensor,
+    adapters: Mapping[str, ExpertAdapter],
+    backend: Backend,
+) -> Explanation:
+    """How `run_experts` computes the projection that x goes to."""
+    name, _ = projections(experts)
+    weight, bias = _frozen(experts, name)
+    A, B, scaling = adapters.get(name) or (None, None, 1.0)
+    options: Any = {"scaling": scaling, "bias": bias, "backend": backend}
+    return explain_experts(x, weight, A, B, expert_indices=top_k_index, **options)

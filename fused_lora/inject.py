@@ -10,11 +10,21 @@ from torch import nn
 from . import checks, sharing
 from .calls import Backend
 from .codes import Format
+from .expert_layer import FusedLoRAExperts
 from .frozen import FrozenLinear
 from .gated_mlp import gate_mlps
 from .inject_report import InjectReport, count_parameters, norms_of_change, relative_norm
 from .linear import FusedLoRALinear
-from .matching import alphas_of, find_targets, has_peft_layers, is_linear, ranks_of, unmatched
+from .matching import (
+    alphas_of,
+    find_experts,
+    find_targets,
+    has_peft_layers,
+    is_linear,
+    mixtures_of_experts,
+    ranks_of,
+    unmatched,
+)
 from .quantize import Quantizer, check_format
 
 
@@ -22,8 +32,9 @@ def inject(
     model: nn.Module,
     r: int,
     lora_alpha: float,
-    target_modules: str | Collection[str],
+    target_modules: str | Collection[str] | None = None,
     *,
+    target_parameters: Collection[str] | None = None,
     exclude_modules: str | Collection[str] | None = None,
     lora_dropout: float = 0.0,
     use_rslora: bool = False,
@@ -44,6 +55,10 @@ def inject(
         target_modules: PEFT's rules. A list of names matches a module whose path is a name or ends
             in "." + name; a string is a regular expression for the whole path, or "all-linear" for
             every `nn.Linear` but the output head (`get_output_embeddings`, where there is one).
+            None, or an empty list, where ``target_parameters`` says it all.
+        target_parameters: names, or ends of paths, of the parameters of transformers' mixtures of
+            experts, ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]: each such module becomes
+            a `FusedLoRAExperts`. As in PEFT without dropout and DoRA.
         exclude_modules: matched in the same way, and left out. The report has what matches nothing.
         rank_pattern, alpha_pattern: other r and lora_alpha for the layers whose path, or the end
             of it after a dot, is matched by the key, a regular expression; the first match counts.
@@ -85,19 +100,34 @@ def inject(
     checks.check_flag("groups", groups)
     if quantize is not None:
         check_format(quantize)
-    adapted = [path for path, m in model.named_modules() if isinstance(m, FrozenLinear)]
+    kinds = (FrozenLinear, FusedLoRAExperts)
+    adapted = [path for path, m in model.named_modules() if isinstance(m, kinds)]
     if adapted:
         more = f" and {len(adapted) - 1} more" * (len(adapted) > 1)
         raise ValueError(
             f"model: has adapters already, at {adapted[0]}{more}; wanted a plain model "
             "(merge_and_unload makes one of it), or add_adapter for all of several"
         )
-    modules, layers, skipped = find_targets(model, target_modules, exclude_modules, is_linear)
+    mixtures = find_experts(model, target_parameters or ())
+    if mixtures.projections:
+        _check_experts_options(lora_dropout, use_dora, init_lora_weights)
+    if target_modules or not mixtures.projections:
+        modules, layers, skipped = find_targets(
+            model, target_modules or [], exclude_modules, is_linear
+        )
+    else:
+        modules, layers, skipped = {}, [], {}
+    skipped |= mixtures.skipped
+    if target_modules == "all-linear":
+        for path in mixtures_of_experts(model):
+            if path not in mixtures.projections:
+                skipped[path] = "is a mixture of experts, for target_parameters to name"
     # Built first and put in last, so that a failure leaves the model as it was. A module that is
     # used at several paths stays one module.
-    ranks = ranks_of(rank_pattern, r, layers)
-    alphas = alphas_of(alpha_pattern, lora_alpha, layers)
-    skipped |= unmatched(layers, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
+    adapted_paths = layers + mixtures.paths()
+    ranks = ranks_of(rank_pattern, r, adapted_paths)
+    alphas = alphas_of(alpha_pattern, lora_alpha, adapted_paths)
+    skipped |= unmatched(adapted_paths, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
     replacements: dict[nn.Module, FusedLoRALinear] = {}
     changes: list[tuple[float, float]] = []
     for path in layers:
@@ -119,9 +149,23 @@ def inject(
             if layer.lora_A_init is not None and layer.lora_B_init is not None:
                 start = layer._product(layer.lora_A_init, layer.lora_B_init)
             changes += norms_of_change(linear, layer.weight, start)
+    of_experts = {}
+    for path, names in mixtures.projections.items():
+        of_experts[path] = FusedLoRAExperts(
+            model.get_submodule(path),
+            {name: ranks[f"{path}.{name}"] for name in names},
+            {name: alphas[f"{path}.{name}"] for name in names},
+            use_rslora=use_rslora,
+            adapter_dtype=adapter_dtype,
+            init_lora_weights=bool(init_lora_weights),
+            backend=backend,
+        )
     model.requires_grad_(False)
     for path in layers:
         model.set_submodule(path, replacements[modules[path]])
+    for path, mixture in of_experts.items():
+        mixture.adapters.requires_grad_(True)
+        model.set_submodule(path, mixture)
     found = tuple(sharing.find_groups(model, (FusedLoRALinear,))) if groups else ()
     for paths in found:
         group = sharing.SharedInput([model.get_submodule(path) for path in paths])
@@ -129,12 +173,32 @@ def inject(
             member.__dict__["shared_input"] = place
     mlps = tuple(gate_mlps(model, (FusedLoRALinear,))) if groups else ()
     return InjectReport(
-        layers=tuple(layers),
+        layers=tuple(adapted_paths),
         skipped=skipped,
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total=count_parameters(model),
-        adapted=sum(layer.weight.numel() for layer in replacements.values()),
+        adapted=sum(
+            weight.numel()
+            for weights in (
+                [layer.weight for layer in replacements.values()],
+                *(mixture.weights().values() for mixture in of_experts.values()),
+            )
+            for weight in weights
+        ),
         groups=found,
         gated=mlps,
         quantization_error=relative_norm(changes) if changes else None,
     )
+
+
+def _check_experts_options(
+    lora_dropout: float, use_dora: bool, init_lora_weights: bool | str
+) -> None:
+    """ValueError for what adapters of experts have in PEFT neither."""
+    if lora_dropout > 0.0:
+        raise ValueError(f"lora_dropout: got {lora_dropout}, wanted 0 with target_parameters")
+    if use_dora:
+        raise ValueError("use_dora: got True, wanted False with target_parameters")
+    if not isinstance(init_lora_weights, bool):
+        got = repr(init_lora_weights)
+        raise ValueError(f"init_lora_weights: got {got}, wanted a bool with target_parameters")

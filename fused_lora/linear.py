@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -424,12 +425,25 @@ class FusedLoRALinear(FrozenLinear):
         self._set_weight(value - product)
         self.merged, self.merged_scale = False, None
 
-    def _take_back(self, weight: nn.Parameter | QuantizedWeight) -> None:
-        """Undoes a merge over ``weight`` without a rounding; nothing happens if not merged."""
-        if isinstance(weight, QuantizedWeight):
-            self.unmerge()
-        elif self.merged:
-            self.weight, self.merged, self.merged_scale = weight, False, None
+    def unmerging(self) -> Callable[[], None]:
+        """What undoes a merge that is still to come, without a rounding, if it has come."""
+        weight = self.weight
+
+        def undo() -> None:
+            if isinstance(weight, QuantizedWeight):
+                self.unmerge()
+            elif self.merged:
+                self.weight, self.merged, self.merged_scale = weight, False, None
+
+        return undo
+
+    def plain(self) -> nn.Linear:
+        """An `nn.Linear` of the merged layer's weight and bias."""
+        assert isinstance(self.weight, nn.Parameter)
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = self.weight
+        linear.register_parameter("bias", self.bias)
+        return linear
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from . import checks, foreign
+from . import checks, expert_mlp, foreign
 from .multi_linear import FusedMultiLoRALinear
 
 
@@ -52,6 +52,48 @@ def find_targets(
             checks.check_unhooked(f"model: {path}", modules[path])
         _check_called(modules[path.rpartition(".")[0]], path)
     return Targets(modules, layers, skipped)
+
+
+class Experts(NamedTuple):
+    """The parameters of mixtures of experts that get an adapter."""
+
+    projections: dict[str, list[str]]  # by the module's path
+    skipped: dict[str, str]  # parameters and names that were asked for besides -> why they get none
+
+    def paths(self) -> list[str]:
+        """Of all the parameters."""
+        return [f"{path}.{name}" for path, names in self.projections.items() for name in names]
+
+
+def find_experts(model: nn.Module, target_parameters: Collection[str]) -> Experts:
+    """What of PEFT's ``target_parameters``, names and ends of paths, is a mixture's projection.
+
+    Raises TypeError unless they are strings, ValueError if a mixture that is matched has hooks.
+    """
+    paths = [path for path, _ in model.named_parameters(remove_duplicate=False)]
+    if isinstance(target_parameters, str):
+        raise TypeError(f"target_parameters: got {target_parameters!r}, wanted a list of strings")
+    found = Experts({}, {})
+    for name in target_parameters:
+        if not match_paths("target_parameters", [name], paths):
+            found.skipped[name] = "matches no parameter"
+    for path in match_paths("target_parameters", list(target_parameters), paths):
+        owner, _, name = path.rpartition(".")
+        module = model.get_submodule(owner)
+        why = expert_mlp.obstacle(module)
+        if why is None and name not in expert_mlp.projections(module):
+            why = f"is none of {' and '.join(expert_mlp.projections(module))}"
+        if why is not None:
+            found.skipped[path] = why
+            continue
+        checks.check_unhooked(f"model: {owner}", module)
+        found.projections.setdefault(owner, []).append(name)
+    return found
+
+
+def mixtures_of_experts(model: nn.Module) -> list[str]:
+    """The paths of those that ``target_parameters`` could name."""
+    return [path for path, m in model.named_modules() if expert_mlp.obstacle(m) is None]
 
 
 def _excluding_nothing(

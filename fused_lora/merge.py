@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from . import checks
+from .expert_layer import FusedLoRAExperts
 from .gated_mlp import ungate_mlps
 from .linear import FusedLoRALinear
 from .matching import has_peft_layers
@@ -22,6 +24,8 @@ from .sharded import is_sharded
 def merge_and_unload(model: nn.Module) -> nn.Module:
     """Merges every `FusedLoRALinear` of ``model`` and puts a plain `nn.Linear` in its place.
 
+    And every `FusedLoRAExperts`, in whose place the module of experts comes again.
+
     As PEFT's method of that name. Returns ``model``, whose weights stay frozen. A layer that is
     used at several paths stays one layer.
 
@@ -32,12 +36,12 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     replaced then, and none is left merged that was not.
     """
     checks.check_module("model", model)
-    paths: dict[FusedLoRALinear, list[str]] = {}
+    paths: dict[FusedLoRALinear | FusedLoRAExperts, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, FusedLoRALinear):
+        if isinstance(module, (FusedLoRALinear, FusedLoRAExperts)):
             if not path:
-                raise ValueError("model: got a FusedLoRALinear itself; call its merge()")
-            if module.merged and isinstance(module.weight, QuantizedWeight):
+                raise ValueError(f"model: got a {type(module).__name__} itself; call its merge()")
+            if module.merged and isinstance(getattr(module, "weight", None), QuantizedWeight):
                 raise ValueError(
                     f"model: {path} is merged into codes, which an nn.Linear cannot have; call its "
                     "unmerge() before, or keep the layer"
@@ -61,19 +65,14 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
                 "after FSDP2's reshard(), is right where it is and leaves the layer there)"
             )
         checks.check_unhooked(f"model: {path}", layer)
-    before = {layer: layer.weight for layer in paths if not layer.merged}
-    try:
-        for layer in before:
-            layer.merge()
-    except BaseException:
-        for layer, weight in before.items():
-            layer._take_back(weight)
-        raise
+    with contextlib.ExitStack() as undo:
+        for layer in paths:
+            if not layer.merged:
+                undo.callback(layer.unmerging())
+                layer.merge()
+        undo.pop_all()
     for layer, places in paths.items():
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        assert isinstance(layer.weight, nn.Parameter)
-        plain.weight = layer.weight
-        plain.register_parameter("bias", layer.bias)
+        plain = layer.plain()
         plain.train(layer.training)
         for path in places:
             model.set_submodule(path, plain)

@@ -15,9 +15,15 @@ from peft.tuners.lora import layer as peft_lora
 from torch import Tensor, nn
 
 from . import checks
-from .autocast import autocast_enabled
 from .calls import Backend, are_plain
-from .expert_mlp import ExpertAdapter, projections, run_experts
+from .expert_mlp import (
+    ExpertAdapter,
+    explain_experts_module,
+    misfit,
+    projections,
+    routed,
+    run_experts,
+)
 from .expert_mlp import obstacle as experts_obstacle
 from .explanation import Explanation
 from .functional import is_observed
@@ -37,7 +43,7 @@ class FusedPeftExperts(peft_lora.ParamWrapper):  # type: ignore[misc]  # peft is
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [T, hidden], and a router's choice: what the module of experts takes and gives."""
-        y: Tensor | None = _fused(self, x, _routed(*args, **kwargs))
+        y: Tensor | None = _fused(self, x, routed(*args, **kwargs))
         if y is None:
             y = super().forward(x, *args, **kwargs)
         return y
@@ -46,42 +52,21 @@ class FusedPeftExperts(peft_lora.ParamWrapper):  # type: ignore[misc]  # peft is
         """Which backend `forward` takes, and why, or why it is PEFT's own. Computes nothing."""
         found: Any = look(self)
         if not isinstance(found, str):
-            found = misfit(found, x, top_k_index, top_k_weights) or found
+            found = misfit(found.experts, x, top_k_index, top_k_weights) or found
         if isinstance(found, str):
             reasons = {"fused": f"not taken: {found}", "peft": "taken: PEFT's own forward"}
             return Explanation("torch", "peft", "peft", reasons)
-        name, _ = projections(found.experts)
-        return explain_projection(found, name, x, top_k_index, self.fused_lora_backend)
+        how = (found.adapters, self.fused_lora_backend)
+        return explain_experts_module(found.experts, x, top_k_index, *how)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _fused(layer: FusedPeftExperts, x: Any, routed: tuple[Any, Any] | None) -> Tensor | None:
+def _fused(layer: FusedPeftExperts, x: Any, choice: tuple[Any, Any] | None) -> Tensor | None:
     """The output, if the fused path takes the call."""
     found = look(layer)
-    if isinstance(found, str) or routed is None or misfit(found, x, *routed) is not None:
+    if isinstance(found, str) or choice is None or misfit(found.experts, x, *choice) is not None:
         return None
-    return run_experts(found.experts, x, *routed, found.adapters, layer.fused_lora_backend)
-
-
-def explain_projection(
-    state: ExpertsState, name: str, x: Tensor, top_k_index: Tensor, backend: Backend
-) -> Explanation:
-    """Of the projection that x goes to."""
-    from .experts import explain_experts
-
-    experts: Any = state.experts
-    weight = getattr(experts, name)
-    A, B, scaling = state.adapters.get(name) or (None, None, 1.0)
-    return explain_experts(
-        x,
-        weight.mT if experts.is_transposed else weight,
-        A,
-        B,
-        expert_indices=top_k_index,
-        scaling=scaling,
-        bias=getattr(experts, f"{name}_bias") if experts.has_bias else None,
-        backend=backend,
-    )
+    return run_experts(found.experts, x, *choice, found.adapters, layer.fused_lora_backend)
 
 
 def wrappers(layer: nn.Module) -> Iterator[Any]:
@@ -152,7 +137,7 @@ def _adapter(wrapper: Any) -> ExpertAdapter | str:
         number = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
         if not number or not abs(scaling) < math.inf:
             return f"adapter {name!r} has {scaling!r} for its scaling, not a finite number"
-        found.append(_of_experts(A.weight, B.weight, wrapper.num_experts, scaling))
+        found.append(ExpertAdapter.of(A.weight, B.weight, wrapper.num_experts, scaling))
     if not found:
         return "none of its adapters is active"
     if len(found) == 1:
@@ -160,34 +145,3 @@ def _adapter(wrapper: Any) -> ExpertAdapter | str:
     lora_A = torch.cat([each.lora_A for each in found], dim=1)
     lora_B = torch.cat([each.lora_B * each.scaling for each in found], dim=2)
     return ExpertAdapter(lora_A, lora_B, 1.0)
-
-
-def _of_experts(A: Tensor, B: Tensor, num_experts: int, scaling: float) -> ExpertAdapter:
-    """PEFT's A [E r, in], expert after expert, and B [out, r E], rank after rank, as stacks."""
-    of_A = A.view(num_experts, -1, A.shape[1])
-    of_B = B.view(len(B), -1, num_experts).permute(2, 0, 1)
-    return ExpertAdapter(of_A, of_B, scaling)
-
-
-def _routed(*args: Any, **kwargs: Any) -> tuple[Any, Any] | None:
-    """A router's choice among the arguments; None if there are others."""
-    given = {**dict(zip(("top_k_index", "top_k_weights"), args, strict=False)), **kwargs}
-    if len(args) > 2 or given.keys() != {"top_k_index", "top_k_weights"}:
-        return None
-    return given["top_k_index"], given["top_k_weights"]
-
-
-def misfit(state: ExpertsState, x: Any, index: Any, weights: Any) -> str | None:
-    """Why the arguments are not for the fused path; None if they are."""
-    if not all(isinstance(t, Tensor) and are_plain(t) for t in (x, index, weights)):
-        return "an argument is not a plain tensor"
-    if x.ndim != 2 or index.ndim != 2 or index.shape != weights.shape or len(x) != len(index):
-        return "x, top_k_index and top_k_weights are not [T, hidden], [T, k] and [T, k]"
-    if index.dtype != torch.int64 or index.device != x.device or index.shape[1] == 0:
-        return "top_k_index is not of integers beside x"
-    weight: Any = state.experts.down_proj
-    if x.device != weight.device or x.dtype not in checks.DTYPES:
-        return "x is not what the experts take"
-    if x.dtype != weight.dtype and not autocast_enabled(x):
-        return "x is not in the experts' dtype"
-    return None

@@ -247,7 +247,7 @@ def test_odd_arguments_get_peft_s_own_errors():
         with pytest.raises((TypeError, RuntimeError, ValueError)):
             model(*wrong)
     experts = model.base_model.model.experts
-    assert "not in the experts' dtype" in str(experts.explain(x.double(), index, weights))
+    assert "wanted the experts' dtype" in str(experts.explain(x.double(), index, weights))
     assert_close(model(x.double(), index, weights.double()), model(x, index, weights).double())
     assert_close(experts(x, top_k_weights=weights, top_k_index=index), model(x, index, weights))
 

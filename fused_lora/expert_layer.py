@@ -1,0 +1,246 @@
+"""`FusedLoRAExperts`: a frozen mixture of experts of transformers', with adapters.
+
+PEFT's ``target_parameters``: one adapter for each projection of all experts together, A [E r, in]
+with the experts one after the other and B [out, r E] with the ranks one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+from .calls import Backend
+from .expert_mlp import (
+    ExpertAdapter,
+    explain_experts_module,
+    misfit,
+    obstacle,
+    projections,
+    routed,
+    run_experts,
+    weight_of,
+)
+from .explanation import Explanation
+from .initial import initial_values
+from .linear import FusedLoRALinear
+from .sharded import is_sharded
+
+
+def nested(experts: nn.Module, adapted: Collection[str]) -> dict[str, str]:
+    """By projection, where in PEFT's wrappers of the module its adapter is.
+
+    It wraps the module once for each, in the order of the parameters: the first one is innermost.
+    """
+    names = [name for name, _ in experts.named_parameters(recurse=False) if name in adapted]
+    return {name: ".base_layer" * i for i, name in enumerate(reversed(names))}
+
+
+class ExpertsAdapter(nn.Module):
+    """The adapter of one projection of E experts.
+
+    Attributes:
+        lora_A [E * r, in], lora_B [out, r * E]: trainable parameters, in PEFT's layout.
+        r, lora_alpha, use_rslora, scaling, merged: as of `FusedLoRALinear`; r is of one expert.
+    """
+
+    lora_dropout = 0.0
+    use_dora = False
+    lora_magnitude_vector = lora_A_init = lora_B_init = None
+
+    def __init__(
+        self,
+        weight: Tensor,  # [E, out, in]
+        r: int,
+        lora_alpha: float,
+        use_rslora: bool,
+        adapter_dtype: torch.dtype | None,
+        init_lora_weights: bool,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.out_features, self.in_features = weight.shape
+        self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
+        self.merged = False
+        self.scaling = FusedLoRALinear.scaling_of(lora_alpha, r, use_rslora)
+        ranks = r * self.num_experts
+        found = initial_values(init_lora_weights, weight[0], ranks, self.scaling)
+        half = weight.dtype.itemsize == 2
+        dtype = adapter_dtype or (torch.float32 if half else weight.dtype)
+        self.lora_A = nn.Parameter(found.lora_A.to(weight.device, dtype))
+        self.lora_B = nn.Parameter(found.lora_B.to(weight.device, dtype))
+
+    def of_experts(self) -> ExpertAdapter:
+        """A [E, r, in] and B [E, out, r], views."""
+        return ExpertAdapter.of(self.lora_A, self.lora_B, self.num_experts, self.scaling)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if not self.merged:  # else loading it would add the adapter a second time
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        prefix, error_msgs = args[1], args[6]
+        if self.merged:
+            error_msgs.append(f"{prefix} is merged: call unmerge() before loading")
+        else:
+            super()._load_from_state_dict(*args)
+
+    def extra_repr(self) -> str:
+        return (
+            f"experts={self.num_experts}, in_features={self.in_features}, "
+            f"out_features={self.out_features}, r={self.r}, lora_alpha={self.lora_alpha}"
+        )
+
+
+class FusedLoRAExperts(nn.Module):
+    """In place of a module of experts: calls it nowhere, and computes what it does with adapters.
+
+    Attributes:
+        base_layer: that module, frozen, which `merge_and_unload` puts back.
+        adapters: `ExpertsAdapter` by projection ("gate_up_proj", "down_proj", ...).
+        merged: whether the adapters are in the weights. disabled, backend: as of `FusedLoRALinear`.
+    """
+
+    def __init__(
+        self,
+        experts: nn.Module,
+        ranks: Mapping[str, int],
+        alphas: Mapping[str, float],
+        *,
+        use_rslora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+        init_lora_weights: bool = True,
+        backend: Backend = "auto",
+    ) -> None:
+        """``ranks`` and ``alphas`` are of the projections that get an adapter.
+
+        Raises ValueError if ``experts`` is no such module or has hooks, TypeError or ValueError if
+        a number is out of range.
+        """
+        super().__init__()
+        why = obstacle(experts)
+        if why is not None:
+            raise ValueError(f"experts: {why}")
+        checks.check_unhooked("experts", experts)
+        checks.check_flag("init_lora_weights", init_lora_weights)
+        checks.check_backend(backend)
+        self.base_layer = experts.requires_grad_(False)
+        self.adapters = nn.ModuleDict()
+        self.backend: Backend = backend
+        self.merged, self.disabled = False, 0
+        for name in projections(experts):
+            if name in ranks:
+                checks.check_rank(ranks[name])
+                checks.check_number("lora_alpha", alphas[name])
+                weight = weight_of(experts, name)
+                numbers = (ranks[name], alphas[name], use_rslora)
+                self.adapters[name] = ExpertsAdapter(
+                    weight, *numbers, adapter_dtype, init_lora_weights
+                )
+
+    def _by_projection(self) -> dict[str, ExpertAdapter]:
+        return {name: each.of_experts() for name, each in self.adapters.items()}  # type: ignore
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [T, hidden], top_k_index and top_k_weights [T, k] -> y [T, hidden].
+
+        Raises RuntimeError if it is merged and in training mode; TypeError or ValueError if the
+        arguments are not these.
+        """
+        if self.merged and self.training:
+            raise RuntimeError(
+                "FusedLoRAExperts is merged and in training mode: call unmerge() to train the "
+                "adapter, or eval() to run the merged weights"
+            )
+        if self.merged or self.disabled:
+            y: Tensor = self.base_layer(x, *args, **kwargs)
+            return y
+        adapted: Tensor = self._adapted(x, routed(*args, **kwargs))
+        return adapted
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _adapted(self, x: Tensor, choice: tuple[Any, Any] | None) -> Tensor:
+        if choice is None:
+            raise TypeError("forward: got other arguments than x, top_k_index and top_k_weights")
+        if checks.is_hooked(self.base_layer):
+            raise RuntimeError("FusedLoRAExperts: base_layer has hooks, which nothing would run")
+        why = misfit(self.base_layer, x, *choice)
+        if why is not None:
+            raise ValueError(f"forward: {why}")
+        return run_experts(self.base_layer, x, *choice, self._by_projection(), self.backend)
+
+    def explain(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Explanation:
+        """Which backend `forward` takes, and why; computes nothing."""
+        if self.merged or self.disabled:
+            why = f"taken: the adapters are {'merged' if self.merged else 'disabled'}"
+            return Explanation("torch", "experts", "experts", {"experts": why})
+        adapters = self._by_projection()
+        return explain_experts_module(self.base_layer, x, top_k_index, adapters, self.backend)
+
+    @torch.no_grad()
+    def _changed(self, name: str, sign: float) -> nn.Parameter:
+        """A projection's weights plus or minus scaling * B A, expert by expert, in fp32."""
+        adapter: Any = self.adapters[name]
+        A, B, scaling = adapter.of_experts()
+        old = getattr(self.base_layer, name)
+        new = torch.empty_like(old)
+        stacks = (weight_of(self.base_layer, name), new.mT if self._transposed() else new)
+        for W, out, A_e, B_e in zip(*stacks, A, B, strict=True):
+            dtype = torch.promote_types(torch.promote_types(W.dtype, A_e.dtype), torch.float32)
+            out.copy_(W.to(dtype) + sign * scaling * (B_e.to(dtype) @ A_e.to(dtype)))
+        if not torch.isfinite(new).all():
+            raise ValueError(f"{name}: W + scaling * B A has values that are not finite")
+        return nn.Parameter(new, requires_grad=False)
+
+    def _transposed(self) -> bool:
+        base: Any = self.base_layer
+        return bool(base.is_transposed)
+
+    def _put(self, sign: float) -> None:
+        if any(map(is_sharded, self.parameters())):
+            raise RuntimeError("FusedLoRAExperts is spread over processes: merge where it is whole")
+        new = {name: self._changed(name, sign) for name in self.adapters}
+        self._set(new, merged=sign > 0)
+
+    def _set(self, weights: Mapping[str, nn.Parameter], *, merged: bool) -> None:
+        for name, weight in weights.items():
+            setattr(self.base_layer, name, weight)
+        self.merged = merged
+        for adapter in self.adapters.values():
+            adapter.merged = merged  # type: ignore[assignment]
+
+    def merge(self) -> None:
+        """Puts the adapters into new weights; they stay. Nothing happens if merged.
+
+        Raises ValueError, and merges nothing, if a result is not finite in the weights' dtype;
+        RuntimeError if it is disabled, or spread over processes.
+        """
+        if self.disabled:
+            raise RuntimeError("FusedLoRAExperts is disabled: merge outside of disable_adapter")
+        if not self.merged:
+            self._put(1.0)
+
+    def unmerge(self) -> None:
+        """Takes the adapters out again; exact up to rounding in the weights' dtype."""
+        if self.merged:
+            self._put(-1.0)
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """Those that have an adapter."""
+        return {name: getattr(self.base_layer, name) for name in self.adapters}
+
+    def unmerging(self) -> Callable[[], None]:
+        """What undoes a merge that is still to come, without a rounding, if it has come."""
+        before = self.weights()
+
+        def undo() -> None:
+            if self.merged:
+                self._set(before, merged=False)
+
+        return undo
+
+    def plain(self) -> nn.Module:
+        """The module of experts, of a merged layer with the merged weights."""
+        return self.base_layer

@@ -1,0 +1,292 @@
+"""`inject` with target_parameters: `FusedLoRAExperts`, against PEFT's, on disk, merged, ..."""
+
+import copy
+import functools
+import json
+import pickle
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers.integrations.moe")
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_peft_experts import EXPERTS, FORMS, HIDDEN, LM, Block, _language_model, _routed
+
+import fused_lora
+from fused_lora import disable_adapter, inject, load_adapter, merge_and_unload, save_adapter
+from fused_lora.expert_layer import FusedLoRAExperts
+
+assert_close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+NUMBERS = {"r": 4, "lora_alpha": 6}
+NAMES = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def _names(form, both=True):
+    first = "up_proj" if form == "nemotron_h" else "gate_up_proj"
+    return [f"experts.{first}", "experts.down_proj"][: 1 + both]
+
+
+def _injected(form="qwen3_moe", both=True, **options):
+    block = Block(form)
+    report = inject(block, **NUMBERS, target_parameters=_names(form, both), **options)
+    for adapter in block.experts.adapters.values():
+        torch.nn.init.normal_(adapter.lora_B, std=0.2)
+    return block, report
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("both", [True, False])
+def test_same_as_peft(form, both, tmp_path):
+    """The same start from the same seed, and the same results after training, both ways on disk."""
+    plain = Block(form)
+    ours, theirs = copy.deepcopy(plain), copy.deepcopy(plain)
+    torch.manual_seed(3)
+    inject(ours, **NUMBERS, target_parameters=_names(form, both))
+    torch.manual_seed(3)
+    theirs = get_peft_model(theirs, LoraConfig(**NUMBERS, target_parameters=_names(form, both)))
+    inputs = _routed()
+    assert_close(ours(*inputs), theirs(*inputs))
+    trained = [p for p in ours.parameters() if p.requires_grad]
+    for mine, other in zip(
+        (p for n, p in ours.named_parameters() if "lora_A" in n),
+        (p for n, p in theirs.named_parameters() if "lora_A" in n),
+        strict=True,
+    ):
+        assert torch.equal(mine, other)
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        ours(*inputs).square().mean().backward()
+        optimizer.step()
+    save_adapter(ours, tmp_path / "ours")
+    loaded = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours")
+    assert_close(loaded(*inputs), ours(*inputs))
+    loaded.save_pretrained(tmp_path / "theirs")
+    again = copy.deepcopy(plain)
+    load_adapter(again, tmp_path / "theirs")
+    assert torch.equal(again(*inputs), ours(*inputs))
+    load_adapter(ours, tmp_path / "theirs")  # into the same layers
+    assert torch.equal(again(*inputs), ours(*inputs))
+
+
+def test_report_and_parameters():
+    block, report = _injected()
+    assert report.layers == ("experts.gate_up_proj", "experts.down_proj")
+    trained = {n for n, p in block.named_parameters() if p.requires_grad}
+    assert trained == {
+        f"experts.adapters.{name}.lora_{side}"
+        for name in ("gate_up_proj", "down_proj")
+        for side in "AB"
+    }
+    assert report.trainable == sum(p.numel() for p in block.parameters() if p.requires_grad)
+    assert report.adapted == 3 * EXPERTS * HIDDEN * 40
+    assert "r=4" in repr(block)
+    groups = fused_lora.lora_plus_param_groups(block, lr=1e-3, loraplus_lr_ratio=16)
+    assert [len(group["params"]) for group in groups] == [2, 0, 2, 0]
+
+
+def test_disabled_merged_and_back(tmp_path):
+    block, _ = _injected()
+    inputs = _routed()
+    plain = copy.deepcopy(block.experts.base_layer)
+    expected = block(*inputs)
+    with disable_adapter(block):
+        assert_close(block(*inputs), plain(*inputs))
+        assert "disabled" in str(block.experts.explain(*inputs))
+        with pytest.raises(RuntimeError, match="disabled"):
+            block.experts.merge()
+    assert torch.equal(block(*inputs), expected)
+    block.experts.merge()
+    with pytest.raises(RuntimeError, match="merged and in training mode"):
+        block(*inputs)
+    block.eval()
+    assert_close(block(*inputs), expected)
+    assert "merged" in str(block.experts.explain(*inputs))
+    assert not any("lora_" in key for key in block.state_dict())
+    with pytest.raises(ValueError, match="is merged"):
+        save_adapter(block, tmp_path)
+    with pytest.raises(ValueError, match="is merged"), disable_adapter(block):
+        pass
+    block.experts.unmerge()
+    assert_close(block(*inputs), expected)
+    for name, weight in plain.named_parameters():
+        assert_close(dict(block.experts.base_layer.named_parameters())[name], weight)
+    merged = merge_and_unload(block)
+    assert type(merged.experts) is type(plain)
+    assert_close(merged(*inputs), expected)
+
+
+def test_a_merge_that_fails_changes_nothing():
+    block, _ = _injected()
+    before = {name: p.clone() for name, p in block.named_parameters()}
+    with torch.no_grad():
+        block.experts.adapters["down_proj"].lora_B[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="down_proj: .* not finite"):
+        merge_and_unload(block)
+    assert not block.experts.merged
+    for name in ("gate_up_proj", "down_proj"):
+        key = f"experts.base_layer.{name}"
+        assert torch.equal(dict(block.named_parameters())[key], before[key])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dtypes_and_copies(dtype):
+    """fp32 adapters over a half base; copies and pickles are layers of their own."""
+    block = Block("qwen3_moe").to(dtype)
+    inject(block, **NUMBERS, target_parameters=NAMES)
+    assert {p.dtype for p in block.parameters() if p.requires_grad} == {torch.float32}
+    inputs = _routed(dtype=dtype)
+    y = block(*inputs)
+    assert y.dtype == dtype
+    for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert torch.equal(other(*inputs), y)
+        with torch.no_grad():
+            other.experts.adapters["down_proj"].lora_B += 1
+        assert torch.equal(block(*inputs), y)
+    state = block.state_dict()
+    assert torch.equal(_loaded(state, dtype)(*inputs), y)
+
+
+def _loaded(state, dtype):
+    block = Block("qwen3_moe").to(dtype)
+    inject(block, **NUMBERS, target_parameters=NAMES)
+    block.load_state_dict(state)
+    return block
+
+
+def test_on_the_kernels(device, launches):
+    block, _ = _injected(backend="triton")
+    inputs = [t.to(device) for t in _routed()]
+    block = block.to(device)
+    y = block(*inputs)
+    assert launches.count("gemm_experts") == 2
+    plain, _ = _injected()
+    plain.load_state_dict(block.state_dict())
+    assert_close(plain.to(device)(*inputs), y)
+
+
+def test_a_language_model(tmp_path):
+    """With layers of attention, patterns, saved and loaded by both; tokens of both are the same."""
+    base = _language_model()
+    ours = copy.deepcopy(base)
+    patterns = {"rank_pattern": {r"0\.mlp\.experts\.down_proj": 2}, "alpha_pattern": {"q_proj": 3}}
+    report = inject(ours, **NUMBERS, **LM, **patterns)
+    assert len(report.layers) == 8
+    assert not report.skipped
+    assert ours.model.layers[0].mlp.experts.adapters["down_proj"].r == 2
+    for name, p in ours.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    tokens = torch.randint(50, (2, 30))
+    logits = ours(input_ids=tokens).logits
+    save_adapter(ours, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_parameters"] == ["experts.down_proj", "experts.gate_up_proj"]
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+    peft = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert_close(peft(input_ids=tokens).logits, logits)
+    again = copy.deepcopy(base)
+    load_adapter(again, tmp_path)
+    assert_close(again(input_ids=tokens).logits, logits)
+    merge_and_unload(again)
+    assert_close(again(input_ids=tokens).logits, logits)
+
+
+def test_all_linear_says_what_it_leaves():
+    model = _language_model()
+    report = inject(model, **NUMBERS, target_modules="all-linear")
+    why = "is a mixture of experts, for target_parameters to name"
+    assert report.skipped == {f"model.layers.{i}.mlp.experts": why for i in (0, 1)}
+    assert why in str(report)
+
+
+BAD = {
+    "target_parameters: got 'experts.down_proj', wanted a list": {
+        "target_parameters": "experts.down_proj"
+    },
+    "matches no nn.Linear": {"target_parameters": []},
+    "lora_dropout: got 0.1, wanted 0": {"lora_dropout": 0.1},
+    "use_dora: got True, wanted False": {"use_dora": True},
+    "init_lora_weights: got 'gaussian', wanted a bool": {"init_lora_weights": "gaussian"},
+    "r: got 0, wanted at least 1": {"r": 0},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input(message):
+    block = Block("qwen3_moe")
+    before = copy.deepcopy(block)
+    options = {**NUMBERS, "target_parameters": NAMES, **BAD[message]}
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        inject(block, **options)
+    assert str(block) == str(before)
+
+
+def test_names_that_match_nothing_or_no_mixture():
+    model = _language_model()
+    names = [*LM["target_parameters"], "experts.nothing", "q_proj.weight"]
+    report = inject(model, **NUMBERS, target_parameters=names)
+    assert report.skipped["experts.nothing"] == "matches no parameter"
+    assert "experts interface" in report.skipped["model.layers.0.self_attn.q_proj.weight"]
+
+
+def test_hooks_and_second_adapters_are_refused(tmp_path):
+    block = Block("qwen3_moe")
+    block.experts.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="has hooks"):
+        inject(block, **NUMBERS, target_parameters=NAMES)
+    block, _ = _injected()
+    with pytest.raises(ValueError, match="has adapters already, at experts"):
+        inject(block, **NUMBERS, target_parameters=NAMES)
+    save_adapter(block, tmp_path)
+    with pytest.raises(ValueError, match="a mixture of experts has one adapter"):
+        load_adapter(Block("qwen3_moe"), tmp_path, adapter_name="one")
+    block.experts.base_layer.register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match="hooks"):
+        block(*_routed())
+
+
+def test_bad_arguments_of_forward():
+    block, _ = _injected()
+    x, index, weights = _routed()
+    with pytest.raises(TypeError, match="top_k_index"):
+        block.experts(x, index)
+    with pytest.raises(ValueError, match="wanted the experts' dtype"):
+        block(x.double(), index, weights)
+    with pytest.raises(ValueError, match=r"wanted \[T, hidden\]"):
+        block(x, index[:2], weights)
+
+
+def test_files_that_do_not_fit(tmp_path):
+    block, _ = _injected()
+    save_adapter(block, tmp_path)
+    weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    tensors, fields = load_file(weights), json.loads(config.read_text())
+
+    def refused(message, tensors=tensors, **changed):
+        save_file(tensors, weights)
+        config.write_text(json.dumps(fields | changed))
+        for model in (Block("qwen3_moe"), block):
+            before = copy.deepcopy(model.state_dict())
+            with pytest.raises((ValueError, TypeError), match=message):
+                load_adapter(model, tmp_path)
+            after = model.state_dict()
+            assert all(torch.equal(after[key], value) for key, value in before.items())
+
+    key = "base_model.model.experts.lora_A.weight"
+    refused("got shape", {**tensors, key: tensors[key][1:].contiguous()})
+    refused("missing", {k: v for k, v in tensors.items() if k != key})
+    refused("not finite", {**tensors, key: tensors[key] * torch.nan})
+    refused("target_modules: is missing", target_parameters=None)
+    refused("target_parameters", target_parameters="experts.down_proj")
+    config.write_text(json.dumps(fields | {"target_parameters": ["experts.nothing"]}))
+    with pytest.raises(ValueError, match="target_parameters: experts.nothing matches no parameter"):
+        load_adapter(Block("qwen3_moe"), tmp_path)
+
+
+def test_public():
+    assert fused_lora.FusedLoRAExperts is FusedLoRAExperts
