@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,7 @@ from fused_lora import lora_linear, lora_linear_gated, lora_linear_group
 from fused_lora.dispatch import better_apart
 from fused_lora.tune import in_processes
 
-from . import measure, rows
+from . import csv_rows, measure, rows
 from .providers import peft_expression
 from .shapes import MODELS
 
@@ -210,35 +209,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=0, help="processes that compile first")
     args = parser.parse_args(argv)
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    environment = rows.environment(device, "CUDA events" if cuda else measure.clock().__name__, "")
-    path = args.out / rows.file_name(environment).replace(".json", "-groups.csv")
-    args.out.mkdir(parents=True, exist_ok=True)
-    print(f"q,k,v, gate,up and mlp, r {RANK}, on {environment['device']} -> {path}")
     Ms = args.rows or ((8192, 2048, 512, OVERHEAD_ROWS) if cuda else (512,))
     todo = problems(args.model or ("llama-3.1-8b" if cuda else "smollm2-135m"), Ms)
     if args.workers:
         in_processes(_compile, todo, args.workers)
-    failed = False
-    table: csv.DictWriter[str] | None = None
-    with contextlib.ExitStack() as files:
-        for problem in todo:
-            try:
-                for mode, medians in _measure(problem, args.seconds_a_mode):
-                    row = problem._asdict() | {"mode": mode} | medians | environment
-                    if table is None:  # not before: what an earlier run left may be all there is
-                        file = files.enter_context(path.open("w", newline=""))
-                        table = csv.DictWriter(file, row)
-                        table.writeheader()
-                    table.writerow(row)
-                    file.flush()  # a limit may end it
-                    ratio = medians["apart"] / medians["group"]
-                    times = "  ".join(f"{name} {value:10.1f}" for name, value in medians.items())
-                    print(f"{problem} {mode:16} {times}  {ratio:.3f}x", flush=True)
-            except Exception as error:  # whatever it is, the others are still to be measured
-                print(f"{problem}: {type(error).__name__}: {error}", flush=True)
-                failed = True
-    return int(failed)
+    measured = partial(_measure, seconds=args.seconds_a_mode)
+    return csv_rows.write("groups", todo, measured, args.out, versus="apart")
 
 
 if __name__ == "__main__":

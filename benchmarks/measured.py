@@ -37,8 +37,10 @@ class Measured:
     heading: str  # the device and the versions
     remark: str  # the clock, and what the runner had to say
     cases: dict[Case, Medians]
-    # Of `benchmarks.groups`, as its file has them: layers that are computed together.
+    # As their files have them: of `benchmarks.groups`, layers that are computed together; and of
+    # `benchmarks.experts`.
     together: list[dict[str, str]] = field(default_factory=list)
+    mixtures: list[dict[str, str]] = field(default_factory=list)
 
     def ratios(self, above: str, mode: str, below: str) -> dict[Case, float]:
         """The number of provider ``above`` over that of ``below``, where both were measured."""
@@ -86,14 +88,20 @@ def read(folder: Path) -> list[Measured]:
             case = Case(**{name: row[name] for name in Case.__dataclass_fields__})
             by_case.setdefault(case, {})[row["provider"], row["mode"]] = row["median"]
         measured.cases |= by_case
-    groups = []
-    for path in folder.glob("*-groups.csv"):
-        with path.open(newline="") as file:
-            groups.append([*csv.DictReader(file)])
-    for found in sorted(filter(None, groups), key=lambda found: found[0]["date"]):
-        if found[0]["device"] in devices:  # which has a heading
-            devices[found[0]["device"]].together = found
+    together, mixtures = (_newest(folder, kind) for kind in ("groups", "experts"))
+    for name, measured in devices.items():  # which have a heading
+        measured.together, measured.mixtures = together.get(name, []), mixtures.get(name, [])
     return list(devices.values())
+
+
+def _newest(folder: Path, kind: str) -> dict[str, list[dict[str, str]]]:
+    """The rows of each device's newest file of that kind."""
+    runs = []
+    for path in folder.glob(f"*-{kind}.csv"):
+        with path.open(newline="") as file:
+            runs.append([*csv.DictReader(file)])
+    runs = sorted(filter(None, runs), key=lambda found: found[0]["date"])
+    return {found[0]["device"]: found for found in runs}
 
 
 def _heading(row: Row) -> str:

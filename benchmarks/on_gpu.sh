@@ -3,8 +3,9 @@
 #
 #   bash benchmarks/on_gpu.sh          tests, the base product against cuBLAS, quick benchmark (of
 #                                      plain layers, quantised ones and many adapters in one batch),
-#                                      groups against their layers apart, memcheck of the kernels
-#                                      scheduled by hand and of the newest others
+#                                      mixtures of experts against PEFT's formula, groups against
+#                                      their layers apart, memcheck of the kernels scheduled by hand
+#                                      and of the newest others
 #   bash benchmarks/on_gpu.sh tune     measures every strategy and tile for LoRAFusion's grid and
 #                                      Llama-3.1-8B, in at most 9 minutes; leaves tuned_GPU.json,
 #                                      which ships from fused_lora/tables/GPU.json
@@ -140,19 +141,22 @@ one_by_hand=$?
 step by_hand 52 "$OUT/tests.log" bash -c 'tests 42 by_hand "$@"' tests \
     tests/test_{specialized,cuda}.py
 
-step base_product 40 "$OUT/benchmark.log" "$PYTHON" -m benchmarks.base_product --out "$OUT" \
+step base_product 35 "$OUT/benchmark.log" "$PYTHON" -m benchmarks.base_product --out "$OUT" \
     --workers "$(nproc)"
 resume=()
 if [[ -n ${RESUME:-} ]]; then resume=(--resume "$RESUME"); fi
-step benchmark 125 "$OUT/benchmark.log" "$PYTHON" -m benchmarks.run --selection quick \
-    --out "$OUT" --seconds 105 "${resume[@]}"
+step benchmark 100 "$OUT/benchmark.log" "$PYTHON" -m benchmarks.run --selection quick \
+    --out "$OUT" --seconds 80 "${resume[@]}"
+
+step experts 40 "$OUT/benchmark.log" "$PYTHON" -m benchmarks.experts --out "$OUT" \
+    --workers "$(nproc)"
 
 if ((one_by_hand == 124 || one_by_hand == 137)); then
     say "groups: not run, as the kernel of their dx hangs"
 else
-    step groups 38 "$OUT/benchmark.log" "$PYTHON" -m benchmarks.groups --out "$OUT" \
+    step groups 33 "$OUT/benchmark.log" "$PYTHON" -m benchmarks.groups --out "$OUT" \
         --workers "$(nproc)"
 fi
 
-sanitizer memcheck 40 --parts copies by_hand groups
+sanitizer memcheck 35 --parts copies by_hand groups
 finish

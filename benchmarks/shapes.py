@@ -78,6 +78,15 @@ MODELS = {
     "mistral-7b": (4096, 1024, 14336),
     "smollm2-135m": (576, 192, 1536),
 }
+# Mixture of experts -> (hidden, intermediate, experts, experts a token), from each config.json; and
+# for CPUs a small one, and OLMoE's with a quarter of its sides.
+EXPERTS = {
+    "qwen3-30b-a3b": (2048, 768, 128, 8),
+    "mixtral-8x7b": (4096, 14336, 8, 2),
+    "gpt-oss-20b": (2880, 2880, 32, 4),
+    "small": (512, 256, 32, 4),
+    "olmoe-quarter": (512, 256, 64, 8),
+}
 RANKS = (4, 8, 16, 32, 64, 128, 256)
 TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
 # LoRAFusion's grid (https://arxiv.org/abs/2510.00206): M x (K = N), r 16.

@@ -155,6 +155,32 @@ def _together_table(found: list[dict[str, str]]) -> Iterator[str]:
         yield "| " + " | ".join(cells) + " |"
 
 
+def _mixtures_table(found: list[dict[str, str]]) -> Iterator[str]:
+    """A row a case; PEFT's formula by hand where PEFT was not there."""
+    yield "Both with the router's gradient. grouped_mm: by hand, A and B in products of their own."
+    yield ""
+    peft, name = ("by_peft", "PEFT") if "by_peft" in found[0] else ("merged", "PEFT's formula")
+    providers, names = ("fused", peft, "split", "linear"), (name, "grouped_mm", "frozen")
+    columns = ["forward, us", *names, "both, us", *names, "both, over frozen"]
+    columns += [f"over {name}", "over grouped_mm", f"memory of {name}'s", "of grouped_mm's"]
+    yield "| experts | tokens | " + " | ".join(columns) + " |"
+    yield "|---|" + "---:|" * (1 + len(columns))
+    cases: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in found:
+        medians = [float(row[provider]) for provider in providers]
+        cases.setdefault((row["experts"], row["M"]), {})[row["mode"]] = medians
+    for case, modes in cases.items():
+        unknown = [None] * len(providers)  # of a run that a limit ended
+        forward, both, memory = (
+            modes.get(mode, unknown) for mode in ("forward", "forward+backward", "memory")
+        )
+        cells = [*case, *map(_number, (*forward, *both))]
+        ratios = [(both[0], both[3]), (both[1], both[0]), (both[2], both[0])]
+        ratios += [(memory[0], memory[1]), (memory[0], memory[2])]
+        cells += [_number(_quotient(*ratio), ".2f", "x") for ratio in ratios]
+        yield "| " + " | ".join(cells) + " |"
+
+
 def markdown(devices: list[Measured]) -> str:
     """The tables of all devices."""
     lines = [
@@ -177,4 +203,8 @@ def markdown(devices: list[Measured]) -> str:
             commit = measured.together[0]["commit"]
             lines += ["", f"### Layers together, and gated MLPs (commit {commit})", ""]
             lines += _together_table(measured.together)
+        if measured.mixtures:
+            commit = measured.mixtures[0]["commit"]
+            lines += ["", f"### Mixtures of experts (commit {commit})", ""]
+            lines += _mixtures_table(measured.mixtures)
     return "\n".join(lines) + "\n"
