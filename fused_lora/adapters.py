@@ -23,7 +23,7 @@ from . import checks
 from .adapter_config import CONFIG_NAME, read_config
 from .codes import Format
 from .expert_layer import ExpertsAdapter, FusedLoRAExperts, nested
-from .expert_mlp import weight_of
+from .expert_modules import weight_of
 from .files import write_atomically
 from .inject import inject
 from .linear import FusedLoRALinear

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from . import checks
 from .calls import Backend
-from .expert_mlp import (
-    ExpertAdapter,
+from .expert_mlp import ExpertAdapter
+from .expert_modules import (
     explain_experts_module,
     misfit,
     obstacle,

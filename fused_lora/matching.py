@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from . import checks, expert_mlp, foreign
+from . import checks, expert_modules, foreign
 from .multi_linear import FusedMultiLoRALinear
 
 
@@ -80,9 +80,9 @@ def find_experts(model: nn.Module, target_parameters: Collection[str]) -> Expert
     for path in match_paths("target_parameters", list(target_parameters), paths):
         owner, _, name = path.rpartition(".")
         module = model.get_submodule(owner)
-        why = expert_mlp.obstacle(module)
-        if why is None and name not in expert_mlp.projections(module):
-            why = f"is none of {' and '.join(expert_mlp.projections(module))}"
+        why = expert_modules.obstacle(module)
+        if why is None and name not in expert_modules.projections(module):
+            why = f"is none of {' and '.join(expert_modules.projections(module))}"
         if why is not None:
             found.skipped[path] = why
             continue
@@ -93,7 +93,7 @@ def find_experts(model: nn.Module, target_parameters: Collection[str]) -> Expert
 
 def mixtures_of_experts(model: nn.Module) -> list[str]:
     """The paths of those that ``target_parameters`` could name."""
-    return [path for path, m in model.named_modules() if expert_mlp.obstacle(m) is None]
+    return [path for path, m in model.named_modules() if expert_modules.obstacle(m) is None]
 
 
 def _excluding_nothing(

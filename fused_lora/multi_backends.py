@@ -228,7 +228,7 @@ def batches(
     of a model asks.
     """
     spans: dict[object, list[tuple[int, int, int]]] = {}
-    for span in rows.spans():
+    for span in rows.spans:
         adapter, first, last = span
         size = ranks[adapter] * row_bytes
         key: object = adapter

@@ -13,18 +13,19 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.lora import layer as peft_lora
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import checks
 from .calls import Backend, are_plain
-from .expert_mlp import (
-    ExpertAdapter,
+from .expert_mlp import ExpertAdapter
+from .expert_modules import (
     explain_experts_module,
     misfit,
     projections,
     routed,
     run_experts,
 )
-from .expert_mlp import obstacle as experts_obstacle
+from .expert_modules import obstacle as experts_obstacle
 from .explanation import Explanation
 from .functional import is_observed
 
@@ -60,6 +61,10 @@ class FusedPeftExperts(peft_lora.ParamWrapper):  # type: ignore[misc]  # peft is
         return explain_experts_module(found.experts, x, top_k_index, *how)
 
 
+# By this name PEFT knows what to put another adapter into; pickles go by __qualname__.
+FusedPeftExperts.__name__ = "ParamWrapper"
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _fused(layer: FusedPeftExperts, x: Any, choice: tuple[Any, Any] | None) -> Tensor | None:
     """The output, if the fused path takes the call."""
@@ -86,7 +91,8 @@ def look(layer: Any) -> ExpertsState | str:
     """What the wrapper's call depends on, or why it is for PEFT's own forward."""
     if torch.jit.is_tracing() or is_observed():  # type: ignore[attr-defined,no-untyped-call]
         return "it is traced, transformed or watched"
-    adapters: dict[str, ExpertAdapter] = {}
+    if forward_ad._current_level >= 0:
+        return "it is differentiated in forward mode"
     chain = list(wrappers(layer))
     experts: Any = chain[-1].base_layer
     why = experts_obstacle(experts)
@@ -97,14 +103,6 @@ def look(layer: Any) -> ExpertsState | str:
         return "there are hooks on all modules"
     if any(checks.is_hooked(module) for module in (*chain[1:], experts)):
         return "its experts have hooks"
-    for wrapper in chain:
-        name = wrapper.parameter_name
-        if name not in known or name in adapters:
-            return f"it adapts {name}, which is none of {' and '.join(known)}, or twice"
-        found = _adapter(wrapper)
-        if isinstance(found, str):
-            return found
-        adapters[name] = found
     for name in known:
         weight = experts._parameters.get(name)
         if weight is None or weight.ndim != 3 or len(weight) != experts.num_experts:
@@ -116,6 +114,15 @@ def look(layer: Any) -> ExpertsState | str:
         bias = experts._parameters.get(f"{name}_bias")
         if bias is not None and bias.requires_grad and torch.is_grad_enabled():
             return f"its {name}_bias requires a gradient"
+    adapters: dict[str, ExpertAdapter] = {}
+    for wrapper in chain:
+        name = wrapper.parameter_name
+        if name not in known or name in adapters:
+            return f"it adapts {name}, which is none of {' and '.join(known)}, or twice"
+        found = _adapter(wrapper)
+        if isinstance(found, str):
+            return found
+        adapters[name] = found
     return ExpertsState(experts, adapters)
 
 
@@ -134,6 +141,11 @@ def _adapter(wrapper: Any) -> ExpertAdapter | str:
             return f"adapter {name!r} is made of {A} and {B}"
         if checks.is_hooked(A) or checks.is_hooked(B):
             return f"adapter {name!r} has hooks"
+        sides, ranks = (A.weight, B.weight), wrapper.r[name] * wrapper.num_experts
+        if not all(are_plain(t) and t.ndim == 2 for t in sides):  # sharded, or gathered elsewhere
+            return f"adapter {name!r} is made of {type(A.weight).__name__}s of other shapes"
+        if len(A.weight) != ranks or B.weight.shape[1] != ranks:
+            return f"adapter {name!r} is not of {wrapper.num_experts} experts' ranks"
         number = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
         if not number or not abs(scaling) < math.inf:
             return f"adapter {name!r} has {scaling!r} for its scaling, not a finite number"

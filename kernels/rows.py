@@ -70,17 +70,19 @@ class RowGroups:
         """How many adapters there are at most, "none" being one."""
         return len(self.adapters)
 
-    def spans(self) -> list[tuple[int, int, int]]:
+    @functools.cached_property
+    def spans(self) -> tuple[tuple[int, int, int], ...]:
         """(adapter, first position, last + 1) of every adapter with rows; waits for the GPU."""
         adapters, offsets = self.on_host or (self.adapters.cpu(), self.offsets.cpu())
         ends = offsets.tolist()
         spans = zip(adapters.tolist(), ends[:-1], ends[1:], strict=True)
-        return [span for span in spans if span[0] >= 0 and span[1] < span[2]]
+        return tuple(span for span in spans if span[0] >= 0 and span[1] < span[2])
 
     def rows(self, first: int, last: int) -> slice | torch.Tensor:
         """The rows at a range of positions, as an index."""
         return slice(first, last) if self.order is None else self.order[first:last]
 
+    @functools.cached_property
     def sorted(self) -> RowGroups:
         """The same of rows that are in the order already."""
         return replace(self, order=None)  # with the same pieces

@@ -173,6 +173,22 @@ def test_it_is_lora_linear_of_each_expert(device, backend):
         torch.testing.assert_close(y[rows], alone, rtol=1e-4, atol=1e-4)
 
 
+def test_narrow_indices_of_many_experts():
+    p = _problem((20, 2), 200, 8, 16, 4, bias=False)
+    indices = torch.randint(0, 128, (20, 2))
+    expected = _call(replace(p, indices=indices))
+    for dtype in (torch.int8, torch.uint8, torch.int16, torch.int32):
+        assert torch.equal(_call(replace(p, indices=indices.to(dtype))), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_to_multiply(device, backend):
+    p = _problem((20, 2), 3, 8, 0, 4, dtype=torch.float16, device=device)
+    result = run(lambda p: _call(p, backend=backend), p, NEEDS)
+    assert result["dx"].shape == (20, 0)
+    assert torch.equal(result["y"], _expression(p))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_mask_is_one_of_x(device, backend):
     """Where x's rows go to several experts, all of them see the same elements dropped."""

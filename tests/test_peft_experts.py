@@ -3,10 +3,12 @@
 import copy
 import functools
 import importlib
+import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("peft")
@@ -52,10 +54,10 @@ class Block(nn.Module):
         return self.experts(x, index, weights)
 
 
-def _adapted(form="qwen3_moe", both=True, implementation="grouped_mm", **options):
+def _adapted(form="qwen3_moe", both=True, implementation="grouped_mm", names=None, **options):
     block = Block(form, implementation)
     first = "up_proj" if form == "nemotron_h" else "gate_up_proj"
-    names = [f"experts.{first}", "experts.down_proj"][: 1 + both]
+    names = names or [f"experts.{first}", "experts.down_proj"][: 1 + both]
     config = LoraConfig(r=4, lora_alpha=6, target_parameters=names, init_lora_weights=False)
     return get_peft_model(block, LoraConfig(**{**config.to_dict(), **options}))
 
@@ -129,7 +131,10 @@ def test_only_the_needed_is_computed(launches, device):
 
 
 def test_what_is_kept():
-    """Of a row of the experts' order z and act(gate), on the kernels z alone, and h; no more."""
+    """Of a row of the experts' order z and act(gate), on the kernels z alone, and h.
+
+    And on a CPU PEFT's B's as the products read them.
+    """
     model = _adapted()
     x, index, weights = _routed(50)
     fused_lora.peft.fuse(model)
@@ -139,7 +144,123 @@ def test_what_is_kept():
     known = {p.data_ptr() for p in (*model.parameters(), x, weights)}
     made = sorted(tuple(t.shape) for t in saved if t.data_ptr() not in known)
     rows = 50 * TOP
-    assert made == [(rows, 4), (rows, 4), (rows, 40), (rows, 80)]
+    adapters = [(EXPERTS, HIDDEN, 4), (EXPERTS, 80, 4)]
+    assert made == [*adapters, (rows, 4), (rows, 4), (rows, 40), (rows, 80)]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_is_kept_for_down_alone(autocast):
+    """a, where nothing asks for z's gradient; and no weight that autocast has cast."""
+    model = _adapted(names=["experts.down_proj"])
+    x, index, weights = _routed(50)
+    fused_lora.peft.fuse(model)
+    saved = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        y = model(x, index, weights)
+    y.sum().backward()
+    known = {p.data_ptr() for p in (*model.parameters(), x, weights)}
+    made = sorted(tuple(t.shape) for t in saved if t.data_ptr() not in known)
+    rows = 50 * TOP
+    assert made == [(EXPERTS, HIDDEN, 4), (rows, 4), (rows, 40)]
+
+
+def test_adapters_after_fuse(tmp_path):
+    """PEFT knows a fused wrapper for one of its own."""
+    model = _adapted()
+    plain = copy.deepcopy(model)
+    fused_lora.peft.fuse(model)
+    inputs = _routed()
+    for each in (model, plain):
+        torch.manual_seed(1)
+        each.add_adapter("more", copy.deepcopy(each.peft_config["default"]))
+        each.base_model.set_adapter(["default", "more"])
+    assert_close(model(*inputs), plain(*inputs))
+    model.save_pretrained(tmp_path)
+    for each in (model, plain):
+        each.load_adapter(tmp_path / "more", adapter_name="again")
+        each.set_adapter("again")
+        each.delete_adapter("more")
+    assert_close(model(*inputs), plain(*inputs))
+    assert type(model.base_model.model.experts) is FusedPeftExperts
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again.base_model.model.experts) is FusedPeftExperts
+    assert_close(again(*inputs), plain(*inputs))
+
+
+def test_a_forward_that_is_not_transformers_is_left_to_peft(monkeypatch):
+    """A subclass's, a patched one, or a registered implementation."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    inputs = _routed()
+
+    def refused(model, why):
+        plain = copy.deepcopy(model)
+        report = fused_lora.peft.fuse(model)
+        assert why in next(iter(report.not_fused.values()))
+        assert_close(model(*inputs), plain(*inputs))
+
+    model = _adapted()
+    experts = model.base_model.model.experts.get_base_layer()
+
+    class Doubled(type(experts)):
+        def forward(self, *args):
+            return 2 * super().forward(*args)
+
+    experts.__class__ = Doubled
+    refused(model, "the forward of Doubled is not the one")
+    model = _adapted()
+    kind = type(model.base_model.model.experts.get_base_layer())
+    with monkeypatch.context() as patched:
+        before = kind.forward
+        patched.setattr(kind, "forward", lambda self, *args: 2 * before(self, *args))
+        refused(model, "is not the one that transformers gives")
+    model = _adapted(implementation="mine")
+    with monkeypatch.context() as patched:
+        mine = {**ALL_EXPERTS_FUNCTIONS._global_mapping, "mine": lambda self, x, *_: x}
+        patched.setattr(type(ALL_EXPERTS_FUNCTIONS), "_global_mapping", mine)
+        refused(model, "computed by 'mine'")
+
+
+def test_the_output_may_be_changed_in_place():
+    model = _adapted()
+    x, index, weights = _routed()
+    fused_lora.peft.fuse(model)
+    y = model(x.requires_grad_(), index, weights)
+    y += 1
+    y.sum().backward()
+
+
+def test_what_autograd_s_node_cannot_goes_to_peft():
+    """Forward mode; arguments of inference mode."""
+    model = _adapted(implementation="eager")
+    x, index, weights = _routed()
+    fused_lora.peft.fuse(model)
+    with torch.inference_mode():
+        inputs = [t.clone() for t in (x, index, weights)]
+    assert model(*inputs).requires_grad
+    assert "inference mode" in str(model.base_model.model.experts.explain(*inputs))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        assert forward_ad.unpack_dual(model(dual, index, weights)).tangent is not None
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with pytest.raises(RuntimeError, match=r"reference.lora_linear_experts's can"):
+        torch.autograd.grad(model(x, index, weights).sum(), trained, create_graph=True)
+
+
+def test_adapters_without_values_are_reported():
+    """As ZeRO-3 and FSDP1 leave them between calls."""
+    model = _adapted()
+    for p in model.parameters():
+        p.data = torch.empty(0)
+    assert len(fused_lora.peft.fuse(model).not_fused) == 2
+    model = _adapted()
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = torch.empty(0)
+    assert len(fused_lora.peft.fuse(model).not_fused) == 2
 
 
 def test_fp32_adapters_over_bf16_and_router_weights_of_another_dtype():

@@ -1,0 +1,149 @@
+"""transformers' modules of experts: what is in them, and what they compute with adapters.
+
+transformers keeps all experts of a layer in one module: ``gate_up_proj`` (or ``up_proj``) and
+``down_proj``, each [E, out, in], or [E, in, out] where ``is_transposed`` says so. What the module's
+class computes is one function whichever of transformers' implementations runs it, and so is this.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+from .autocast import autocast_enabled
+from .calls import Backend, are_plain
+from .expert_mlp import ExpertAdapter, Middle, Projection, run_projections
+from .experts import explain_experts
+from .explanation import Explanation
+from .gated_mlp import activation_of
+
+
+def projections(experts: Any) -> tuple[str, str]:
+    """The names of a module's two."""
+    return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
+
+
+def obstacle(experts: Any) -> str | None:
+    """Why a module is no such mixture, or has a part that nobody would hear of; None if it is."""
+    name = type(experts).__name__
+    if not all(hasattr(experts, flag) for flag in ("_is_expert_parallel", "has_gate", "has_bias")):
+        return f"{name} is not of transformers' experts interface"
+    if experts.has_post_expert_norm:
+        return f"{name} has a norm after each expert"
+    if getattr(type(experts).forward, "__code__", None) is not _moe().forward_code:
+        return f"the forward of {name} is not the one that transformers gives such classes"
+    implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+    if implementation not in (None, "eager"):
+        function = _moe().functions.get(implementation)
+        if not getattr(function, "__module__", "").startswith("transformers."):
+            return f"its experts are computed by {implementation!r}, which is not transformers' own"
+    act = getattr(experts, "act_fn", None)
+    if isinstance(act, nn.Module) and (checks.is_hooked(act) or any(act.parameters())):
+        return f"the activation of {name} has hooks or parameters"
+    return None
+
+
+def _middle(experts: Any) -> Middle:
+    if not experts.has_gate:
+        return Middle(None, experts.act_fn)
+    gate = experts._apply_gate
+    usual = getattr(gate, "__func__", None) is _moe().gate
+    return Middle(activation_of(experts.act_fn) if usual else None, gate)
+
+
+class _Moe(NamedTuple):
+    """What transformers' interface for experts is made of."""
+
+    gate: object  # act(gate) o up of (gate, up)
+    forward_code: object  # of the forward that its classes have
+    functions: Mapping[str, object]  # by implementations' names: anybody may add one
+
+
+@functools.cache
+def _moe() -> _Moe:
+    from transformers.integrations import moe
+
+    class Bare(nn.Module):
+        pass
+
+    decorated = moe.use_experts_implementation(Bare)
+    code = decorated.forward.__code__
+    return _Moe(moe._default_apply_gate, code, moe.ALL_EXPERTS_FUNCTIONS)
+
+
+def run_experts(
+    experts: Any,
+    x: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    adapters: Mapping[str, ExpertAdapter],
+    backend: Backend = "auto",
+) -> Tensor:
+    """What ``experts(x, top_k_index, top_k_weights)`` is with ``adapters``, by projections' names.
+
+    x [T, hidden], top_k_index and top_k_weights [T, k].
+    """
+    first, last = (
+        Projection(*_frozen(experts, name), adapters.get(name)) for name in projections(experts)
+    )
+    return run_projections(x, top_k_index, top_k_weights, first, last, _middle(experts), backend)
+
+
+def weight_of(experts: Any, name: str) -> Tensor:
+    """The weights [E, out, in] of a projection, a view."""
+    weight: Tensor = getattr(experts, name)
+    return weight.mT if experts.is_transposed else weight
+
+
+def _frozen(experts: Any, name: str) -> tuple[Tensor, Tensor | None]:
+    bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
+    return weight_of(experts, name), bias
+
+
+def routed(*args: Any, **kwargs: Any) -> tuple[Any, Any] | None:
+    """A router's choice among the arguments beside x; None if there are others."""
+    given = {**dict(zip(("top_k_index", "top_k_weights"), args, strict=False)), **kwargs}
+    if len(args) > 2 or given.keys() != {"top_k_index", "top_k_weights"}:
+        return None
+    return given["top_k_index"], given["top_k_weights"]
+
+
+def misfit(experts: Any, x: Any, index: Any, weights: Any) -> str | None:
+    """Why these are not what `run_experts` takes; None if they are."""
+    if not all(isinstance(t, Tensor) and are_plain(t) for t in (x, index, weights)):
+        return "an argument is not a plain tensor"
+    if torch.is_grad_enabled() and any(t.is_inference() for t in (x, index, weights)):
+        return "an argument is of inference mode, and could not be kept for a backward pass"
+    if x.ndim != 2 or index.ndim != 2 or index.shape != weights.shape or len(x) != len(index):
+        got = ", ".join(str(list(t.shape)) for t in (x, index, weights))
+        return f"x, top_k_index, top_k_weights: got {got}, wanted [T, hidden], [T, k] and [T, k]"
+    if index.dtype != torch.int64 or index.device != x.device or index.shape[1] == 0:
+        return f"top_k_index: got {index.dtype} on {index.device}, wanted int64 on x's device"
+    weight: Any = experts.down_proj
+    if not are_plain(weight):
+        return f"the experts' weights are {type(weight).__name__}s"
+    if x.device != weight.device or x.dtype not in checks.DTYPES:
+        return f"x: got {x.dtype} on {x.device}, the experts are on {weight.device}"
+    if x.dtype != weight.dtype and not autocast_enabled(x):
+        return f"x: got {x.dtype}, wanted the experts' dtype, {weight.dtype}"
+    return None
+
+
+def explain_experts_module(
+    experts: Any,
+    x: Tensor,
+    top_k_index: Tensor,
+    adapters: Mapping[str, ExpertAdapter],
+    backend: Backend,
+) -> Explanation:
+    """How `run_experts` computes the projection that x goes to."""
+    name, _ = projections(experts)
+    weight, bias = _frozen(experts, name)
+    A, B, scaling = adapters.get(name) or (None, None, 1.0)
+    options: Any = {"scaling": scaling, "bias": bias, "backend": backend}
+    return explain_experts(x, weight, A, B, expert_indices=top_k_index, **options)
