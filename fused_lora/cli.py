@@ -66,6 +66,9 @@ def finetune(
     target_modules: Annotated[
         str, typer.Option(help="Names of the layers, with commas between, or all-linear.")
     ] = ",".join(ALL_PROJECTIONS),
+    target_parameters: Annotated[
+        str, typer.Option(help="Of mixtures of experts: mlp.experts.gate_up_proj,...")
+    ] = "",
     use_rslora: Annotated[
         bool, typer.Option("--use-rslora", help="scaling = alpha / sqrt(r).")
     ] = False,
@@ -94,8 +97,9 @@ def finetune(
 ) -> None:
     """Fine-tune a causal language model; the adapter is saved in PEFT's format."""
     options = {f.name: context.params[f.name] for f in fields(Settings)}
-    names = map(str.strip, target_modules.split(","))
-    options["target_modules"] = tuple(name for name in names if name)
+    for name in ("target_modules", "target_parameters"):
+        names = map(str.strip, options[name].split(","))
+        options[name] = tuple(target for target in names if target)
     for name in ("model", "data"):  # resuming and merging find them from any folder
         if Path(options[name]).exists():
             options[name] = str(Path(options[name]).resolve())

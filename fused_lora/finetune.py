@@ -132,6 +132,7 @@ class Run:
                 s.r,
                 s.lora_alpha,
                 self._targets(),
+                target_parameters=s.target_parameters,
                 lora_dropout=s.lora_dropout,
                 use_rslora=s.use_rslora,
                 backend=s.backend,
@@ -150,6 +151,7 @@ class Run:
             lora_dropout=s.lora_dropout,
             use_rslora=s.use_rslora,
             target_modules=self._targets(),
+            target_parameters=list(s.target_parameters) or None,
             task_type="CAUSAL_LM",
         )
         wrapped: nn.Module = get_peft_model(model, config)
@@ -320,6 +322,8 @@ def _adapters(model: nn.Module) -> Iterator[tuple[Tensor | QuantizedWeight, Tens
     for module in model.modules():
         if isinstance(module, FusedLoRALinear):
             yield module.weight, module.lora_A, module.lora_B
+        elif type(module).__name__ == "ParamWrapper":  # of experts, which explain themselves
+            continue
         elif isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
             layer: Any = module
             for name in layer.active_adapters:
@@ -387,7 +391,9 @@ def saved_settings(out: Path) -> Settings:
 def _settings_of(path: Path, state: dict[str, Any]) -> Settings:
     try:
         saved = dict(state["settings"])
-        return Settings(**saved | {"target_modules": tuple(saved["target_modules"])})
+        saved.setdefault("target_parameters", ())  # of a run from before there were any
+        names = ("target_modules", "target_parameters")
+        return Settings(**saved | {name: tuple(saved[name]) for name in names})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its settings are damaged: {error}") from None
 

@@ -26,6 +26,7 @@ class Settings:
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
     target_modules: tuple[str, ...] = ALL_PROJECTIONS
+    target_parameters: tuple[str, ...] = ()  # of mixtures of experts
     use_rslora: bool = False
     steps: int = 60
     batch_size: int = 1  # rows of seq_len tokens a step, over all processes
@@ -70,7 +71,11 @@ class Settings:
         for name in ("model", "data", "device"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, wanted a string")
-        if not self.target_modules or not all(isinstance(t, str) for t in self.target_modules):
+        for name in ("target_modules", "target_parameters"):
+            targets = getattr(self, name)
+            if not all(isinstance(target, str) for target in targets):
+                raise TypeError(f"{name}: got {targets!r}, wanted names")
+        if not self.target_modules and not self.target_parameters:
             raise TypeError(f"target_modules: got {self.target_modules!r}, wanted names")
         if self.device.partition(":")[0] not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device: got {self.device!r}, wanted auto, cpu, cuda or cuda:N")

@@ -107,6 +107,46 @@ def test_learns_and_saves_what_peft_loads(settings, tmp_path, peft):
     assert not [name for name in written if name.startswith(".")]
 
 
+@pytest.mark.parametrize("peft", [False, True])
+def test_a_mixture_of_experts(settings, model_dir, tmp_path, peft):
+    """Trained, resumed, merged and loaded by PEFT, experts and attention."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
+
+    config = Qwen3MoeConfig(
+        vocab_size=AutoTokenizer.from_pretrained(model_dir).vocab_size,
+        hidden_size=32,
+        moe_intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")
+    AutoTokenizer.from_pretrained(model_dir).save_pretrained(tmp_path / "moe")
+    names = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    experts = {"target_modules": ("q_proj",), "target_parameters": names, "peft": peft}
+    settings = replace(settings, model=str(tmp_path / "moe"), **experts)
+    run = _train(settings, tmp_path / "out")
+    assert run.evaluate() < run.history.held_out_before - 0.1
+    assert sum("experts" in name for name in run.trained) == 8
+    difference, effect = run.compare_with_peft()
+    assert difference < 1e-4 < effect
+    again = _train(replace(settings, steps=8), tmp_path / "out", resume=True)
+    assert again.history.step == 8
+    assert saved_settings(tmp_path / "out").target_parameters == names
+    done = CliRunner().invoke(app, ["merge", str(tmp_path / "out"), str(tmp_path / "merged")])
+    assert done.exit_code == 0, done.output
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    rows = again.held_out[:1, 0]
+    again.model.eval()
+    torch.testing.assert_close(
+        merged(input_ids=rows).logits, again.model(input_ids=rows).logits, rtol=1e-4, atol=1e-4
+    )
+
+
 def test_through_peft_and_through_inject_are_the_same(settings, tmp_path):
     losses = []
     for peft in (False, True):
