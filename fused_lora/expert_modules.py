@@ -33,7 +33,7 @@ def obstacle(experts: Any) -> str | None:
     name = type(experts).__name__
     if not all(hasattr(experts, flag) for flag in ("_is_expert_parallel", "has_gate", "has_bias")):
         return f"{name} is not of transformers' experts interface"
-    if experts.has_post_expert_norm:
+    if getattr(experts, "has_post_expert_norm", False):
         return f"{name} has a norm after each expert"
     if getattr(type(experts).forward, "__code__", None) is not _moe().forward_code:
         return f"the forward of {name} is not the one that transformers gives such classes"

@@ -17,6 +17,7 @@ import time
 import traceback
 from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import plan_parallel
 from fused_lora import (
+    FusedLoRAExperts,
     FusedLoRAGroup,
     FusedLoRALinear,
     FusedMultiLoRALinear,
@@ -230,6 +232,61 @@ def fsdp():
             assert_same_run(averaged(got), expected)
 
     on_both_backends(run)
+
+
+class Mixture(nn.Module):
+    """A router, experts with adapters, and a layer."""
+
+    def __init__(self, experts, dtype):
+        super().__init__()
+        torch.manual_seed(0)
+        self.router = nn.Linear(K, 6, dtype=dtype).requires_grad_(False)
+        self.experts = experts
+        self.head = FusedLoRALinear(K, N, R, dtype=dtype)
+        for name, p in self.named_parameters():
+            if p.requires_grad or "base_layer" in name:
+                nn.init.normal_(p, std=0.3)
+
+    def forward(self, x):
+        rows = x.flatten(0, 1)
+        p, index = self.router(rows).softmax(-1).topk(2)
+        return self.head(self.experts(rows, index, p)).view(*x.shape[:2], N)
+
+
+def experts_of_both(dtype):
+    """A mixture of experts with adapters of ours, and one with PEFT's, fused."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    import fused_lora.peft
+
+    sizes = {"hidden_size": K, "moe_intermediate_size": 10, "num_experts": 6}
+    config = Qwen3MoeConfig(**sizes, num_experts_per_tok=2)
+    names = ("gate_up_proj", "down_proj")
+    yield FusedLoRAExperts(
+        Qwen3MoeExperts(config).to(dtype), dict.fromkeys(names, R), dict.fromkeys(names, 4)
+    )
+    holder = nn.ModuleDict({"experts": Qwen3MoeExperts(config)})
+    targets = [f"experts.{name}" for name in names]
+    model = get_peft_model(holder, LoraConfig(r=R, target_parameters=targets)).to(dtype)
+    assert not fused_lora.peft.fuse(model).not_fused
+    yield model.base_model.model["experts"]
+
+
+@check
+def experts_in_ddp_and_fsdp():
+    if find_spec("peft") is None or find_spec("transformers") is None:
+        return
+    x, target = data(torch.float64)
+    for experts in experts_of_both(torch.float64):
+        model = Mixture(experts, torch.float64)
+        expected = train(copy.deepcopy(model), x, target)
+        got = train(DistributedDataParallel(copy.deepcopy(model)), mine(x), mine(target))
+        assert_same_run(averaged(got), expected)
+        fully_shard(model.experts)
+        got = train(fully_shard(model), mine(x), mine(target))
+        assert_same_run(averaged(got), expected)
 
 
 @check

@@ -87,6 +87,7 @@ EVERYWHERE = [
 TWO = [
     *EVERYWHERE,
     "ddp_static_graph_with_checkpointing",
+    "experts_in_ddp_and_fsdp",
     "fsdp_cpu_offload",
     "fsdp_mixed_precision",
     "fsdp_mixed_precision_of_codes",
