@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .autocast import no_autocast
 from .kernels.configs import Kind, TileConfig, cdiv, choose_config, rows_obstacle
@@ -213,6 +214,8 @@ def _can_group(*matrices: Tensor) -> bool:
     ):
         return False
     if device.type == "cpu" and dtype in WITHOUT_INSTRUCTIONS:
+        return False
+    if _get_current_dispatch_mode() is not None:  # FlopCounterMode knows no such product
         return False
     return not any(rows_obstacle(t if t.ndim == 2 else t[0], t.stride(-1) != 1) for t in matrices)
 

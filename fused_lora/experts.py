@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import checks
 from .autocast import autocast, autocast_enabled
@@ -21,7 +22,7 @@ from .calls import Backend, Call, are_plain
 from .dispatch import takes_kernels, why_torch
 from .expert_backends import Experts, Path, grad_A, grad_B, project, project_back
 from .explanation import Explanation
-from .functional import check_options, draw_seeds, is_observed, is_recorded
+from .functional import check_options, draw_seeds, is_recorded
 from .kernels.dropout import dropout_of, dropout_threshold
 from .kernels.rows import RowGroups, groups_of_indices
 from .multi_rows import INTEGERS
@@ -158,8 +159,7 @@ def lora_linear_experts(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, shape, dtype, device or range.
-        RuntimeError: ``backend="triton"`` where the kernels cannot run; under torch.func and
-            dispatch modes.
+        RuntimeError: ``backend="triton"`` where the kernels cannot run; under torch.func.
 
     Under torch.compile the graph breaks.
     """
@@ -211,11 +211,11 @@ def decided(
     backend: Backend,
 ) -> Decided:
     """The call as checked; ``indexed``: the indices' shape."""
-    if is_observed():
-        raise RuntimeError(
-            "lora_linear_experts: torch.func's transforms and dispatch modes are not supported"
-        )
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError("lora_linear_experts: torch.func's transforms are not supported")
     check_options(weight, scaling, dropout_p, backend)
+    if backend == "auto" and _get_current_dispatch_mode() is not None:
+        backend = "torch"  # who watches operators (FlopCounterMode) hears of no kernel
     if isinstance(x, Tensor) and isinstance(weight, Tensor) and autocast_enabled(x):
         # It is cast where it is used, and kept as it is: this one is without values.
         weight = autocast(x, weight.new_empty(1), None)[1].expand(weight.shape)

@@ -9,8 +9,8 @@ import torch
 from oracle import Problem, check, run
 from outside import run_outside
 from torch.func import vmap
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fused_lora
 from fused_lora import experts, explain_experts, lora_linear, lora_linear_experts, reference
@@ -271,17 +271,21 @@ def test_compiled():
     assert torch.equal(compiled(p), _call(p) * 2)
 
 
-def test_watchers_are_refused():
+def test_transforms_are_refused():
     p = _problem((40, 2), 3, 20, 18, 4)
     with pytest.raises(RuntimeError, match=r"torch.func.*not supported"):
         vmap(lambda x: _call(replace(p, x=x)))(p.x[None])
 
-    class Watching(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            return func(*args, **(kwargs or {}))
 
-    with Watching(), pytest.raises(RuntimeError, match="not supported"):
-        _call(p)
+def test_flops_are_counted():
+    """By PyTorch's path, whose products a mode hears of."""
+    p = _problem((40, 2), 3, 20, 18, 4, highest=0)
+    p = replace(p, indices=p.indices.clamp(min=0))
+    x, A, B = (t.requires_grad_() for t in (p.x, p.lora_A, p.lora_B))
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(_call(p), (x, A, B), p.g)
+    rows, N, K, r = 80, 20, 18, 4
+    assert counter.get_total_flops() == 2 * rows * (2 * N * K + 3 * r * (N + K))
 
 
 def test_explain(device):
