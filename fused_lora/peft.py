@@ -240,7 +240,8 @@ def fuse(
     """Puts every eligible `peft.tuners.lora.Linear` of a live model on the fused path, in place.
 
     And the LoRA layers over bitsandbytes' Linear4bit and Linear8bitLt; over the latter x is not
-    rounded to int8, which bitsandbytes does. Of DoRA's norm over either nothing is rounded.
+    rounded to int8, which bitsandbytes does. Of DoRA's norm over either nothing is rounded. And the
+    wrappers of transformers' mixtures of experts (``target_parameters``): see `peft_experts`.
 
     On the fast path: dropout, bias, ``lora_bias``, rsLoRA, DoRA, fp32 adapters over a half base,
     Conv1D (GPT-2), several active adapters, batches that mix adapters (``adapter_names``), over
@@ -254,7 +255,7 @@ def fuse(
         backend: as for `lora_linear`.
         groups: compute the projections that share their input (q, k, v; gate, up) together, in the
             model families where they are known to: Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma2 and
-            Gemma3. See `fused_lora.sharing` for how; `lora_linear_group` for what it saves, and
+            Gemma3, and with experts GLM-4, gpt-oss, Mixtral, OLMoE, Qwen2 and Qwen3. See `fused_lora.sharing` for how; `lora_linear_group` for what it saves, and
             what a backward pass through one of them alone needs. And compute act(gate) * up with
             down, in MLPs whose forward is Llama's: see `lora_linear_gated`. All are
             computed on their own under torch.compile and torch.func, and for up to 64 rows; what

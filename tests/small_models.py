@@ -31,13 +31,38 @@ FAMILIES = {
 }
 
 
+MIXTURES = {
+    "glm4_moe": transformers.Glm4MoeConfig,
+    "gpt_oss": transformers.GptOssConfig,
+    "mixtral": transformers.MixtralConfig,
+    "olmoe": transformers.OlmoeConfig,
+    "qwen2_moe": transformers.Qwen2MoeConfig,
+    "qwen3_moe": transformers.Qwen3MoeConfig,
+}
+# What they call the same, each something else.
+OF_EXPERTS = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 12,
+    "first_k_dense_replace": 1,
+    "eos_token_id": None,
+}
+
+
 _DERIVED = ("granite", "head_dim")  # which its configuration does not take
 
 
 def base(family="llama", **config):
     given = {name: value for name, value in SMALL.items() if (family, name) != _DERIVED}
-    config = FAMILIES[family](**given | config, attn_implementation="eager")
-    return transformers.AutoModelForCausalLM.from_config(config)
+    options = {}
+    if family in MIXTURES:
+        given |= OF_EXPERTS
+        options = {"experts_implementation": "eager"}  # the others take no fp64
+    config = (FAMILIES | MIXTURES)[family](**given | config, attn_implementation="eager")
+    return transformers.AutoModelForCausalLM.from_config(config, **options)
 
 
 # In fp64: the depth of a model enlarges what another order of a sum rounds otherwise. In fp32 one

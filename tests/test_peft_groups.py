@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from small_models import FAMILIES, adapted, assert_same, base, outputs  # noqa: E402
+from small_models import FAMILIES, MIXTURES, adapted, assert_same, base, outputs  # noqa: E402
 
 from fused_lora import inject, sharing  # noqa: E402
 from fused_lora.dispatch import better_apart  # noqa: E402
@@ -56,6 +56,24 @@ def test_values_and_gradients_are_pefts(family, groups):
     assert groups == [3, 2] * 2
     assert "q_proj, k_proj, v_proj share their input, 2 x" in str(report)
     assert "layers.*.mlp: gate_proj, up_proj share" in str(report)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_models_with_experts(family, groups):
+    """Their attention, their shared and dense MLPs, and the experts."""
+    experts = ["experts.gate_up_proj", "experts.down_proj"]
+    model, ids = _model(family, target_parameters=experts), _batch()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    expected = outputs(model, ids)
+    report = fuse(model)
+    assert report.not_fused == {}
+    mlps = 2 * (family == "qwen2_moe")  # its shared experts; PEFT takes GLM's names for experts'
+    assert len(report.groups) == 2 + mlps
+    assert_same(outputs(model, ids), expected)
+    assert groups.count(3) == 2
+    assert groups.count(2) == mlps
 
 
 def test_kernels_run(device, launches):
