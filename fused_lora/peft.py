@@ -255,12 +255,12 @@ def fuse(
         backend: as for `lora_linear`.
         groups: compute the projections that share their input (q, k, v; gate, up) together, in the
             model families where they are known to: Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma2 and
-            Gemma3, and with experts GLM-4, gpt-oss, Mixtral, OLMoE, Qwen2 and Qwen3. See `fused_lora.sharing` for how; `lora_linear_group` for what it saves, and
-            what a backward pass through one of them alone needs. And compute act(gate) * up with
-            down, in MLPs whose forward is Llama's: see `lora_linear_gated`. All are
-            computed on their own under torch.compile and torch.func, and for up to 64 rows; what
-            shares its input also under CUDA graph capture, with dropout on a CPU, and on a GPU
-            without gradients for up to 512.
+            Gemma3, and with experts GLM-4, gpt-oss, Mixtral, OLMoE, Qwen2 and Qwen3. See
+            `fused_lora.sharing` for how; `lora_linear_group` for what it saves, and what a backward
+            pass through one of them alone needs. And compute act(gate) * up with down, in MLPs
+            whose forward is Llama's: see `lora_linear_gated`. All are computed on their own under
+            torch.compile and torch.func, and for up to 64 rows; what shares its input also under
+            CUDA graph capture, with dropout on a CPU, and on a GPU without gradients for up to 512.
 
     Raises:
         TypeError: model is no module.
