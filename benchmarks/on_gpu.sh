@@ -132,7 +132,7 @@ tests() { # tests SECONDS MARKS FILE...
 }
 export PYTHON
 export -f tests
-mapfile -t files < <(printf '%s\n' tests/test_{lora_linear,kernels,cuda,quantize,fp8,multi,group}.py \
+mapfile -t files < <(printf '%s\n' tests/test_{lora_linear,kernels,cuda,quantize,fp8,multi,group,experts}.py \
     tests/test_*.py | grep -vx tests/test_specialized.py | awk '!seen[$0]++')
 step tests 160 "$OUT/tests.log" bash -c 'tests 147 "not by_hand" "$@"' tests "${files[@]}"
 
@@ -158,5 +158,5 @@ else
         --workers "$(nproc)"
 fi
 
-sanitizer memcheck 35 --parts copies by_hand groups
+sanitizer memcheck 35 --parts copies experts by_hand groups
 finish

@@ -187,16 +187,6 @@ def _others() -> Iterator[Case]:
             "multi": partial(
                 lora_linear_multi, x, weights[0], As, Bs, scalings=1.0, adapter_indices=rows
             ),
-            "experts": partial(
-                lora_linear_experts,
-                x,
-                torch.stack(weights),
-                torch.stack(As),
-                torch.stack(Bs),
-                expert_indices=torch.stack((rows, rows + 1), dim=1),
-                dropout_p=0.0,
-            ),
-            "a mixture of experts": partial(_mixture, x, weights, As, Bs, rows),
             "gated": partial(
                 lora_linear_gated, x, normal(M, K), weights[0], As[0], Bs[0], scaling=1.0
             ),
@@ -251,6 +241,36 @@ def _group(
         x, [1.0] * n, seeds, thresholds, [plan] * n, None, *tensors
     )
     return ys
+
+
+def _of_experts() -> Iterator[Case]:
+    """Mixtures of experts, a projection and a whole one."""
+    for dtype, (M, N, K, r) in product(HALF, SHAPES[2:]):
+        normal = partial(_normal, dtype)
+        x, As, Bs = normal(M, K), [normal(r, K) for _ in range(3)], [normal(N, r) for _ in range(3)]
+        weights = [normal(N, K) for _ in range(3)]
+        rows = torch.arange(M, device=DEVICE) % 4 - 1
+        leaves = [x, *As, *Bs]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        for name, function in (("experts", _experts), ("a mixture of experts", _mixture)):
+            call = partial(function, x, weights, As, Bs, rows)
+            yield f"{dtype} M, N, K, r {(M, N, K, r)} {name}", partial(_same_on_both, call, leaves)
+
+
+def _experts(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    As: list[torch.Tensor],
+    Bs: list[torch.Tensor],
+    rows: torch.Tensor,
+    *,
+    backend: Literal["triton", "torch"],
+) -> torch.Tensor:
+    """x [M, K] by two experts for each of its rows."""
+    index = torch.stack((rows, rows + 1), dim=1)
+    stacks = (torch.stack(weights), torch.stack(As), torch.stack(Bs))
+    return lora_linear_experts(x, *stacks, expert_indices=index, scaling=1.0, backend=backend)
 
 
 def _mixture(
@@ -312,6 +332,7 @@ def _same_on_both(call: Callable[..., Any], leaves: list[torch.Tensor]) -> None:
 PARTS: dict[str, Callable[[], Iterator[Case]]] = {
     "copies": _copies,
     "groups": _groups,
+    "experts": _of_experts,
     "others": _others,
     "layers": _layers,
     "one_by_hand": _one_by_hand,

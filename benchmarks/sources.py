@@ -240,7 +240,7 @@ def _specialized_source(case: Case) -> tuple[Any, dict[str, str], dict[str, obje
     return specialized.lora_specialized_kernel, pointers, constants
 
 
-_UNSPECIALISED = ("scale", "keep_scale", "threshold", "halved")
+_UNSPECIALISED = ("scale", "keep_scale", "threshold", "halved", "num_pieces")
 
 
 MULTI_POINTERS = {

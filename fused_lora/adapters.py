@@ -224,7 +224,7 @@ def _expected(model: nn.Module, config: dict[str, Any]) -> dict[str, _Sides]:
     targets = config["target_modules"] or []
     matched = match_modules(model, targets, config["exclude_modules"])
     paths = [path for path in matched if path in linears]
-    mixtures = find_experts(model, config["target_parameters"] or ())
+    mixtures = find_experts(model, config["target_parameters"])
     if targets and not paths:
         names = sorted({path.rpartition(".")[2] for path in linears})
         raise ValueError(
@@ -274,7 +274,7 @@ def _load_named(
     layers = _layers(model)
     if layers:
         raise ValueError(
-            f"model: has adapters already, in a FusedLoRALinear at {next(iter(layers))}; wanted a "
+            f"model: has adapters already, at {next(iter(layers))}; wanted a "
             "model without, or with named ones"
         )
     config = read_config(folder / CONFIG_NAME)

@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from . import flops
 from .autocast import no_autocast
 from .kernels.configs import Kind, TileConfig, cdiv, choose_config, rows_obstacle
 from .kernels.device import device_info
@@ -28,12 +28,17 @@ Path = Literal["triton", "torch"]
 Index = slice | Tensor
 
 
+def contiguous(stack: Tensor | None) -> Tensor | None:
+    """A stack of adapters as the products read it; of PEFT's B a copy."""
+    return None if stack is None else stack.contiguous()
+
+
 class Experts(NamedTuple):
     """Frozen weights, an adapter for each or none, and which rows of the order take which."""
 
     weight: Tensor  # [E, N, K]
-    lora_A: Tensor | None  # [E, r, K]
-    lora_B: Tensor | None  # [E, N, r]
+    lora_A: Tensor | None  # [E, r, K], contiguous
+    lora_B: Tensor | None  # [E, N, r], contiguous
     scaling: float
     dropout: Dropout | None
     rows: RowGroups
@@ -46,7 +51,7 @@ class Experts(NamedTuple):
         """The adapters as the kernels take them."""
         if self.lora_A is None or self.lora_B is None:
             return None
-        return AdapterStack(self.lora_A.contiguous(), self.lora_B.contiguous(), self.scaling)
+        return AdapterStack(self.lora_A, self.lora_B, self.scaling)
 
     def of_x(self) -> RowGroups:
         """The order that x's rows are found by."""
@@ -215,7 +220,7 @@ def _can_group(*matrices: Tensor) -> bool:
         return False
     if device.type == "cpu" and dtype in WITHOUT_INSTRUCTIONS:
         return False
-    if _get_current_dispatch_mode() is not None:  # FlopCounterMode knows no such product
+    if flops.are_counted():  # which knows no such product
         return False
     return not any(rows_obstacle(t if t.ndim == 2 else t[0], t.stride(-1) != 1) for t in matrices)
 
@@ -269,20 +274,20 @@ def _mask(layer: Experts) -> tuple[Tensor | None, float]:
     return keep_mask(seed, threshold, M, K), layer.dropout.keep_scale
 
 
-def _zero_the_rest(y: Tensor, rows: RowGroups) -> None:
+def _zero_the_rest(y: Tensor, layer: Experts, rows: RowGroups) -> None:
     """The rows of no expert, which are the first."""
-    spans = rows.spans
+    spans = layer.rows.spans  # not those of ``rows``, which would wait for a GPU once more
     first = spans[0][1] if spans else rows.M
     if first:
         y[rows.rows(0, first)] = 0
 
 
 def _adapters(layer: Experts, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, float]:
-    """A and B in ``dtype``, contiguous: one operation where the experts' own would be hundreds."""
+    """A and B in ``dtype``: one operation where the experts' own would be hundreds."""
     A, B = layer.lora_A, layer.lora_B
     if A is None or B is None:
         return None, None, 1.0
-    return A.to(dtype).contiguous(), B.to(dtype).contiguous(), layer.scaling
+    return A.to(dtype), B.to(dtype), layer.scaling
 
 
 def _torch_project(x: Tensor, layer: Experts, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -292,7 +297,7 @@ def _torch_project(x: Tensor, layer: Experts, bias: Tensor | None) -> tuple[Tens
     y = x.new_empty((M, layer.weight.shape[1]))
     h = None if A is None else x.new_empty((M, A.shape[1]))
     keep, keep_scale = _mask(layer)
-    _zero_the_rest(y, of_y)
+    _zero_the_rest(y, layer, of_y)
     for chunk in _chunks(layer):
         experts, first, last, _ = chunk
         source, target = _index(of_x, first, last, layer.fan), of_y.rows(first, last)
@@ -336,7 +341,7 @@ def _torch_project_back(
     if need_dx:
         dx = g.new_zeros((M // layer.fan, K)) if at_once else g.new_empty((M, K))
         if not at_once:
-            _zero_the_rest(dx, of_x)
+            _zero_the_rest(dx, layer, of_x)
     if B is not None and (need_dh or need_dx):
         dh = g.new_empty((M, B.shape[2]))
     keep, keep_scale = _mask(layer) if dh is not None else (None, 1.0)

@@ -16,6 +16,7 @@ from . import checks
 from .calls import Backend
 from .expert_mlp import ExpertAdapter
 from .expert_modules import (
+    as_stack,
     explain_experts_module,
     misfit,
     obstacle,
@@ -80,13 +81,6 @@ class ExpertsAdapter(nn.Module):
         if not self.merged:  # else loading it would add the adapter a second time
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        prefix, error_msgs = args[1], args[6]
-        if self.merged:
-            error_msgs.append(f"{prefix} is merged: call unmerge() before loading")
-        else:
-            super()._load_from_state_dict(*args)
-
     def extra_repr(self) -> str:
         return (
             f"experts={self.num_experts}, in_features={self.in_features}, "
@@ -95,7 +89,7 @@ class ExpertsAdapter(nn.Module):
 
 
 class FusedLoRAExperts(nn.Module):
-    """In place of a module of experts: calls it nowhere, and computes what it does with adapters.
+    """In place of a module of experts: what that computes, with adapters.
 
     Attributes:
         base_layer: that module, frozen, which `merge_and_unload` puts back.
@@ -116,29 +110,42 @@ class FusedLoRAExperts(nn.Module):
     ) -> None:
         """``ranks`` and ``alphas`` are of the projections that get an adapter.
 
-        Raises ValueError if ``experts`` is no such module or has hooks, TypeError or ValueError if
-        a number is out of range.
+        Raises ValueError if ``experts`` is no such module or has hooks, or if a name is none of its
+        projections; TypeError or ValueError if a number is out of range. It is unchanged then.
         """
         super().__init__()
         why = obstacle(experts)
         if why is not None:
             raise ValueError(f"experts: {why}")
         checks.check_unhooked("experts", experts)
+        known = projections(experts)
+        if not ranks or ranks.keys() != alphas.keys() or not ranks.keys() <= {*known}:
+            got = f"ranks of {sorted(ranks)} and alphas of {sorted(alphas)}"
+            raise ValueError(f"ranks, alphas: got {got}, wanted both of some of {', '.join(known)}")
+        for name in ranks:
+            checks.check_rank(ranks[name])
+            checks.check_number("lora_alpha", alphas[name])
+        checks.check_flag("use_rslora", use_rslora)
         checks.check_flag("init_lora_weights", init_lora_weights)
         checks.check_backend(backend)
-        self.base_layer = experts.requires_grad_(False)
+        if adapter_dtype is not None:
+            checks.check_dtype("adapter_dtype", adapter_dtype)
         self.adapters = nn.ModuleDict()
         self.backend: Backend = backend
         self.merged, self.disabled = False, 0
-        for name in projections(experts):
+        for name in known:
             if name in ranks:
-                checks.check_rank(ranks[name])
-                checks.check_number("lora_alpha", alphas[name])
-                weight = weight_of(experts, name)
                 numbers = (ranks[name], alphas[name], use_rslora)
                 self.adapters[name] = ExpertsAdapter(
-                    weight, *numbers, adapter_dtype, init_lora_weights
+                    weight_of(experts, name), *numbers, adapter_dtype, init_lora_weights
                 )
+        self.base_layer = experts.requires_grad_(False)
+        self.train(experts.training)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is in no `disable_adapter` block."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.disabled = 0
 
     def _by_projection(self) -> dict[str, ExpertAdapter]:
         return {name: each.of_experts() for name, each in self.adapters.items()}  # type: ignore
@@ -164,18 +171,22 @@ class FusedLoRAExperts(nn.Module):
     def _adapted(self, x: Tensor, choice: tuple[Any, Any] | None) -> Tensor:
         if choice is None:
             raise TypeError("forward: got other arguments than x, top_k_index and top_k_weights")
+        self._check(x, choice)
+        return run_experts(self.base_layer, x, *choice, self._by_projection(), self.backend)
+
+    def _check(self, x: Tensor, choice: tuple[Any, Any]) -> None:
         if checks.is_hooked(self.base_layer):
             raise RuntimeError("FusedLoRAExperts: base_layer has hooks, which nothing would run")
         why = misfit(self.base_layer, x, *choice)
         if why is not None:
             raise ValueError(f"forward: {why}")
-        return run_experts(self.base_layer, x, *choice, self._by_projection(), self.backend)
 
     def explain(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Explanation:
-        """Which backend `forward` takes, and why; computes nothing."""
+        """Which backend `forward` takes, and why; raises what that does, and computes nothing."""
         if self.merged or self.disabled:
             why = f"taken: the adapters are {'merged' if self.merged else 'disabled'}"
             return Explanation("torch", "experts", "experts", {"experts": why})
+        self._check(x, (top_k_index, top_k_weights))
         adapters = self._by_projection()
         return explain_experts_module(self.base_layer, x, top_k_index, adapters, self.backend)
 
@@ -186,21 +197,23 @@ class FusedLoRAExperts(nn.Module):
         A, B, scaling = adapter.of_experts()
         old = getattr(self.base_layer, name)
         new = torch.empty_like(old)
-        stacks = (weight_of(self.base_layer, name), new.mT if self._transposed() else new)
+        stacks = (as_stack(self.base_layer, t) for t in (old, new))
         for W, out, A_e, B_e in zip(*stacks, A, B, strict=True):
             dtype = torch.promote_types(torch.promote_types(W.dtype, A_e.dtype), torch.float32)
             out.copy_(W.to(dtype) + sign * scaling * (B_e.to(dtype) @ A_e.to(dtype)))
-        if not torch.isfinite(new).all():
-            raise ValueError(f"{name}: W + scaling * B A has values that are not finite")
+            if not torch.isfinite(out).all():
+                raise ValueError(f"{name}: W + scaling * B A has values that are not finite")
         return nn.Parameter(new, requires_grad=False)
-
-    def _transposed(self) -> bool:
-        base: Any = self.base_layer
-        return bool(base.is_transposed)
 
     def _put(self, sign: float) -> None:
         if any(map(is_sharded, self.parameters())):
             raise RuntimeError("FusedLoRAExperts is spread over processes: merge where it is whole")
+        for name in self.adapters:
+            if name not in self.base_layer._parameters:
+                raise RuntimeError(
+                    f"{name}: is computed by a parametrization, and what is put into it would be "
+                    "lost; call torch.nn.utils.parametrize.remove_parametrizations first"
+                )
         new = {name: self._changed(name, sign) for name in self.adapters}
         self._set(new, merged=sign > 0)
 
@@ -226,6 +239,13 @@ class FusedLoRAExperts(nn.Module):
         """Takes the adapters out again; exact up to rounding in the weights' dtype."""
         if self.merged:
             self._put(-1.0)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.merged:  # then nothing of it is loaded, the weights neither
+            args[4].append(f"{prefix} is merged: call unmerge() before loading")
+            for key in [key for key in state_dict if key.startswith(prefix)]:
+                del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def weights(self) -> dict[str, nn.Parameter]:
         """Those that have an adapter."""

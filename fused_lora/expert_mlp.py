@@ -22,8 +22,16 @@ from .autocast import no_autocast
 from .autograd import alias, raise_second_derivative
 from .backends import as_gradient
 from .calls import Backend
-from .expert_backends import Experts, Path, grad_A, grad_B, project, project_back
-from .experts import Routing, decided, laid_out, routing_of
+from .expert_backends import (
+    Experts,
+    Path,
+    contiguous,
+    grad_A,
+    grad_B,
+    project,
+    project_back,
+)
+from .experts import Routing, check_indices, decided, laid_out, routing_of
 from .functional import is_recorded
 from .gated import Activation
 from .products import WITHOUT_INSTRUCTIONS, mm, slices
@@ -114,6 +122,8 @@ class ExpertsMLP(NamedTuple):
         """The two projections, their weights in ``dtype``."""
         rows, k = self.routing.groups, self.routing.shape[-1]
         up, down = up.to(dtype), down.to(dtype)
+        # Once for all launches of a pass.
+        up_A, up_B, down_A, down_B = map(contiguous, (up_A, up_B, down_A, down_B))
         return (
             Experts(up, up_A, up_B, self.scaling_up, None, rows, fan=k, scatters=False),
             Experts(down, down_A, down_B, self.scaling_down, None, rows, gathers=False, fan_g=k),
@@ -274,13 +284,18 @@ def run_projections(
     """
     up_A, up_B, scaling_up = first.adapter or (None, None, 1.0)
     down_A, down_B, scaling_down = last.adapter or (None, None, 1.0)
+    check_indices(x, top_k_index)
     weights, indexed = (first.weight, last.weight), top_k_index.shape
     checked = (indexed, scaling_up, first.bias, 0.0, backend)
     cast, up_bias, _, path, scale_up, *_ = decided(x, weights[0], up_A, up_B, *checked)
     a = cast.new_empty(1).expand(*indexed, weights[1].shape[2])  # like it
     checked = (indexed, scaling_down, last.bias, 0.0, backend)
-    _, down_bias, _, _, scale_down, *_ = decided(a, weights[1], down_A, down_B, *checked)
+    _, down_bias, _, path_down, scale_down, *_ = decided(a, weights[1], down_A, down_B, *checked)
+    if len(weights[0]) != len(weights[1]):
+        got = f"weights of {len(weights[0])} and {len(weights[1])} experts"
+        raise ValueError(f"first, last: got {got}, wanted as many of both")
     routing = routing_of(top_k_index, len(weights[0]))
+    path = path if path == path_down else "torch"
     call = ExpertsMLP(path, routing, middle, scale_up, scale_down)
     adapted = tuple(laid_out(t) for t in (up_A, up_B, down_A, down_B))
     y: Tensor

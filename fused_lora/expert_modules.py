@@ -45,6 +45,24 @@ def obstacle(experts: Any) -> str | None:
     act = getattr(experts, "act_fn", None)
     if isinstance(act, nn.Module) and (checks.is_hooked(act) or any(act.parameters())):
         return f"the activation of {name} has hooks or parameters"
+    return _weights_obstacle(experts)
+
+
+def _weights_obstacle(experts: Any) -> str | None:
+    known = set()
+    for name in projections(experts):
+        weight = experts._parameters.get(name)
+        if weight is None or weight.ndim != 3 or len(weight) != experts.num_experts:
+            return f"its {name} is not one parameter for all experts"
+        if weight.dtype not in checks.DTYPES or not are_plain(weight):
+            return f"its {name} is a {type(weight).__name__} of {weight.dtype}"
+        bias = experts._parameters.get(f"{name}_bias")
+        if experts.has_bias and (bias is None or bias.shape != weight_of(experts, name).shape[:2]):
+            return f"its {name}_bias is not one for all experts"
+        known |= {name, f"{name}_bias"}
+    others = sorted((experts._parameters.keys() | experts._buffers.keys()) - known)
+    if others:  # scales of codes, ...
+        return f"it has {others[0]} too"
     return None
 
 
@@ -96,7 +114,11 @@ def run_experts(
 
 def weight_of(experts: Any, name: str) -> Tensor:
     """The weights [E, out, in] of a projection, a view."""
-    weight: Tensor = getattr(experts, name)
+    return as_stack(experts, getattr(experts, name))
+
+
+def as_stack(experts: Any, weight: Tensor) -> Tensor:
+    """A tensor like a projection's weights as [E, out, in], a view."""
     return weight.mT if experts.is_transposed else weight
 
 

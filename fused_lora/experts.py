@@ -12,15 +12,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from . import checks
+from . import checks, flops
 from .autocast import autocast, autocast_enabled
 from .autograd import alias, raise_second_derivative
 from .backends import as_gradient, as_matrix
 from .calls import Backend, Call, are_plain
 from .dispatch import takes_kernels, why_torch
-from .expert_backends import Experts, Path, grad_A, grad_B, project, project_back
+from .expert_backends import (
+    Experts,
+    Path,
+    contiguous,
+    grad_A,
+    grad_B,
+    project,
+    project_back,
+)
 from .explanation import Explanation
 from .functional import check_options, draw_seeds, is_recorded
 from .kernels.dropout import dropout_of, dropout_threshold
@@ -113,6 +120,7 @@ class ExpertsCall:
     ) -> Experts:
         """What the backends take."""
         dropout, rows = dropout_of(seed, threshold), self.routing.groups
+        lora_A, lora_B = contiguous(lora_A), contiguous(lora_B)  # once for all launches of a pass
         return Experts(weight, lora_A, lora_B, self.scaling, dropout, rows, self.fan)
 
 
@@ -163,7 +171,7 @@ def lora_linear_experts(
 
     Under torch.compile the graph breaks.
     """
-    _check_indices(x, expert_indices)
+    check_indices(x, expert_indices)
     options = (scaling, bias, dropout_p, backend)
     found = decided(x, weight, lora_A, lora_B, expert_indices.shape, *options)
     x, bias, _, path, scaling, threshold, fan = found
@@ -184,7 +192,7 @@ def laid_out(stack: Tensor | None) -> Tensor | None:
     On a CPU autograd keeps it for the backward, which else makes another one (5 % of a step of 128
     tokens). On a GPU a copy is faster than the memory is worth, and left to the launches.
     """
-    return stack if stack is None or stack.is_cuda else stack.contiguous()
+    return stack if stack is None or stack.is_cuda else contiguous(stack)
 
 
 class Decided(NamedTuple):
@@ -214,8 +222,8 @@ def decided(
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError("lora_linear_experts: torch.func's transforms are not supported")
     check_options(weight, scaling, dropout_p, backend)
-    if backend == "auto" and _get_current_dispatch_mode() is not None:
-        backend = "torch"  # who watches operators (FlopCounterMode) hears of no kernel
+    if backend == "auto" and flops.are_counted():
+        backend = "torch"
     if isinstance(x, Tensor) and isinstance(weight, Tensor) and autocast_enabled(x):
         # It is cast where it is used, and kept as it is: this one is without values.
         weight = autocast(x, weight.new_empty(1), None)[1].expand(weight.shape)
@@ -254,13 +262,13 @@ def explain_experts(
 
     Takes and raises what it does; computes nothing.
     """
-    _check_indices(x, expert_indices)
+    check_indices(x, expert_indices)
     options = (scaling, bias, dropout_p, backend)
     found = decided(x, weight, lora_A, lora_B, expert_indices.shape, *options)
     if found.path == "torch":
         reasons = {
-            "triton": f"not taken: {why_torch(found.call, backend)}",
-            "library": "taken: F.linear, then addmm_ in place, for each expert with rows in turn",
+            "triton": f"not taken: {why_torch(found.call, backend) or 'products are counted'}",
+            "library": "taken: rows of some experts at a time, F.grouped_mm or a product for each",
         }
         return Explanation("torch", "library", "library", reasons)
     reasons = {
@@ -270,7 +278,8 @@ def explain_experts(
     return Explanation("triton", "split", "split", reasons)
 
 
-def _check_indices(x: object, indices: object) -> None:
+def check_indices(x: object, indices: object) -> None:
+    """TypeError or ValueError unless they are integers beside x."""
     if not isinstance(indices, Tensor):
         raise TypeError(f"expert_indices: got {type(indices).__name__}, wanted a torch.Tensor")
     if indices.dtype not in INTEGERS or indices.layout != torch.strided:

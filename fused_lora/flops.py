@@ -16,11 +16,19 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 _COUNTER = "torch.utils.flop_counter"
 
 Shape = Sequence[int]
 Arguments = dict[str, Any]  # an operator's, by name, with shapes in the place of tensors
+
+
+def are_counted() -> bool:
+    """Whether PyTorch's counter listens, which hears of operators alone and not of launches."""
+    counter = sys.modules.get(_COUNTER)
+    mode = _get_current_dispatch_mode()
+    return counter is not None and isinstance(mode, counter._FlopCounterMode)
 
 
 def _forward(M: int, N: int, K: int, ranks: int) -> int:

@@ -21,6 +21,7 @@ from .matching import (
     find_targets,
     has_peft_layers,
     is_linear,
+    match_paths,
     mixtures_of_experts,
     ranks_of,
     unmatched,
@@ -58,7 +59,8 @@ def inject(
             None, or an empty list, where ``target_parameters`` says it all.
         target_parameters: names, or ends of paths, of the parameters of transformers' mixtures of
             experts, ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]: each such module becomes
-            a `FusedLoRAExperts`. As in PEFT without dropout and DoRA.
+            a `FusedLoRAExperts`. As in PEFT without dropout and DoRA, and whatever
+            ``exclude_modules`` says; without ``quantize``.
         exclude_modules: matched in the same way, and left out. The report has what matches nothing.
         rank_pattern, alpha_pattern: other r and lora_alpha for the layers whose path, or the end
             of it after a dot, is matched by the key, a regular expression; the first match counts.
@@ -108,9 +110,17 @@ def inject(
             f"model: has adapters already, at {adapted[0]}{more}; wanted a plain model "
             "(merge_and_unload makes one of it), or add_adapter for all of several"
         )
-    mixtures = find_experts(model, target_parameters or ())
-    if mixtures.projections:
-        _check_experts_options(lora_dropout, use_dora, init_lora_weights)
+    mixtures = find_experts(model, target_parameters)
+    if target_parameters:
+        _check_experts_options(lora_dropout, use_dora, init_lora_weights, quantize)
+    if target_parameters and not target_modules:
+        if not mixtures.projections:
+            of_all = mixtures_of_experts(model)
+            raise ValueError(
+                f"target_parameters: {target_parameters!r} matches no projection of experts "
+                f"({mixtures.skipped}); the model has mixtures at {of_all}"
+            )
+        match_paths("exclude_modules", exclude_modules or [], [])  # the check of its type
     if target_modules or not mixtures.projections:
         modules, layers, skipped = find_targets(
             model, target_modules or [], exclude_modules, is_linear
@@ -118,7 +128,7 @@ def inject(
     else:
         modules, layers, skipped = {}, [], {}
     skipped |= mixtures.skipped
-    if target_modules == "all-linear":
+    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         for path in mixtures_of_experts(model):
             if path not in mixtures.projections:
                 skipped[path] = "is a mixture of experts, for target_parameters to name"
@@ -149,10 +159,13 @@ def inject(
             if layer.lora_A_init is not None and layer.lora_B_init is not None:
                 start = layer._product(layer.lora_A_init, layer.lora_B_init)
             changes += norms_of_change(linear, layer.weight, start)
-    of_experts = {}
+    of_experts: dict[nn.Module, FusedLoRAExperts] = {}
     for path, names in mixtures.projections.items():
-        of_experts[path] = FusedLoRAExperts(
-            model.get_submodule(path),
+        experts = model.get_submodule(path)
+        if experts in of_experts:
+            continue
+        of_experts[experts] = FusedLoRAExperts(
+            experts,
             {name: ranks[f"{path}.{name}"] for name in names},
             {name: alphas[f"{path}.{name}"] for name in names},
             use_rslora=use_rslora,
@@ -163,7 +176,8 @@ def inject(
     model.requires_grad_(False)
     for path in layers:
         model.set_submodule(path, replacements[modules[path]])
-    for path, mixture in of_experts.items():
+    placed = {path: of_experts[model.get_submodule(path)] for path in mixtures.projections}
+    for path, mixture in placed.items():
         mixture.adapters.requires_grad_(True)
         model.set_submodule(path, mixture)
     found = tuple(sharing.find_groups(model, (FusedLoRALinear,))) if groups else ()
@@ -192,9 +206,11 @@ def inject(
 
 
 def _check_experts_options(
-    lora_dropout: float, use_dora: bool, init_lora_weights: bool | str
+    lora_dropout: float, use_dora: bool, init_lora_weights: bool | str, quantize: object
 ) -> None:
-    """ValueError for what adapters of experts have in PEFT neither."""
+    """ValueError for what adapters of experts do not have, nor in PEFT."""
+    if quantize is not None:
+        raise ValueError(f"quantize: got {quantize!r}, wanted None with target_parameters")
     if lora_dropout > 0.0:
         raise ValueError(f"lora_dropout: got {lora_dropout}, wanted 0 with target_parameters")
     if use_dora:

@@ -54,7 +54,7 @@ def find_targets(
     return Targets(modules, layers, skipped)
 
 
-class Experts(NamedTuple):
+class MatchedExperts(NamedTuple):
     """The parameters of mixtures of experts that get an adapter."""
 
     projections: dict[str, list[str]]  # by the module's path
@@ -65,30 +65,44 @@ class Experts(NamedTuple):
         return [f"{path}.{name}" for path, names in self.projections.items() for name in names]
 
 
-def find_experts(model: nn.Module, target_parameters: Collection[str]) -> Experts:
+def find_experts(model: nn.Module, target_parameters: object) -> MatchedExperts:
     """What of PEFT's ``target_parameters``, names and ends of paths, is a mixture's projection.
 
-    Raises TypeError unless they are strings, ValueError if a mixture that is matched has hooks.
+    Raises TypeError unless it is None or a collection of strings, ValueError if a mixture that is
+    matched has hooks, or is the model itself.
     """
-    paths = [path for path, _ in model.named_parameters(remove_duplicate=False)]
-    if isinstance(target_parameters, str):
+    found = MatchedExperts({}, {})
+    if target_parameters is None:
+        return found
+    if not isinstance(target_parameters, (list, tuple, set, frozenset)) or not all(
+        isinstance(name, str) for name in target_parameters
+    ):
         raise TypeError(f"target_parameters: got {target_parameters!r}, wanted a list of strings")
-    found = Experts({}, {})
-    for name in target_parameters:
-        if not match_paths("target_parameters", [name], paths):
-            found.skipped[name] = "matches no parameter"
-    for path in match_paths("target_parameters", list(target_parameters), paths):
-        owner, _, name = path.rpartition(".")
-        module = model.get_submodule(owner)
-        why = expert_modules.obstacle(module)
-        if why is None and name not in expert_modules.projections(module):
-            why = f"is none of {' and '.join(expert_modules.projections(module))}"
-        if why is not None:
-            found.skipped[path] = why
-            continue
-        checks.check_unhooked(f"model: {owner}", module)
-        found.projections.setdefault(owner, []).append(name)
+    wanted, matched = set(target_parameters), set()
+    for path, _ in model.named_parameters(remove_duplicate=False):
+        parts = own_path(path).split(".")
+        ends = {".".join(parts[i:]) for i in range(len(parts))} & wanted
+        matched |= ends
+        if ends:
+            _match_projection(model, path, found)
+    for name in sorted(wanted - matched):
+        found.skipped[name] = "matches no parameter"
     return found
+
+
+def _match_projection(model: nn.Module, path: str, found: MatchedExperts) -> None:
+    owner, _, name = path.rpartition(".")
+    module = model.get_submodule(owner)
+    why = expert_modules.obstacle(module)
+    if why is None and name not in expert_modules.projections(module):
+        why = f"is none of {' and '.join(expert_modules.projections(module))}"
+    if why is not None:
+        found.skipped[path] = why
+        return
+    if not owner:
+        raise ValueError(f"model: got a {type(model).__name__} itself; use FusedLoRAExperts")
+    checks.check_unhooked(f"model: {owner}", module)
+    found.projections.setdefault(owner, []).append(name)
 
 
 def mixtures_of_experts(model: nn.Module) -> list[str]:

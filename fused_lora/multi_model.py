@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from . import checks
 from .calls import Backend
 from .codes import Format
+from .expert_layer import FusedLoRAExperts
 from .inject_report import InjectReport, count_parameters, norms_of_change, relative_norm
 from .linear import FusedLoRALinear
 from .matching import (
@@ -87,7 +88,7 @@ def add_adapter(
     if can_adapt(model):
         raise ValueError(f"model: got a {type(model).__name__} itself, wanted what contains some")
     for module in model.modules():
-        if isinstance(module, FusedLoRALinear) or is_peft_layer(module):
+        if isinstance(module, (FusedLoRALinear, FusedLoRAExperts)) or is_peft_layer(module):
             raise ValueError(
                 f"model: has adapters already, in a {type(module).__name__}; wanted a model "
                 "without, or with those of fused_lora.add_adapter"

@@ -103,17 +103,9 @@ def look(layer: Any) -> ExpertsState | str:
         return "there are hooks on all modules"
     if any(checks.is_hooked(module) for module in (*chain[1:], experts)):
         return "its experts have hooks"
-    for name in known:
-        weight = experts._parameters.get(name)
-        if weight is None or weight.ndim != 3 or len(weight) != experts.num_experts:
-            return f"its {name} is not one parameter for all experts"
-        if weight.dtype not in checks.DTYPES or not are_plain(weight):
-            return f"its {name} is a {type(weight).__name__} of {weight.dtype}"
-        if weight.requires_grad and torch.is_grad_enabled():
+    for name, parameter in experts.named_parameters():
+        if parameter.requires_grad and torch.is_grad_enabled():
             return f"its {name} requires a gradient"
-        bias = experts._parameters.get(f"{name}_bias")
-        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
-            return f"its {name}_bias requires a gradient"
     adapters: dict[str, ExpertAdapter] = {}
     for wrapper in chain:
         name = wrapper.parameter_name

@@ -36,8 +36,8 @@ from .group import call_group
 # transformers' families whose attention calls q_proj, k_proj and v_proj, and whose MLP gate_proj
 # and up_proj, one after another with the same tensor.
 _FAMILIES = ("gemma", "gemma2", "gemma3", "llama", "mistral", "qwen2", "qwen3")
-_FAMILIES += ("glm4_moe", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
-_MODULES = {f"transformers.models.{name}.modeling_{name}" for name in _FAMILIES}
+_WITH_EXPERTS = ("glm4_moe", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+_MODULES = {f"transformers.models.{name}.modeling_{name}" for name in (*_FAMILIES, *_WITH_EXPERTS)}
 _SHARING = {"Attention": ("q_proj", "k_proj", "v_proj"), "MLP": ("gate_proj", "up_proj")}
 
 # Without gradients a group saves nothing but reads of x, which are 2 us of an H200 at 512 x 4096 by

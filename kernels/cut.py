@@ -17,7 +17,7 @@ from .launch import Launcher
 _ELEMENTS = 4096  # of [BLOCK_P, GROUPS], which is in registers
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_groups", "num_pieces"])
 def cut_kernel(
     offsets_ptr,
     adapters_ptr,

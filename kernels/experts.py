@@ -26,7 +26,7 @@ from .rows import AdapterStack, RowGroups
 from .tiles import add_product, grouped_tile, keep_mask
 
 
-@triton.jit(do_not_specialize=["scale", "threshold"])
+@triton.jit(do_not_specialize=["num_pieces", "scale", "threshold"])
 def experts_kernel(
     x_ptr,
     w_ptr,

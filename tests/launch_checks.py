@@ -217,7 +217,7 @@ def check_experts_compile():
         x, p = leaves[:2]
         run_projections(x, index, p, first, last, Middle("silu")).sum().backward()
 
-    kernels = {"shrink_kernel", "experts_kernel", "multi_grad_kernel", "gated_kernel"}
+    kernels = {"shrink_kernel", "experts_kernel", "multi_grad_kernel", "gated_kernel", "cut_kernel"}
     ran, looked = launches_of(both)
     assert kernels <= {name for name, *_ in ran}
     assert looked

@@ -472,7 +472,7 @@ def test_the_gpu_plan_goes_on_after_a_failed_step(tmp_path, tools):
     apart = next(line for line in tests.splitlines() if "pytest tests/test_specialized.py" in line)
     assert "tests/test_cuda.py -m gpu and not slow and by_hand" in apart
     assert tests.index(call) < tests.index("--parts one_by_hand") < tests.index(apart)
-    assert "--parts copies by_hand groups" in (out / "sanitizer.log").read_text()
+    assert "--parts copies experts by_hand groups" in (out / "sanitizer.log").read_text()
 
 
 def test_a_benchmark_out_of_time_has_not_failed(tmp_path, tools):

@@ -395,7 +395,7 @@ def test_multi_models_say_what_they_are_where_one_adapter_is_wanted(saved, tmp_p
     injected = llama()
     load_adapter(injected, folder / "legal")
     before = _state(injected)
-    with pytest.raises(ValueError, match="has adapters already, in a FusedLoRALinear at"):
+    with pytest.raises(ValueError, match="has adapters already, at"):
         load_adapter(injected, folder / "german", adapter_name="german")
     with pytest.raises(ValueError, match="quantize: got 'nf4', but the model has adapters already"):
         load_adapter(injected, folder / "legal", quantize="nf4")
