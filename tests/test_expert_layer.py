@@ -209,6 +209,11 @@ BAD = {
         "target_parameters": "experts.down_proj"
     },
     "matches no nn.Linear": {"target_parameters": []},
+    "target_parameters: got [5], wanted a list": {"target_parameters": [5]},
+    "target_parameters: ['nope'] matches no projection of experts ({'nope': 'matches no parameter'}"
+    "); the model has mixtures at ['experts']": {"target_parameters": ["nope"]},
+    "quantize: got 'nf4', wanted None with target_parameters": {"quantize": "nf4"},
+    "exclude_modules: got 5": {"exclude_modules": 5},
     "lora_dropout: got 0.1, wanted 0": {"lora_dropout": 0.1},
     "use_dora: got True, wanted False": {"use_dora": True},
     "init_lora_weights: got 'gaussian', wanted a bool": {"init_lora_weights": "gaussian"},
@@ -224,6 +229,129 @@ def test_bad_input(message):
     with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         inject(block, **options)
     assert str(block) == str(before)
+
+
+class Two(torch.nn.Module):
+    """One mixture at two paths, as two layers share it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = Block("qwen3_moe"), Block("qwen3_moe")
+        self.b.experts = self.a.experts
+
+    def forward(self, x, index, weights):
+        return self.b(self.a(x, index, weights), index, weights)
+
+
+def test_a_module_at_two_paths_stays_one(tmp_path):
+    model, inputs = Two(), _routed()
+    report = inject(model, **NUMBERS, target_parameters=NAMES)
+    assert model.a.experts is model.b.experts
+    assert report.adapted == 3 * EXPERTS * HIDDEN * 40
+    for adapter in model.a.experts.adapters.values():
+        torch.nn.init.normal_(adapter.lora_B, std=0.2)
+    expected = model(*inputs)
+    with pytest.raises(ValueError, match="are one module"):
+        save_adapter(model, tmp_path)
+    merge_and_unload(model)
+    assert model.a.experts is model.b.experts
+    assert_close(model(*inputs), expected)
+
+
+def test_weights_that_are_no_stack_of_numbers_are_refused():
+    """fp8 with scales beside it, one matrix for all, nothing."""
+
+    def scaled(experts):
+        experts.register_parameter("down_proj_scale_inv", torch.nn.Parameter(torch.ones(2)))
+
+    def in_fp8(experts):
+        for name in ("gate_up_proj", "down_proj"):
+            weight = getattr(experts, name).to(torch.float8_e4m3fn)
+            setattr(experts, name, torch.nn.Parameter(weight, requires_grad=False))
+
+    def flat(experts):
+        experts.down_proj = torch.nn.Parameter(torch.ones(3, 4))
+
+    for change, why in (
+        (scaled, "has down_proj_scale_inv too"),
+        (in_fp8, "gate_up_proj is a Parameter of torch.float8_e4m3fn"),
+        (flat, "down_proj is not one parameter for all experts"),
+    ):
+        block = Block("qwen3_moe")
+        change(block.experts)
+        flags = [p.requires_grad for p in block.parameters()]
+        with pytest.raises(ValueError, match=why):
+            inject(block, **NUMBERS, target_parameters=NAMES)
+        assert [p.requires_grad for p in block.parameters()] == flags
+
+
+def test_a_constructor_that_fails_changes_nothing():
+    block = Block("qwen3_moe")
+    flags = [p.requires_grad for p in block.parameters()]
+    ranks, alphas = {"down_proj": 4}, {"down_proj": 8}
+    for options in (
+        {"ranks": {"down_proj": 0}},
+        {"ranks": {"gate_proj": 4}, "alphas": {"gate_proj": 8}},
+        {"alphas": {}},
+        {"ranks": {}, "alphas": {}},
+        {"adapter_dtype": torch.int8},
+        {"adapter_dtype": "fp16"},
+        {"use_rslora": "no"},
+        {"backend": "cuda"},
+    ):
+        with pytest.raises((TypeError, ValueError)):
+            FusedLoRAExperts(block.experts, **{"ranks": ranks, "alphas": alphas, **options})
+        assert [p.requires_grad for p in block.parameters()] == flags
+    with pytest.raises(ValueError, match="got a Qwen3MoeExperts itself"):
+        inject(block.experts, **NUMBERS, target_parameters=["down_proj"])
+    assert [p.requires_grad for p in block.parameters()] == flags
+
+
+def test_the_mode_stays():
+    block = Block("qwen3_moe").eval()
+    inject(block, **NUMBERS, target_parameters=NAMES)
+    assert not block.experts.training
+    assert not merge_and_unload(block).experts.training
+
+
+def test_a_copy_made_while_disabled_is_not():
+    block, _ = _injected()
+    inputs = _routed()
+    expected = block(*inputs)
+    with disable_adapter(block):
+        other = copy.deepcopy(block)
+    assert torch.equal(other(*inputs), expected)
+
+
+def test_a_merge_over_a_parametrised_weight_changes_nothing():
+    block, _ = _injected()
+    inputs = _routed()
+    torch.nn.utils.parametrize.register_parametrization(
+        block.experts.base_layer, "down_proj", torch.nn.Identity()
+    )
+    before = block.experts.base_layer.gate_up_proj
+    with pytest.raises(RuntimeError, match="down_proj: is computed by a parametrization"):
+        merge_and_unload(block)
+    assert block.experts.base_layer.gate_up_proj is before
+    torch.nn.utils.parametrize.remove_parametrizations(block.experts.base_layer, "down_proj")
+    block(*inputs)
+
+
+def test_nothing_is_loaded_into_a_merged_layer():
+    block, _ = _injected()
+    state = {key: torch.zeros_like(value) for key, value in block.state_dict().items()}
+    block.experts.merge()
+    before = {key: value.clone() for key, value in block.state_dict().items()}
+    with pytest.raises(RuntimeError, match="is merged"):
+        block.load_state_dict(state)
+    assert all(torch.equal(value, before[key]) for key, value in block.state_dict().items())
+
+
+def test_no_second_adapters_beside_those_of_experts():
+    model = _language_model()
+    inject(model, **NUMBERS, target_parameters=LM["target_parameters"])
+    with pytest.raises(ValueError, match="has adapters already, in a FusedLoRAExperts"):
+        fused_lora.add_adapter(model, "one", 4, 8, ["q_proj"])
 
 
 def test_names_that_match_nothing_or_no_mixture():
@@ -257,8 +385,11 @@ def test_bad_arguments_of_forward():
         block.experts(x, index)
     with pytest.raises(ValueError, match="wanted the experts' dtype"):
         block(x.double(), index, weights)
-    with pytest.raises(ValueError, match=r"wanted \[T, hidden\]"):
-        block(x, index[:2], weights)
+    for function in (block, block.experts.explain):
+        with pytest.raises(ValueError, match=r"wanted \[T, hidden\]"):
+            function(x, index[:2], weights)
+        with pytest.raises(ValueError, match="wanted int64"):
+            function(x, index.int(), weights)
 
 
 def test_files_that_do_not_fit(tmp_path):
