@@ -233,7 +233,9 @@ def _expected(model: nn.Module, config: dict[str, Any]) -> dict[str, _Sides]:
         )
     if mixtures.skipped:
         path, why = next(iter(mixtures.skipped.items()))
-        raise ValueError(f"{CONFIG_NAME}: target_parameters: {path} {why}")
+        raise ValueError(
+            f"{CONFIG_NAME}: target_parameters: {path}: {why}; PEFT loads and merges such adapters"
+        )
     experts: dict[str, Any] = {path: model.get_submodule(path) for path in mixtures.projections}
     _check_one_path(model, [*(linears[path] for path in paths), *experts.values()])
     ranks = ranks_of(config["rank_pattern"], config["r"], paths + mixtures.paths())

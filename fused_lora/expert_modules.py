@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import checks
-from .autocast import autocast_enabled
+from .autocast import autocast_enabled, no_autocast
 from .calls import Backend, are_plain
 from .expert_mlp import ExpertAdapter, Middle, Projection, run_projections
 from .experts import explain_experts
@@ -32,13 +33,13 @@ def obstacle(experts: Any) -> str | None:
     """Why a module is no such mixture, or has a part that nobody would hear of; None if it is."""
     name = type(experts).__name__
     if not all(hasattr(experts, flag) for flag in ("_is_expert_parallel", "has_gate", "has_bias")):
-        return f"{name} is not of transformers' experts interface"
+        return f"a {name} is no mixture of experts (by transformers' experts interface)"
     if getattr(experts, "has_post_expert_norm", False):
         return f"{name} has a norm after each expert"
     if getattr(type(experts).forward, "__code__", None) is not _moe().forward_code:
         return f"the forward of {name} is not the one that transformers gives such classes"
-    implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
-    if implementation not in (None, "eager"):
+    implementation = _implementation(experts)
+    if implementation != "eager":
         function = _moe().functions.get(implementation)
         if not getattr(function, "__module__", "").startswith("transformers."):
             return f"its experts are computed by {implementation!r}, which is not transformers' own"
@@ -104,12 +105,28 @@ def run_experts(
 ) -> Tensor:
     """What ``experts(x, top_k_index, top_k_weights)`` is with ``adapters``, by projections' names.
 
-    x [T, hidden], top_k_index and top_k_weights [T, k].
+    x [T, hidden], top_k_index and top_k_weights [T, k]. Under autocast only the experts' "eager"
+    implementation multiplies in its dtype, as in transformers; the others do in their weights'.
     """
     first, last = (
         Projection(*_frozen(experts, name), adapters.get(name)) for name in projections(experts)
     )
-    return run_projections(x, top_k_index, top_k_weights, first, last, _middle(experts), backend)
+    how = (top_k_index, top_k_weights, first, last, _middle(experts), backend)
+    with _casting(experts, x):
+        return run_projections(_as_cast(experts, x), *how).to(x.dtype)
+
+
+def _casting(experts: Any, x: Tensor) -> AbstractContextManager[object]:
+    return nullcontext() if _implementation(experts) == "eager" else no_autocast(x)
+
+
+def _as_cast(experts: Any, x: Tensor) -> Tensor:
+    return x if _implementation(experts) == "eager" else x.to(experts.down_proj.dtype)
+
+
+def _implementation(experts: Any) -> Any:
+    """transformers' name of what computes the module."""
+    return getattr(getattr(experts, "config", None), "_experts_implementation", None) or "eager"
 
 
 def weight_of(experts: Any, name: str) -> Tensor:
@@ -168,4 +185,6 @@ def explain_experts_module(
     weight, bias = _frozen(experts, name)
     A, B, scaling = adapters.get(name) or (None, None, 1.0)
     options: Any = {"scaling": scaling, "bias": bias, "backend": backend}
-    return explain_experts(x, weight, A, B, expert_indices=top_k_index, **options)
+    with _casting(experts, x):
+        x = _as_cast(experts, x)
+        return explain_experts(x, weight, A, B, expert_indices=top_k_index, **options)

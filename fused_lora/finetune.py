@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from .adapter_config import CONFIG_NAME
 from .adapters import WEIGHTS_NAME, save_adapter
 from .codes import Format
+from .expert_layer import FusedLoRAExperts
+from .expert_modules import projections, weight_of
 from .files import write_atomically
 from .functional import explain
 from .inject import inject
@@ -179,7 +181,25 @@ class Run:
                 backend=self.settings.backend,
             )
             found[f"{e.backend}, forward {e.strategy}, dx {e.strategy_dx}"] += 1
+        for mixture, base in self._mixtures():
+            x = base.down_proj.new_empty(tokens, weight_of(base, projections(base)[0]).shape[2])
+            index = torch.zeros(tokens, 1, dtype=torch.int64, device=x.device)
+            e = mixture.explain(x, index, x[:, :1])
+            found[f"{e.backend}, forward {e.strategy}, dx {e.strategy_dx} (experts)"] += 1
         return "; ".join(f"{count} layers: {how}" for how, count in found.items())
+
+    def _mixtures(self) -> Iterator[tuple[Any, Any]]:
+        """Every mixture of experts with adapters, and the module that it is of."""
+        if not self.settings.peft:
+            for module in self.model.modules():
+                if isinstance(module, FusedLoRAExperts):
+                    yield module, module.base_layer
+            return
+        from .peft_experts import FusedPeftExperts
+
+        for module in self.model.modules():
+            if isinstance(module, FusedPeftExperts):
+                yield module, module.get_base_layer()
 
     def evaluate(self) -> float:
         """Mean loss per token over the held-out rows. Every process measures the same."""
@@ -322,7 +342,7 @@ def _adapters(model: nn.Module) -> Iterator[tuple[Tensor | QuantizedWeight, Tens
     for module in model.modules():
         if isinstance(module, FusedLoRALinear):
             yield module.weight, module.lora_A, module.lora_B
-        elif type(module).__name__ == "ParamWrapper":  # of experts, which explain themselves
+        elif type(module).__name__ == "ParamWrapper":  # of experts
             continue
         elif isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
             layer: Any = module

@@ -128,9 +128,10 @@ def inject(
     else:
         modules, layers, skipped = {}, [], {}
     skipped |= mixtures.skipped
-    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
+    if not mixtures.projections:
+        all_linear = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
         for path in mixtures_of_experts(model):
-            if path not in mixtures.projections:
+            if all_linear or path in skipped:
                 skipped[path] = "is a mixture of experts, for target_parameters to name"
     # Built first and put in last, so that a failure leaves the model as it was. A module that is
     # used at several paths stays one module.
@@ -210,7 +211,8 @@ def _check_experts_options(
 ) -> None:
     """ValueError for what adapters of experts do not have, nor in PEFT."""
     if quantize is not None:
-        raise ValueError(f"quantize: got {quantize!r}, wanted None with target_parameters")
+        got = f"quantize: got {quantize!r}, wanted None with target_parameters"
+        raise ValueError(f"{got}: experts are not quantised here")
     if lora_dropout > 0.0:
         raise ValueError(f"lora_dropout: got {lora_dropout}, wanted 0 with target_parameters")
     if use_dora:

@@ -45,6 +45,8 @@ def find_targets(
             why += ' in a list, a regular expression for the whole path, or "all-linear"'
         if exclude_modules is not None:
             why += f", and not all of them in exclude_modules, {exclude_modules!r}"
+        if mixtures_of_experts(model):
+            why += "; experts are for target_parameters to name"
         others = {path: what for path, what in skipped.items() if path in modules}
         raise ValueError(why + (f"; it does match {others}" if others else ""))
     for path in layers:

@@ -322,7 +322,8 @@ def unfuse(model: nn.Module) -> None:
 def register(config: LoraConfig) -> None:
     """Makes models still to be created with ``config`` come fused, by PEFT's custom-module hook.
 
-    Quantised and other subclasses of `nn.Linear` fall through to PEFT's own dispatch.
+    Quantised and other subclasses of `nn.Linear`, and experts' parameters, fall through to PEFT's
+    own dispatch: for the latter call `fuse` afterwards.
 
     Raises TypeError unless ``config`` is a `peft.LoraConfig`.
     """

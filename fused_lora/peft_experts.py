@@ -42,6 +42,10 @@ class FusedPeftExperts(peft_lora.ParamWrapper):  # type: ignore[misc]  # peft is
 
     fused_lora_backend: Backend = "auto"
 
+    def _get_name(self) -> str:
+        """In the model's repr."""
+        return "FusedPeftExperts"
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [T, hidden], and a router's choice: what the module of experts takes and gives."""
         y: Tensor | None = _fused(self, x, routed(*args, **kwargs))

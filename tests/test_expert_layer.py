@@ -196,6 +196,15 @@ def test_a_language_model(tmp_path):
     assert_close(again(input_ids=tokens).logits, logits)
 
 
+def test_experts_among_target_modules_say_where_they_belong():
+    model = _language_model()
+    with pytest.raises(ValueError, match="experts are for target_parameters to name"):
+        inject(model, **NUMBERS, target_modules=["gate_up_proj", "down_proj"])
+    report = inject(model, **NUMBERS, target_modules=["q_proj", "experts"])
+    why = "is a mixture of experts, for target_parameters to name"
+    assert report.skipped == {f"model.layers.{i}.mlp.experts": why for i in (0, 1)}
+
+
 def test_all_linear_says_what_it_leaves():
     model = _language_model()
     report = inject(model, **NUMBERS, target_modules="all-linear")
@@ -415,7 +424,9 @@ def test_files_that_do_not_fit(tmp_path):
     refused("target_modules: is missing", target_parameters=None)
     refused("target_parameters", target_parameters="experts.down_proj")
     config.write_text(json.dumps(fields | {"target_parameters": ["experts.nothing"]}))
-    with pytest.raises(ValueError, match="target_parameters: experts.nothing matches no parameter"):
+    with pytest.raises(
+        ValueError, match="target_parameters: experts.nothing: matches no parameter"
+    ):
         load_adapter(Block("qwen3_moe"), tmp_path)
 
 

@@ -132,6 +132,7 @@ def test_a_mixture_of_experts(settings, model_dir, tmp_path, peft):
     run = _train(settings, tmp_path / "out")
     assert run.evaluate() < run.history.held_out_before - 0.1
     assert sum("experts" in name for name in run.trained) == 8
+    assert "2 layers: torch, forward library, dx library (experts)" in run.which_ran()
     difference, effect = run.compare_with_peft()
     assert difference < 1e-4 < effect
     again = _train(replace(settings, steps=8), tmp_path / "out", resume=True)
