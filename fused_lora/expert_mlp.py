@@ -241,15 +241,17 @@ def combined(out: Tensor, p: Tensor) -> Tensor:
     return torch.bmm(p[:, None], out).squeeze_(1)
 
 
-_CHUNK = 1 << 24  # elements that are there in fp32 at a time
+_CHUNK = 1 << 24  # elements whose products are there at a time
 
 
 def _dots(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of each row of a and b [M, K], by fp32 or better."""
+    """Of each row of a and b [M, K], summed in fp32 or better."""
     exact = torch.promote_types(a.dtype, torch.float32)
     dots = torch.empty(len(a), dtype=dtype, device=a.device)
     for rows in slices(len(a), max(1, _CHUNK // max(1, a.shape[1]))):
-        torch.sum(a[rows].to(exact) * b[rows], 1, out=dots[rows])
+        # In fp16 they could overflow; in bf16 they cost a GPU 8 bytes an element and not 20.
+        left = a[rows].float() if a.dtype == torch.float16 else a[rows]
+        dots[rows] = torch.sum(left * b[rows], 1, dtype=exact)
     return dots
 
 
