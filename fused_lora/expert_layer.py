@@ -29,6 +29,7 @@ from .explanation import Explanation
 from .initial import initial_values
 from .linear import FusedLoRALinear
 from .sharded import is_sharded
+from .uncompiled import uncompiled
 
 
 def nested(experts: nn.Module, adapted: Collection[str]) -> dict[str, str]:
@@ -164,10 +165,9 @@ class FusedLoRAExperts(nn.Module):
         if self.merged or self.disabled:
             y: Tensor = self.base_layer(x, *args, **kwargs)
             return y
-        adapted: Tensor = self._adapted(x, routed(*args, **kwargs))
-        return adapted
+        return self._adapted(x, routed(*args, **kwargs))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def _adapted(self, x: Tensor, choice: tuple[Any, Any] | None) -> Tensor:
         if choice is None:
             raise TypeError("forward: got other arguments than x, top_k_index and top_k_weights")

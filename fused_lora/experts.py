@@ -33,6 +33,7 @@ from .functional import check_options, draw_seeds, is_recorded
 from .kernels.dropout import dropout_of, dropout_threshold
 from .kernels.rows import RowGroups, groups_of_indices
 from .multi_rows import INTEGERS
+from .uncompiled import uncompiled
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _forward(
     return y.resize_(*call.routing.shape, y.shape[-1]), h  # not view(): see multi_backends.forward
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def lora_linear_experts(
     x: Tensor,
     weight: Tensor,

@@ -28,6 +28,7 @@ from .expert_modules import (
 from .expert_modules import obstacle as experts_obstacle
 from .explanation import Explanation
 from .functional import is_observed
+from .uncompiled import uncompiled
 
 
 class ExpertsState(NamedTuple):
@@ -69,7 +70,7 @@ class FusedPeftExperts(peft_lora.ParamWrapper):  # type: ignore[misc]  # peft is
 FusedPeftExperts.__name__ = "ParamWrapper"
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def _fused(layer: FusedPeftExperts, x: Any, choice: tuple[Any, Any] | None) -> Tensor | None:
     """The output, if the fused path takes the call."""
     found = look(layer)

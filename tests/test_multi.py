@@ -314,11 +314,17 @@ def test_multi_indices_on_a_gpu_are_checked_once():
     first = multi_rows._of_tensor(indices, cpu, 2)
     assert multi_rows._of_tensor(indices, cpu, 2) is first
     assert multi_rows._of_tensor(indices, cpu, 3) is not first
-    assert first.spans == [(0, 1, 2), (1, 2, 4)]
+    assert first.spans == (
+        (0, 1, 2),
+        (1, 2, 4),
+    )
     indices[3] = 0
-    assert multi_rows._of_tensor(indices, cpu, 2).spans == [(0, 0, 2), (1, 2, 4)]
+    assert multi_rows._of_tensor(indices, cpu, 2).spans == (
+        (0, 0, 2),
+        (1, 2, 4),
+    )
     indices.data = torch.tensor([1, 1, 1, 1])
-    assert multi_rows._of_tensor(indices, cpu, 2).spans == [(1, 0, 4)]
+    assert multi_rows._of_tensor(indices, cpu, 2).spans == ((1, 0, 4),)
     indices.data = torch.tensor([1, 1, 2, 1])
     with pytest.raises(ValueError, match="got index 2, wanted 0 to 1"):
         multi_rows._of_tensor(indices, cpu, 2)
@@ -331,8 +337,14 @@ def test_multi_indices_that_numpy_changes_are_looked_at_again():
     before = row_groups(torch.Size([4]), torch.device("cpu"), 2, indices, None)
     array[:] = [1, 1, 1, 0]
     after = row_groups(torch.Size([4]), torch.device("cpu"), 2, indices, None)
-    assert before.spans == [(0, 0, 2), (1, 2, 4)]
-    assert after.spans == [(1, 0, 3), (0, 3, 4)]
+    assert before.spans == (
+        (0, 0, 2),
+        (1, 2, 4),
+    )
+    assert after.spans == (
+        (1, 0, 3),
+        (0, 3, 4),
+    )
     array[3] = 2
     with pytest.raises(ValueError, match="got index 2, wanted 0 to 1"):
         row_groups(torch.Size([4]), torch.device("cpu"), 2, indices, None)
