@@ -15,6 +15,13 @@ from . import measure, rows
 Medians = dict[str, float]  # by provider, in us or bytes
 
 
+def like() -> torch.Tensor:
+    """On the device that there is, in bf16, which many CPUs cannot multiply: there in fp32."""
+    if torch.cuda.is_available():
+        return torch.empty(0, dtype=torch.bfloat16, device="cuda")
+    return torch.empty(0, dtype=torch.float32, device="cpu")
+
+
 def write(
     kind: str,
     todo: Iterable[Any],

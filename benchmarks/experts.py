@@ -63,11 +63,8 @@ class Problem(NamedTuple):
         return f"{self.experts} M {self.M}"
 
     def mixture(self) -> Mixture:
-        """On the device that there is, in bf16, which many CPUs cannot multiply: there in fp32."""
-        like = torch.empty(0, dtype=torch.float32, device="cpu")
-        if torch.cuda.is_available():
-            like = like.to("cuda", torch.bfloat16)
-        return Mixture(self, like)
+        """On the device that there is."""
+        return Mixture(self, csv_rows.like())
 
 
 class Mixture:

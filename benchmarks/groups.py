@@ -51,12 +51,9 @@ class Problem(NamedTuple):
         return f"{self.layers} M {self.M} K {self.K} dropout {self.dropout_p:g}"
 
     def members(self) -> Members:
-        """On the device that there is, in bf16, which many CPUs cannot multiply: there in fp32."""
-        like = torch.empty(0, dtype=torch.float32, device="cpu")
-        if torch.cuda.is_available():
-            like = like.to("cuda", torch.bfloat16)
+        """On the device that there is."""
         kind = MLP if self.layers == "mlp" else Members
-        return kind(self.M, self.K, self.sides, self.dropout_p, like)
+        return kind(self.M, self.K, self.sides, self.dropout_p, csv_rows.like())
 
 
 def problems(model: str, Ms: Sequence[int]) -> list[Problem]:

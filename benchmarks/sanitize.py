@@ -174,13 +174,21 @@ def _groups() -> Iterator[Case]:
         yield from _groups_by(("split", 0.3), ("library", 0.3), ("library", 0.0), shape=shape)
 
 
+def _three(
+    dtype: torch.dtype, shape: tuple[int, int, int, int]
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    """x, three layers' W0, A and B, and which of them each row goes to, -1 for none."""
+    M, N, K, r = shape
+    normal = partial(_normal, dtype)
+    weights, As, Bs = ([normal(*side) for _ in range(3)] for side in ((N, K), (r, K), (N, r)))
+    return normal(M, K), weights, As, Bs, torch.arange(M, device=DEVICE) % 4 - 1
+
+
 def _others() -> Iterator[Case]:
     """The other products, forward and backward, against their own PyTorch path."""
     for dtype, (M, N, K, r) in product(HALF, SHAPES[2:]):
         normal = partial(_normal, dtype)
-        x, As, Bs = normal(M, K), [normal(r, K) for _ in range(3)], [normal(N, r) for _ in range(3)]
-        weights = [normal(N, K) for _ in range(3)]
-        rows = torch.arange(M, device=DEVICE) % 4 - 1
+        x, weights, As, Bs, rows = _three(dtype, (M, N, K, r))
         whole = K // 64 * 64  # NF4's blocks
         calls: dict[str, Callable[..., Any]] = {
             "group": partial(lora_linear_group, x, weights, As, Bs, scalings=[1.0] * 3),
@@ -245,17 +253,14 @@ def _group(
 
 def _of_experts() -> Iterator[Case]:
     """Mixtures of experts, a projection and a whole one."""
-    for dtype, (M, N, K, r) in product(HALF, SHAPES[2:]):
-        normal = partial(_normal, dtype)
-        x, As, Bs = normal(M, K), [normal(r, K) for _ in range(3)], [normal(N, r) for _ in range(3)]
-        weights = [normal(N, K) for _ in range(3)]
-        rows = torch.arange(M, device=DEVICE) % 4 - 1
+    for dtype, shape in product(HALF, SHAPES[2:]):
+        x, weights, As, Bs, rows = _three(dtype, shape)
         leaves = [x, *As, *Bs]
         for leaf in leaves:
             leaf.requires_grad_()
         for name, function in (("experts", _experts), ("a mixture of experts", _mixture)):
-            call = partial(function, x, weights, As, Bs, rows)
-            yield f"{dtype} M, N, K, r {(M, N, K, r)} {name}", partial(_same_on_both, call, leaves)
+            call = partial(function, x, weights, As, Bs, torch.stack((rows, rows + 1), dim=1))
+            yield f"{dtype} M, N, K, r {shape} {name}", partial(_same_on_both, call, leaves)
 
 
 def _experts(
@@ -263,12 +268,11 @@ def _experts(
     weights: list[torch.Tensor],
     As: list[torch.Tensor],
     Bs: list[torch.Tensor],
-    rows: torch.Tensor,
+    index: torch.Tensor,
     *,
     backend: Literal["triton", "torch"],
 ) -> torch.Tensor:
     """x [M, K] by two experts for each of its rows."""
-    index = torch.stack((rows, rows + 1), dim=1)
     stacks = (torch.stack(weights), torch.stack(As), torch.stack(Bs))
     return lora_linear_experts(x, *stacks, expert_indices=index, scaling=1.0, backend=backend)
 
@@ -278,7 +282,7 @@ def _mixture(
     weights: list[torch.Tensor],
     As: list[torch.Tensor],
     Bs: list[torch.Tensor],
-    rows: torch.Tensor,
+    index: torch.Tensor,
     *,
     backend: Literal["triton", "torch"],
 ) -> torch.Tensor:
@@ -287,7 +291,6 @@ def _mixture(
     W, A, B = map(torch.stack, (weights, As, Bs))
     first = Projection(W[:, : 2 * half], None, ExpertAdapter(A, B[:, : 2 * half], 1.0))
     last = Projection(W[:, :half].mT, None, ExpertAdapter(B[:, :half].mT, A.mT, 1.0))
-    index = torch.stack((rows, rows + 1), dim=1)
     p = torch.full(index.shape, 0.5, dtype=x.dtype, device=x.device)
     return run_projections(x, index, p, first, last, Middle("silu", None), backend)
 

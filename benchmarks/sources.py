@@ -289,7 +289,7 @@ def _experts_source(case: Case) -> tuple[Any, dict[str, str], dict[str, object]]
         pointers["seed_ptr"] = "*i64"
     constants: dict[str, object] = {"stride_xk": 1, "stride_bias": 1, "EVEN_K": True}
     constants["stride_wn" if case.transposed else "stride_wk"] = 1
-    constants |= {"FAN": FAN, "FAN_Y": FAN, "USE_A": case.transposed, **STACK}
+    constants |= {"FAN": FAN, "FAN_Y": FAN, "USE_A": case.transposed}
     constants |= {"BLOCK_R": pieces.MAX_BLOCK_R, "GROUP_M": gemm.GROUP_M}
     return experts.experts_kernel, pointers, constants
 

@@ -21,7 +21,7 @@ from .device import device_guard
 from .dropout import Dropout, scale_and_threshold, seed_of
 from .gemm import GROUP_M, dot_precision
 from .launch import Launcher
-from .pieces import MAX_BLOCK_R, load_adapter, load_piece, rows_at
+from .pieces import MAX_BLOCK_R, add_adapter, load_piece, rows_at
 from .rows import AdapterStack, RowGroups
 from .tiles import add_product, grouped_tile, keep_mask
 
@@ -62,8 +62,6 @@ def experts_kernel(
     FAN: tl.constexpr,  # rows of the order that each of x's is
     FAN_Y: tl.constexpr,  # and each of the mask's on h B
     USE_A: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    RANK_DIVISOR: tl.constexpr,
 ):
     # Pieces of one expert side by side, so that they share its W0's tiles in L2.
     piece, pid_n = grouped_tile(tl.program_id(0), num_pieces, tl.cdiv(N, BLOCK_N), GROUP_M)
@@ -82,24 +80,23 @@ def experts_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if expert >= 0:
         if h_ptr is not None:
-            b_ptr, rank, stride_br, stride_bn = load_adapter(
-                None, b_ptr, expert, R, N, USE_A, ALIGNED, RANK_DIVISOR
-            )
-            acc = add_product(
+            acc = add_adapter(
                 acc,
-                h_ptr,
+                None,
                 b_ptr,
+                h_ptr,
+                expert,
+                R,
                 positions.to(tl.int64)[:, None],
                 cols,
                 in_m,
                 in_n,
-                rank,
+                N,
                 stride_hm,
-                1,
-                stride_br,
-                stride_bn,
                 BLOCK_R,
+                USE_A,
                 False,
+                1,
                 PRECISION,
             )
             if seed_ptr is not None:
@@ -201,8 +198,6 @@ def gemm_experts(
             FAN=fan,
             FAN_Y=fan_y,
             USE_A=use_A,
-            ALIGNED=False,
-            RANK_DIVISOR=1,
             **config.meta(),
         )
     return y

@@ -61,6 +61,50 @@ def load_adapter(
 
 
 @triton.jit
+def add_adapter(
+    acc,
+    table_ptr,
+    like_ptr,
+    h_ptr,
+    adapter,
+    R,
+    rows,  # positions, int64 [BLOCK_M, 1]
+    cols,
+    in_m,
+    in_n,
+    N,
+    stride_hm,
+    BLOCK_R: tl.constexpr,
+    USE_A: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    RANK_DIVISOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc + h B of a tile's rows with one adapter's B^T (USE_A: A); see `load_adapter`."""
+    b_ptr, rank, stride_br, stride_bn = load_adapter(
+        table_ptr, like_ptr, adapter, R, N, USE_A, ALIGNED, RANK_DIVISOR
+    )
+    return add_product(
+        acc,
+        h_ptr,
+        b_ptr,
+        rows,
+        cols,
+        in_m,
+        in_n,
+        rank,
+        stride_hm,
+        1,
+        stride_br,
+        stride_bn,
+        BLOCK_R,
+        False,
+        PRECISION,
+        NUM_STAGES=1,  # one step at most ranks: nothing to overlap
+    )
+
+
+@triton.jit
 def add_pieces(
     acc,
     pieces_ptr,
@@ -85,25 +129,23 @@ def add_pieces(
     for piece in range(first_piece, last_piece):
         adapter, first, last = load_piece(pieces_ptr, piece)
         if adapter >= 0 and first < last:
-            b_ptr, rank, stride_br, stride_bn = load_adapter(
-                table_ptr, like_ptr, adapter, 0, N, USE_A, ALIGNED, RANK_DIVISOR
-            )
-            acc = add_product(
+            acc = add_adapter(
                 acc,
+                table_ptr,
+                like_ptr,
                 h_ptr,
-                b_ptr,
+                adapter,
+                0,
                 rows,
                 cols,
                 ((positions >= first) & (positions < last))[:, None],
                 in_n,
-                rank,
+                N,
                 stride_hm,
-                1,
-                stride_br,
-                stride_bn,
                 BLOCK_R,
-                False,
+                USE_A,
+                ALIGNED,
+                RANK_DIVISOR,
                 PRECISION,
-                NUM_STAGES=1,  # one step at most ranks: nothing to overlap
             )
     return acc
