@@ -173,8 +173,8 @@ def check_experts(
     if E == 0:
         raise ValueError(f"weight: got shape {[E, N, K]}, wanted at least one expert")
     rows = list(indexed)
-    either = f"{[*rows, K]}" + (f" or {[*rows[:-1], K]}" if rows else "")
     if list(x.shape) not in ([*rows, K], [*rows[:-1], K]) or (not rows and x.ndim != 1):
+        either = f"{[*rows, K]}" + (f" or {[*rows[:-1], K]}" if rows else "")
         wanted = f"{either} to fit weight {[E, N, K]} and expert_indices {rows}"
         raise ValueError(f"x: got shape {list(x.shape)}, wanted {wanted}")
     if x.ndim == len(rows) and rows[-1] == 0:

@@ -85,6 +85,23 @@ def project_back(
         return None, shrink(config, g, layer.of_y(), adapters, use_A=False, fan=fan)
 
 
+class Gradients(NamedTuple):
+    """Those that were asked for."""
+
+    dx: Tensor | None
+    dA: Tensor | None
+    dB: Tensor | None
+
+
+def backward(
+    path: Path, g: Tensor, x: Tensor | None, h: Tensor | None, layer: Experts, *, need_dx: bool
+) -> Gradients:
+    """The gradients of `project` for g = dL/dy: dA if x is given, dB if h is."""
+    dx, dh = project_back(path, g, layer, need_dx=need_dx, need_dh=x is not None)
+    dA = None if x is None or dh is None else grad_A(path, x, dh, layer)
+    return Gradients(dx, dA, None if h is None else grad_B(path, g, h, layer))
+
+
 def grad_A(path: Path, x: Tensor, dh: Tensor, layer: Experts) -> Tensor:
     """dA [E, r, K]; of an expert without rows zero."""
     with no_autocast(x):

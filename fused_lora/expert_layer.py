@@ -29,7 +29,6 @@ from .explanation import Explanation
 from .initial import initial_values
 from .linear import FusedLoRALinear
 from .sharded import is_sharded
-from .uncompiled import uncompiled
 
 
 def nested(experts: nn.Module, adapted: Collection[str]) -> dict[str, str]:
@@ -167,7 +166,6 @@ class FusedLoRAExperts(nn.Module):
             return y
         return self._adapted(x, routed(*args, **kwargs))
 
-    @uncompiled
     def _adapted(self, x: Tensor, choice: tuple[Any, Any] | None) -> Tensor:
         if choice is None:
             raise TypeError("forward: got other arguments than x, top_k_index and top_k_weights")

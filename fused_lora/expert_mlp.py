@@ -4,9 +4,8 @@
 
 z and a are in the experts' order, x, o and y in the tokens', and nothing is moved in between. Of a
 row of the order z alone is kept for the backward (on PyTorch's path act(gate) too): a is made
-again, and the gradient of p[t, j], <g[t], o[t, j]>, is <da, a> with da the gradient of a for p = 1,
-which needs no o (SonicMoE, https://arxiv.org/abs/2512.14080). p counts where it is smallest: in h,
-dh and da.
+again, and o is not needed (see expert_sums.py). What traces or watches operators gets two of them,
+with the middle as the graph's own.
 """
 
 from __future__ import annotations
@@ -17,24 +16,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import torch_backend
+from . import expert_ops, torch_backend
 from .autocast import no_autocast
 from .autograd import alias, raise_second_derivative
 from .backends import as_gradient
 from .calls import Backend
-from .expert_backends import (
-    Experts,
-    Path,
-    contiguous,
-    grad_A,
-    grad_B,
-    project,
-    project_back,
+from .expert_backends import Experts, Path, backward, contiguous, project
+from .expert_calls import (
+    Routing,
+    call_of,
+    check_indices,
+    checked,
+    laid_out,
+    path_of,
+    routing_of,
 )
-from .experts import Routing, check_indices, decided, laid_out, routing_of
-from .functional import is_recorded
+from .expert_sums import project_sum, sum_backward
+from .functional import is_observed, is_recorded
 from .gated import Activation
-from .products import WITHOUT_INSTRUCTIONS, mm, slices
 
 
 class ExpertAdapter(NamedTuple):
@@ -58,11 +57,18 @@ class Middle(NamedTuple):
     known: Activation | None
     function: Callable[[Tensor], Tensor] | None = None  # where it is not known
 
+    def traced(self, z: Tensor) -> Tensor:
+        """a, by operators that autograd records."""
+        if self.known is None:
+            assert self.function is not None
+            return self.function(z)
+        gate, up = z.chunk(2, dim=-1)
+        return torch_backend.gated(gate, up, self.known)
+
     def forward(self, path: Path, z: Tensor) -> tuple[Tensor, Tensor | None]:
         """a [M, K], and what to keep of it beside z."""
         if self.known is None:
-            assert self.function is not None
-            return self.function(z), None
+            return self.traced(z), None
         gate, up = z.chunk(2, dim=-1)
         if path == "torch":
             acted = torch_backend.activated(gate, self.known)
@@ -76,10 +82,9 @@ class Middle(NamedTuple):
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """a once more, and what makes z's gradient of a's, whose memory it may take."""
         if self.known is None:
-            assert self.function is not None
             with torch.enable_grad():
                 leaf = z.detach().requires_grad_()
-                a = self.function(leaf)
+                a = self.traced(leaf)
             return a.detach(), lambda da: torch.autograd.grad(a, leaf, da)[0]
         known = self.known
         gate, up = z.chunk(2, dim=-1)
@@ -180,37 +185,33 @@ class LoRAExpertsMLPFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise_second_derivative("a fused mixture of experts", "lora_linear_experts")
         x, p, *weights, down_bias, z, acted, a, h_up, h_down = ctx.saved_tensors
-        needs_x, needs_p, _, _, needs_up_A, _, needs_down_A, _ = ctx.needs_input_grad[:8]
+        needs_x, needs_p, _, _, _, _, needs_down_A, _ = ctx.needs_input_grad[:8]
         call: ExpertsMLP = ctx.call
-        path, order = call.path, call.routing.groups.order
-        assert order is not None
+        path, experts = call.path, call.routing.experts
         g = as_gradient(g, path)
         up, down = call.layers(g.dtype, *weights)
-        dp = dx = dA_up = dB_up = dA_down = dB_down = None
+        dx = dA_up = dB_up = None
         with no_autocast(g):
-            p_rows = p.flatten().index_select(0, order)[:, None]
             if z is not None:
                 a, middle_backward = call.middle.again(path, z, acted)
-            needs_da = z is not None or needs_p
-            da, dh = project_back(path, g, down, need_dx=needs_da, need_dh=needs_down_A)
-            if needs_p and da is not None:
-                dp = torch.empty_like(p.flatten())
-                dp = dp.index_copy_(0, order.long(), _dots(da, a, p.dtype)).view_as(p)
-                if down_bias is not None:
-                    dp += _of_bias(g, down_bias, call.routing, p)
-            if needs_down_A and dh is not None:
-                dA_down = grad_A(path, a, dh.mul_(p_rows), down)
-            del a, dh
-            if h_down is not None:
-                dB_down = grad_B(path, g, (h_down * p_rows).to(g.dtype), down)
+            da, dp, dA_down, dB_down = sum_backward(
+                path,
+                g,
+                a,
+                p,
+                down,
+                down_bias,
+                h_down,
+                experts,
+                need_da=z is not None,
+                need_dp=needs_p,
+                need_dA=needs_down_A,
+            )
+            del a
             if z is not None and da is not None:
-                dz = middle_backward(da.mul_(p_rows))
+                dz = middle_backward(da)
                 del da
-                dx, dh = project_back(path, dz, up, need_dx=needs_x, need_dh=needs_up_A)
-                if needs_up_A and dh is not None:
-                    dA_up = grad_A(path, x, dh, up)
-                if h_up is not None:
-                    dB_up = grad_B(path, dz, h_up, up)
+                dx, dA_up, dB_up = backward(path, dz, x, h_up, up, need_dx=needs_x)
         return dx, dp, None, None, dA_up, dB_up, dA_down, dB_down, None, None, None
 
 
@@ -227,40 +228,8 @@ def _forward(
     with no_autocast(x):
         z, h_up = project(call.path, x, up, up_bias)
         a, acted = call.middle.forward(call.path, z)
-        out, h_down = project(call.path, a, down, down_bias)
-        y = combined(out.view(*p.shape, out.shape[1]), p)
+        y, h_down = project_sum(call.path, a, p, down, down_bias)
     return y, z, (a, acted), h_up, h_down
-
-
-def combined(out: Tensor, p: Tensor) -> Tensor:
-    """sum_j p[t, j] * out[t, j], [T, N] of out [T, k, N], in its dtype, rounded once."""
-    slow = out.dtype in WITHOUT_INSTRUCTIONS and out.device.type == "cpu"
-    # A GPU may multiply fp32 matrices in tf32, which these are none of.
-    if p.dtype != out.dtype or slow or (out.is_cuda and out.dtype == torch.float32):
-        return (out * p[..., None]).sum(1).to(out.dtype)
-    return torch.bmm(p[:, None], out).squeeze_(1)
-
-
-_CHUNK = 1 << 24  # elements whose products are there at a time
-
-
-def _dots(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of each row of a and b [M, K], summed in fp32 or better."""
-    exact = torch.promote_types(a.dtype, torch.float32)
-    dots = torch.empty(len(a), dtype=dtype, device=a.device)
-    for rows in slices(len(a), max(1, _CHUNK // max(1, a.shape[1]))):
-        # In fp16 they could overflow; in bf16 they cost a GPU 8 bytes an element and not 20.
-        left = a[rows].float() if a.dtype == torch.float16 else a[rows]
-        dots[rows] = torch.sum(left * b[rows], 1, dtype=exact)
-    return dots
-
-
-def _of_bias(g: Tensor, bias: Tensor, routing: Routing, p: Tensor) -> Tensor:
-    """<g[t], bias of (t, j)'s expert> [T, k], by the products with all of them."""
-    of_all = mm(g, bias.to(g.dtype).t()).to(p.dtype)  # [T, E]
-    of_none = of_all.new_zeros((len(g), 1))
-    index = routing.experts.view_as(p) % (len(bias) + 1)  # -1, no expert, is the last
-    return torch.cat((of_all, of_none), dim=1).gather(1, index.long())
 
 
 class Projection(NamedTuple):
@@ -288,23 +257,45 @@ def run_projections(
     down_A, down_B, scaling_down = last.adapter or (None, None, 1.0)
     check_indices(x, top_k_index)
     weights, indexed = (first.weight, last.weight), top_k_index.shape
-    checked = (indexed, scaling_up, first.bias, 0.0, backend)
-    cast, up_bias, _, path, scale_up, *_ = decided(x, weights[0], up_A, up_B, *checked)
+    rest = (scaling_up, first.bias, 0.0, backend)
+    cast, up_bias, _, k = checked(x, weights[0], up_A, up_B, indexed, *rest)
     a = cast.new_empty(1).expand(*indexed, weights[1].shape[2])  # like it
-    checked = (indexed, scaling_down, last.bias, 0.0, backend)
-    _, down_bias, _, path_down, scale_down, *_ = decided(a, weights[1], down_A, down_B, *checked)
+    rest = (scaling_down, last.bias, 0.0, backend)
+    _, down_bias, _, _ = checked(a, weights[1], down_A, down_B, indexed, *rest)
     if len(weights[0]) != len(weights[1]):
         got = f"weights of {len(weights[0])} and {len(weights[1])} experts"
         raise ValueError(f"first, last: got {got}, wanted as many of both")
     routing = routing_of(top_k_index, len(weights[0]))
-    path = path if path == path_down else "torch"
-    call = ExpertsMLP(path, routing, middle, scale_up, scale_down)
+    if is_observed():
+        z = expert_ops.call(
+            cast,
+            weights[0],
+            up_A,
+            up_B,
+            routing,
+            scaling_up,
+            up_bias,
+            None,
+            0,
+            backend,
+            fan=k,
+            scatters=False,
+        )
+        operands = (middle.traced(z), top_k_weights, weights[1], down_A, down_B)
+        y = expert_ops.call_sum(*operands, routing, scaling_down, down_bias, backend)
+        return y.to(x.dtype)
+    calls = (
+        call_of(cast, weights[0], up_A, up_B, up_bias, indexed.numel(), dropout=False),
+        call_of(a, weights[1], down_A, down_B, down_bias, indexed.numel(), dropout=False),
+    )
+    paths = [path_of(call, backend) for call in calls]
+    path: Path = "triton" if paths == ["triton", "triton"] else "torch"
+    how = ExpertsMLP(path, routing, middle, float(scaling_up), float(scaling_down))
     adapted = tuple(laid_out(t) for t in (up_A, up_B, down_A, down_B))
-    y: Tensor
     if is_recorded():
         apply: Any = LoRAExpertsMLPFunction.apply
-        y = apply(cast, top_k_weights, *weights, *adapted, up_bias, down_bias, call)
+        y = apply(cast, top_k_weights, *weights, *adapted, up_bias, down_bias, how)
     else:
-        layers = call.layers(cast.dtype, *weights, *adapted)
-        y = _forward(cast, top_k_weights, *layers, up_bias, down_bias, call)[0]
+        layers = how.layers(cast.dtype, *weights, *adapted)
+        y = _forward(cast, top_k_weights, *layers, up_bias, down_bias, how)[0]
     return y.to(x.dtype)

@@ -21,7 +21,9 @@ from .calls import Backend, are_plain
 from .expert_mlp import ExpertAdapter, Middle, Projection, run_projections
 from .experts import explain_experts
 from .explanation import Explanation
+from .functional import is_observed
 from .gated_mlp import activation_of
+from .sharded import is_sharded
 
 
 def projections(experts: Any) -> tuple[str, str]:
@@ -71,6 +73,8 @@ def _middle(experts: Any) -> Middle:
     if not experts.has_gate:
         return Middle(None, experts.act_fn)
     gate = experts._apply_gate
+    if torch.compiler.is_compiling():  # which fuses it itself, and traces no import
+        return Middle(None, gate)
     usual = getattr(gate, "__func__", None) is _moe().gate
     return Middle(activation_of(experts.act_fn) if usual else None, gate)
 
@@ -152,19 +156,27 @@ def routed(*args: Any, **kwargs: Any) -> tuple[Any, Any] | None:
     return given["top_k_index"], given["top_k_weights"]
 
 
+def is_taken(t: Tensor) -> bool:
+    """Whether a tensor is the kernels' or PyTorch's to read, or an operator's, which looks then."""
+    return not is_sharded(t) if is_observed() else are_plain(t)
+
+
 def misfit(experts: Any, x: Any, index: Any, weights: Any) -> str | None:
     """Why these are not what `run_experts` takes; None if they are."""
-    if not all(isinstance(t, Tensor) and are_plain(t) for t in (x, index, weights)):
+    if not all(isinstance(t, Tensor) and is_taken(t) for t in (x, index, weights)):
         return "an argument is not a plain tensor"
-    if torch.is_grad_enabled() and any(t.is_inference() for t in (x, index, weights)):
+    kept = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if kept and any(t.is_inference() for t in (x, index, weights)):
         return "an argument is of inference mode, and could not be kept for a backward pass"
-    if x.ndim != 2 or index.ndim != 2 or index.shape != weights.shape or len(x) != len(index):
+    # Not len(), which an exported graph would keep as a constant.
+    matrices, rows = x.ndim == index.ndim == 2, (x.shape[:1], index.shape[:1])
+    if not matrices or index.shape != weights.shape or rows[0] != rows[1]:
         got = ", ".join(str(list(t.shape)) for t in (x, index, weights))
         return f"x, top_k_index, top_k_weights: got {got}, wanted [T, hidden], [T, k] and [T, k]"
     if index.dtype != torch.int64 or index.device != x.device or index.shape[1] == 0:
         return f"top_k_index: got {index.dtype} on {index.device}, wanted int64 on x's device"
     weight: Any = experts.down_proj
-    if not are_plain(weight):
+    if not is_taken(weight):
         return f"the experts' weights are {type(weight).__name__}s"
     if x.device != weight.device or x.dtype not in checks.DTYPES:
         return f"x: got {x.dtype} on {x.device}, the experts are on {weight.device}"

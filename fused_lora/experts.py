@@ -8,49 +8,29 @@ be a second copy of them in every forward, kept for the backward, and their whol
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks, flops
-from .autocast import autocast, autocast_enabled
+from . import expert_ops
 from .autograd import alias, raise_second_derivative
 from .backends import as_gradient, as_matrix
-from .calls import Backend, Call, are_plain
-from .dispatch import takes_kernels, why_torch
-from .expert_backends import (
-    Experts,
-    Path,
-    contiguous,
-    grad_A,
-    grad_B,
-    project,
-    project_back,
+from .calls import Backend
+from .dispatch import why_torch
+from .expert_backends import Experts, Path, backward, contiguous, project
+from .expert_calls import (
+    Routing,
+    call_of,
+    check_indices,
+    checked,
+    laid_out,
+    path_of,
+    routing_of,
 )
 from .explanation import Explanation
-from .functional import check_options, draw_seeds, is_recorded
-from .kernels.dropout import dropout_of, dropout_threshold
-from .kernels.rows import RowGroups, groups_of_indices
-from .multi_rows import INTEGERS
-from .uncompiled import uncompiled
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Where each row of a batch goes: made once for all projections of a batch's experts."""
-
-    groups: RowGroups
-    shape: torch.Size  # of the indices
-    experts: Tensor  # int32 [M]: each row's, -1 for none
-
-
-def routing_of(expert_indices: Tensor, num_experts: int) -> Routing:
-    """The rows' order by expert; an index that is no expert's is none. Waits for no GPU."""
-    flat = expert_indices.flatten().long()  # in int8 there is no 200 to compare with
-    known = (flat >= 0) & (flat < num_experts)
-    experts = torch.where(known, flat.to(torch.int32), -1)
-    return Routing(groups_of_indices(experts, num_experts), expert_indices.shape, experts)
+from .functional import draw_seeds, is_observed, is_recorded
+from .kernels.dropout import dropout_of
 
 
 class LoRALinearExpertsFunction(torch.autograd.Function):
@@ -95,10 +75,8 @@ class LoRALinearExpertsFunction(torch.autograd.Function):
         call, needs_x = ctx.call, ctx.needs_input_grad[0]
         weight = weight.to(g.dtype) if needs_x else weight
         layer = call.layer(weight, lora_A, lora_B, seed, ctx.threshold)
-        path, g2 = call.path, as_gradient(g, call.path)
-        dx, dh = project_back(path, g2, layer, need_dx=needs_x, need_dh=x is not None)
-        dA = None if x is None or dh is None else grad_A(path, as_matrix(x), dh, layer)
-        dB = None if h is None else grad_B(path, g2, h, layer)
+        g2, x2 = as_gradient(g, call.path), None if x is None else as_matrix(x)
+        dx, dA, dB = backward(call.path, g2, x2, h, layer, need_dx=needs_x)
         return None if dx is None else dx.view(ctx.shape), None, dA, dB, *[None] * 4
 
 
@@ -132,7 +110,6 @@ def _forward(
     return y.resize_(*call.routing.shape, y.shape[-1]), h  # not view(): see multi_backends.forward
 
 
-@uncompiled
 def lora_linear_experts(
     x: Tensor,
     weight: Tensor,
@@ -169,82 +146,26 @@ def lora_linear_experts(
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, shape, dtype, device or range.
         RuntimeError: ``backend="triton"`` where the kernels cannot run; under torch.func.
-
-    Under torch.compile the graph breaks.
     """
     check_indices(x, expert_indices)
     options = (scaling, bias, dropout_p, backend)
-    found = decided(x, weight, lora_A, lora_B, expert_indices.shape, *options)
-    x, bias, _, path, scaling, threshold, fan = found
+    found = checked(x, weight, lora_A, lora_B, expert_indices.shape, *options)
+    x, bias, threshold, fan = found
+    routing = routing_of(expert_indices, len(weight))
+    seed = draw_seeds(1, x.device, backend) if threshold else None
+    if is_observed():
+        how = (scaling, bias, seed, threshold, backend)
+        y2 = expert_ops.call(as_matrix(x), weight, lora_A, lora_B, routing, *how, fan=fan)
+        return y2.view(*expert_indices.shape, y2.shape[1])
+    call = call_of(x, weight, lora_A, lora_B, bias, expert_indices.numel(), threshold > 0)
+    decided = ExpertsCall(path_of(call, backend), routing, float(scaling), fan)
     lora_A, lora_B = laid_out(lora_A), laid_out(lora_B)
-    how = ExpertsCall(path, routing_of(expert_indices, len(weight)), scaling, fan)
-    seed = draw_seeds(1, x.device, path) if threshold else None
     if not is_recorded():
-        layer = how.layer(weight.to(x.dtype), lora_A, lora_B, seed, threshold)
-        return _forward(x, layer, bias, how)[0]
+        layer = decided.layer(weight.to(x.dtype), lora_A, lora_B, seed, threshold)
+        return _forward(x, layer, bias, decided)[0]
     apply: Any = LoRALinearExpertsFunction.apply
-    y: Tensor = apply(x, weight, lora_A, lora_B, bias, seed, threshold, how)
+    y: Tensor = apply(x, weight, lora_A, lora_B, bias, seed, threshold, decided)
     return y
-
-
-def laid_out(stack: Tensor | None) -> Tensor | None:
-    """The adapters as the products read them, of PEFT's strided B a copy.
-
-    On a CPU autograd keeps it for the backward, which else makes another one (5 % of a step of 128
-    tokens). On a GPU a copy is faster than the memory is worth, and left to the launches.
-    """
-    return stack if stack is None or stack.is_cuda else contiguous(stack)
-
-
-class Decided(NamedTuple):
-    """A checked call."""
-
-    x: Tensor  # this and the bias as autocast would have them
-    bias: Tensor | None
-    call: Call
-    path: Path
-    scaling: float
-    threshold: int
-    fan: int
-
-
-def decided(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    indexed: torch.Size,
-    scaling: float,
-    bias: Tensor | None,
-    dropout_p: float,
-    backend: Backend,
-) -> Decided:
-    """The call as checked; ``indexed``: the indices' shape."""
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError("lora_linear_experts: torch.func's transforms are not supported")
-    check_options(weight, scaling, dropout_p, backend)
-    if backend == "auto" and flops.are_counted():
-        backend = "torch"
-    if isinstance(x, Tensor) and isinstance(weight, Tensor) and autocast_enabled(x):
-        # It is cast where it is used, and kept as it is: this one is without values.
-        weight = autocast(x, weight.new_empty(1), None)[1].expand(weight.shape)
-    x, _, bias = autocast(x, None, bias)
-    checks.check_experts(x, weight, lora_A, lora_B, bias, indexed)
-    tensors = [t for t in (x, weight, lora_A, lora_B, bias) if t is not None]
-    threshold = dropout_threshold(dropout_p) if lora_A is not None else 0
-    call = Call(
-        M=indexed.numel(),
-        N=weight.shape[1],
-        K=weight.shape[2],
-        r=1 if lora_A is None else lora_A.shape[1],
-        dtype=x.dtype,
-        device=x.device,
-        dropout=threshold > 0,
-        plain_tensors=all(are_plain(t) for t in tensors),
-    )
-    kernels: Path = "triton" if takes_kernels(call, backend) else "torch"
-    fan = 1 if x.shape[:-1] == indexed else indexed[-1]
-    return Decided(x, bias, call, kernels, float(scaling), threshold, fan)
 
 
 def explain_experts(
@@ -265,10 +186,12 @@ def explain_experts(
     """
     check_indices(x, expert_indices)
     options = (scaling, bias, dropout_p, backend)
-    found = decided(x, weight, lora_A, lora_B, expert_indices.shape, *options)
-    if found.path == "torch":
+    found = checked(x, weight, lora_A, lora_B, expert_indices.shape, *options)
+    rows, dropout = expert_indices.numel(), found.threshold > 0
+    call = call_of(found.x, weight, lora_A, lora_B, found.bias, rows, dropout)
+    if path_of(call, backend) == "torch":
         reasons = {
-            "triton": f"not taken: {why_torch(found.call, backend) or 'products are counted'}",
+            "triton": f"not taken: {why_torch(call, backend)}",
             "library": "taken: rows of some experts at a time, F.grouped_mm or a product for each",
         }
         return Explanation("torch", "library", "library", reasons)
@@ -277,14 +200,3 @@ def explain_experts(
         "split": "taken: h of all experts, then one launch for all, which gathers and scatters",
     }
     return Explanation("triton", "split", "split", reasons)
-
-
-def check_indices(x: object, indices: object) -> None:
-    """TypeError or ValueError unless they are integers beside x."""
-    if not isinstance(indices, Tensor):
-        raise TypeError(f"expert_indices: got {type(indices).__name__}, wanted a torch.Tensor")
-    if indices.dtype not in INTEGERS or indices.layout != torch.strided:
-        got = f"dtype {indices.dtype}, layout {indices.layout}"
-        raise TypeError(f"expert_indices: got {got}, wanted a dense tensor of integers")
-    if isinstance(x, Tensor) and indices.device != x.device:
-        raise ValueError(f"expert_indices: is on {indices.device}, wanted x's device, {x.device}")

@@ -16,19 +16,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 _COUNTER = "torch.utils.flop_counter"
 
 Shape = Sequence[int]
-Arguments = dict[str, Any]  # an operator's, by name, with shapes in the place of tensors
-
-
-def are_counted() -> bool:
-    """Whether PyTorch's counter listens, which hears of operators alone and not of launches."""
-    counter = sys.modules.get(_COUNTER)
-    mode = _get_current_dispatch_mode()
-    return counter is not None and isinstance(mode, counter._FlopCounterMode)
+# An operator's, by name, with shapes in the place of tensors; and "out", those of what it gives.
+Arguments = dict[str, Any]
 
 
 def _forward(M: int, N: int, K: int, ranks: int) -> int:
@@ -92,6 +85,32 @@ def _multi_backward(call: Arguments) -> int:
     return _backward(call, *_multi_sizes(call, call["g"]))
 
 
+def _experts(call: Arguments) -> int:
+    """As if every row had an expert: what the indices are is not known here."""
+    M, r = call["groups"][0][0], call["lora_A"][1] if call["lora_A"] else 0
+    return _forward(M, call["out"][0][1], call["x"][1], M * r)
+
+
+def _experts_backward(call: Arguments) -> int:
+    M, r = call["groups"][0][0], call["lora_A"][1] if call["lora_A"] else 0
+    K = call["out"][0][1] if call["need_dx"] else call["x"][1] if call["x"] else 0
+    return _backward(call, M, call["g"][1], K, M * r)
+
+
+def _sum(call: Arguments) -> int:
+    """And a product of p's rows with theirs."""
+    M, K = call["a"]
+    N = call["out"][0][1]
+    combining: int = 2 * M * N
+    return _experts(call | {"x": (M, K)}) + combining
+
+
+def _sum_backward(call: Arguments) -> int:
+    needs = {"need_dx": call["need_da"] or call["need_dp"]}
+    # of a's gradient only the shape counts, which p's needs too
+    return _experts_backward(call | needs | {"x": call["a"] if call["need_dA"] else None})
+
+
 _FORMULAS: dict[str, Callable[[Arguments], int]] = {
     "lora_linear": _lora,
     "lora_linear_backward": _lora_backward,
@@ -101,6 +120,10 @@ _FORMULAS: dict[str, Callable[[Arguments], int]] = {
     "lora_linear_group_backward": _group_backward,
     "lora_linear_multi": _multi,
     "lora_linear_multi_backward": _multi_backward,
+    "lora_linear_experts": _experts,
+    "lora_linear_experts_backward": _experts_backward,
+    "lora_experts_sum": _sum,
+    "lora_experts_sum_backward": _sum_backward,
 }
 
 
@@ -117,7 +140,7 @@ def _register(counter: ModuleType) -> None:
             formula: Callable[[Arguments], int] = formula,
             names: list[str] = names,
         ) -> int:
-            return formula(dict(zip(names, values, strict=True)))
+            return formula({**dict(zip(names, values, strict=True)), "out": out_shape})
 
         counter.register_flop_formula(operator)(count)
 

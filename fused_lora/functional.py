@@ -155,7 +155,7 @@ def _on_device(
     lora_B, scaling = fold_scaling(lora_B, scaling)
     compiling = torch.compiler.is_compiling()
     apply: Any = ops.lora_linear_op if compiling else ops.LoRALinearOpFunction.apply
-    rest = (*pack(weight), scaling, seed, threshold, backend, _is_trained(lora_B))
+    rest = (*pack(weight), scaling, seed, threshold, backend, is_trained(lora_B))
     y: Tensor = apply(x, lora_A, lora_B, bias, *rest)[0]
     return y
 
@@ -221,7 +221,8 @@ def check_frozen(weight: Weight) -> None:
         )
 
 
-def _is_trained(tensor: Tensor) -> bool:
+def is_trained(tensor: Tensor) -> bool:
+    """Whether an operator has to keep what its gradient needs."""
     # A batched tensor does not say what the transform outside of it differentiates.
     transformed = torch._C._are_functorch_transforms_active()
     return torch.is_grad_enabled() and (tensor.requires_grad or transformed)
@@ -340,7 +341,7 @@ def dora_linear(
         packed = pack(weight) if weight is exact_weight else pack(weight, exact_weight)
         compiling = torch.compiler.is_compiling()
         apply: Any = dora_ops.dora_linear_op if compiling else dora_ops.DoRALinearOpFunction.apply
-        rest = (*packed, scaling, backend, _is_trained(lora_B), _is_trained(magnitude))
+        rest = (*packed, scaling, backend, is_trained(lora_B), is_trained(magnitude))
         y: Tensor = apply(x, lora_A, lora_B, magnitude, bias, *rest)[0]
         return y
     scaling = float(scaling)

@@ -15,20 +15,18 @@ from peft.tuners.lora import layer as peft_lora
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from . import checks
-from .calls import Backend, are_plain
+from . import checks, expert_modules
+from .calls import Backend
 from .expert_mlp import ExpertAdapter
 from .expert_modules import (
     explain_experts_module,
+    is_taken,
     misfit,
     projections,
     routed,
     run_experts,
 )
-from .expert_modules import obstacle as experts_obstacle
 from .explanation import Explanation
-from .functional import is_observed
-from .uncompiled import uncompiled
 
 
 class ExpertsState(NamedTuple):
@@ -70,7 +68,6 @@ class FusedPeftExperts(peft_lora.ParamWrapper):  # type: ignore[misc]  # peft is
 FusedPeftExperts.__name__ = "ParamWrapper"
 
 
-@uncompiled
 def _fused(layer: FusedPeftExperts, x: Any, choice: tuple[Any, Any] | None) -> Tensor | None:
     """The output, if the fused path takes the call."""
     found = look(layer)
@@ -92,15 +89,22 @@ def obstacle(layer: peft_lora.ParamWrapper) -> str | None:
     return found if isinstance(found, str) else None
 
 
+# Of what does not change in a compiled model.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _obstacle(experts: nn.Module) -> str | None:
+    return expert_modules.obstacle(experts)
+
+
 def look(layer: Any) -> ExpertsState | str:
     """What the wrapper's call depends on, or why it is for PEFT's own forward."""
-    if torch.jit.is_tracing() or is_observed():  # type: ignore[attr-defined,no-untyped-call]
-        return "it is traced, transformed or watched"
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    if tracing or torch._C._are_functorch_transforms_active():
+        return "it is traced by torch.jit, or transformed by torch.func"
     if forward_ad._current_level >= 0:
         return "it is differentiated in forward mode"
     chain = list(wrappers(layer))
     experts: Any = chain[-1].base_layer
-    why = experts_obstacle(experts)
+    why: str | None = _obstacle(experts)
     if why is not None:
         return why
     known = projections(experts)
@@ -139,7 +143,7 @@ def _adapter(wrapper: Any) -> ExpertAdapter | str:
         if checks.is_hooked(A) or checks.is_hooked(B):
             return f"adapter {name!r} has hooks"
         sides, ranks = (A.weight, B.weight), wrapper.r[name] * wrapper.num_experts
-        if not all(are_plain(t) and t.ndim == 2 for t in sides):  # sharded, or gathered elsewhere
+        if not all(is_taken(t) and t.ndim == 2 for t in sides):  # sharded, or gathered elsewhere
             return f"adapter {name!r} is made of {type(A.weight).__name__}s of other shapes"
         if len(A.weight) != ranks or B.weight.shape[1] != ranks:
             return f"adapter {name!r} is not of {wrapper.num_experts} experts' ranks"

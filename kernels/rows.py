@@ -201,9 +201,10 @@ def groups_of_indices(indices: torch.Tensor, num_adapters: int) -> RowGroups:
     """The groups of rows by an integer tensor [M], -1 for none; waits for no GPU."""
     ordered, order = indices.to(torch.int32).sort(stable=True)
     adapters = torch.arange(-1, num_adapters, dtype=torch.int32, device=indices.device)
-    end = torch.full((1,), len(indices), dtype=torch.int32, device=indices.device)
+    M = indices.shape[0]  # and not len(), which would be a constant of a graph
+    end = torch.full((1,), M, dtype=torch.int32, device=indices.device)
     offsets = torch.cat((torch.searchsorted(ordered, adapters, out_int32=True), end))
-    return RowGroups(len(indices), order.int(), adapters, offsets, on_host=None)
+    return RowGroups(M, order.int(), adapters, offsets, on_host=None)
 
 
 @dataclass(frozen=True, eq=False)

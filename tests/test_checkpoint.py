@@ -69,7 +69,7 @@ def test_preserve_rng_state_false_is_as_for_nn_dropout(device, backend, use_reen
     assert torch.equal(first, again)
 
 
-def _saving(*saved):
+def saving(*saved):
     """A selective policy: what is in ``saved`` is kept, everything else recomputed."""
 
     def policy(context, operator, *args, **kwargs):
@@ -95,7 +95,7 @@ POLICIES = {
 @pytest.mark.parametrize("policy", POLICIES)
 def test_selective(device, launches, backend, policy):
     layer = _mask_layer(device, backend)
-    options = {"use_reentrant": False, "context_fn": _saving(*POLICIES[policy])}
+    options = {"use_reentrant": False, "context_fn": saving(*POLICIES[policy])}
     first, again = _masks(layer, device, **options)
     assert torch.equal(first, again)
     if backend == "triton":  # once in forward, and again unless it was saved
@@ -200,7 +200,7 @@ def test_selective_inside_compile(device, launches, backend, policy):
     torch._dynamo.reset()
     layer = _mask_layer(device, backend)
     x = torch.ones(8, SIZE, device=device, requires_grad=True)
-    context = _saving(*POLICIES[policy])
+    context = saving(*POLICIES[policy])
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def call(x):

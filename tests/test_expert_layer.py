@@ -158,12 +158,6 @@ def _loaded(state, dtype):
     return block
 
 
-def test_compiled():
-    block, _ = _injected()
-    inputs = _routed()
-    assert_close(torch.compile(block, backend="eager")(*inputs), block(*inputs))
-
-
 def test_on_the_kernels(device, launches):
     block, _ = _injected(backend="triton")
     inputs = [t.to(device) for t in _routed()]

@@ -461,17 +461,6 @@ def test_a_language_model(reentrant, tmp_path):
     assert any("experts" in name and "again" in name for name, _ in loaded.named_parameters())
 
 
-def test_compiled():
-    """The graph breaks around the experts, as around PEFT's own."""
-    model = _adapted()
-    inputs = _routed()
-    expected = _results(model, *inputs)
-    fused_lora.peft.fuse(model)
-    compiled = torch.compile(model, backend="eager")
-    for ours, theirs in zip(_results(compiled, *inputs), expected, strict=True):
-        assert_close(ours, theirs)
-
-
 def test_checkpointed_block():
     model = _adapted()
     x, index, weights = _routed()

@@ -1,0 +1,394 @@
+"""The registered operators of mixtures of experts, as ops.py has the single layer's.
+
+The rows' order is among their arguments, as tensors that the graph itself makes: a model's layer
+sorts its router's choice once, for all four. Which path runs is decided on real shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .backends import as_gradient
+from .calls import Backend
+from .differentiable import differentiable
+from .expert_backends import Experts, Path, backward, contiguous, project
+from .expert_calls import Routing, call_of, path_of
+from .expert_sums import project_sum, sum_backward
+from .functional import fold_scaling, is_trained
+from .kernels.dropout import dropout_of
+from .kernels.rows import RowGroups
+from .packing import pack, unpack
+
+
+def _layer(
+    like_x: Tensor,  # of its dtype and device
+    weight: Sequence[Tensor],
+    spec: str,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    groups: Sequence[Tensor],
+    scaling: float,
+    seed: Tensor | None,
+    threshold: int,
+    backend: str,
+) -> tuple[Path, Experts]:
+    order, adapters, offsets = groups
+    rows = RowGroups(len(order), order, adapters, offsets, on_host=None)
+    W: Any = unpack(weight, spec)[0]
+    call = call_of(like_x, W, lora_A, lora_B, bias, rows.M, threshold > 0)
+    dropout = dropout_of(seed, threshold)
+    W = W.to(like_x.dtype)
+    layer = Experts(W, contiguous(lora_A), contiguous(lora_B), scaling, dropout, rows)
+    return path_of(call, cast(Backend, backend)), layer
+
+
+@torch.library.custom_op("fused_lora::lora_linear_experts", mutates_args=())
+def lora_linear_experts_op(
+    x: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    weight: Sequence[Tensor],
+    spec: str,
+    groups: Sequence[Tensor],
+    scaling: float,
+    seed: Tensor | None,
+    threshold: int,
+    fan: int,
+    scatters: bool,
+    backend: str,
+    need_h: bool,
+) -> tuple[Tensor, Tensor]:
+    """y [M, N] of x [M / fan, K] and h [M, r], empty unless it is needed.
+
+    ``groups``: order, adapters and offsets of `RowGroups`. ``scatters``: as of `Experts`.
+    """
+    rest = (groups, scaling, seed, threshold, backend)
+    path, layer = _layer(x, weight, spec, lora_A, lora_B, bias, *rest)
+    y, h = project(path, x, layer._replace(fan=fan, scatters=scatters), bias)
+    return y, h if need_h and h is not None else x.new_empty(0)
+
+
+@lora_linear_experts_op.register_fake
+def _(
+    x: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    weight: Sequence[Tensor],
+    spec: str,
+    groups: Sequence[Tensor],
+    scaling: float,
+    seed: Tensor | None,
+    threshold: int,
+    fan: int,
+    scatters: bool,
+    backend: str,
+    need_h: bool,
+) -> tuple[Tensor, Tensor]:
+    M, N = groups[0].shape[0], unpack(weight, spec)[0].shape[1]
+    return x.new_empty((M, N)), _h(x, M, lora_A, need_h)
+
+
+def _h(x: Tensor, M: int, lora_A: Tensor | None, need_h: bool) -> Tensor:
+    return x.new_empty((M, lora_A.shape[1]) if need_h and lora_A is not None else 0)
+
+
+def _like(t: Tensor | None, needed: bool, g: Tensor) -> Tensor:
+    """A gradient like t, without values."""
+    if t is None or not needed:
+        return g.new_empty(0)
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("fused_lora::lora_linear_experts_backward", mutates_args=())
+def lora_linear_experts_backward_op(
+    g: Tensor,
+    x: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    h: Tensor | None,
+    weight: Sequence[Tensor],
+    spec: str,
+    groups: Sequence[Tensor],
+    scaling: float,
+    seed: Tensor | None,
+    threshold: int,
+    fan: int,
+    scatters: bool,
+    backend: str,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx [M / fan, K], dA [E, r, K] and dB [E, N, r]; those that are not needed come out empty."""
+    rest = (groups, scaling, seed, threshold, backend)
+    path, layer = _layer(g, weight, spec, lora_A, lora_B, None, *rest)
+    layer = layer._replace(fan=fan, scatters=scatters)
+    dx, dA, dB = backward(path, as_gradient(g, path), x, h, layer, need_dx=need_dx)
+    return _or_empty(dx, g), _or_empty(dA, g), _or_empty(dB, g)
+
+
+def _or_empty(t: Tensor | None, g: Tensor) -> Tensor:
+    return g.new_empty(0) if t is None else t
+
+
+@lora_linear_experts_backward_op.register_fake
+def _(
+    g: Tensor,
+    x: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    h: Tensor | None,
+    weight: Sequence[Tensor],
+    spec: str,
+    groups: Sequence[Tensor],
+    scaling: float,
+    seed: Tensor | None,
+    threshold: int,
+    fan: int,
+    scatters: bool,
+    backend: str,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    K = unpack(weight, spec)[0].shape[2]
+    dx = g.new_empty((groups[0].shape[0] // fan, K) if need_dx else 0)
+    return dx, _like(lora_A, x is not None, g), _like(lora_B, h is not None, g)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, lora_A, lora_B, _, weight, spec, groups, scaling, seed, *rest, need_h = inputs
+    h = output[1] if need_h else None
+    x = x if ctx.needs_input_grad[1] else None
+    ctx.save_for_backward(x, lora_A, lora_B, h, seed, *groups, *weight)
+    ctx.set_materialize_grads(False)
+    ctx.spec, ctx.scaling, ctx.rest = spec, scaling, rest
+
+
+def _backward(ctx: Any, call: Callable[..., Any], g: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    x, lora_A, lora_B, h, seed, *tensors = ctx.saved_tensors
+    groups, weight = tensors[:3], tensors[3:]
+    needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
+    h, rest = h if needs_B else None, (groups, ctx.scaling, seed, *ctx.rest)
+    dx, dA, dB = call(g, x, lora_A, lora_B, h, weight, ctx.spec, *rest, needs_x)
+    return (
+        dx if needs_x else None,
+        dA if needs_A else None,
+        dB if needs_B else None,
+        None,
+        [None] * len(weight),
+        None,
+        [None] * len(groups),
+        *[None] * 7,
+    )
+
+
+_ExpertsFunction: Any = differentiable(
+    lora_linear_experts_op, lora_linear_experts_backward_op, _setup_context, _backward
+)
+
+
+@torch.library.custom_op("fused_lora::lora_experts_sum", mutates_args=())
+def lora_experts_sum_op(
+    a: Tensor,
+    p: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    weight: Sequence[Tensor],
+    spec: str,
+    groups: Sequence[Tensor],
+    experts: Tensor,
+    scaling: float,
+    backend: str,
+    need_h: bool,
+) -> tuple[Tensor, Tensor]:
+    """`expert_sums.project_sum` of a [T k, K] and p [T, k]; h is empty unless it is needed."""
+    rest = (groups, scaling, None, 0, backend)
+    path, layer = _layer(a, weight, spec, lora_A, lora_B, bias, *rest)
+    y, h = project_sum(path, a, p, layer._replace(gathers=False, fan_g=p.shape[1]), bias)
+    return y, h if need_h and h is not None else a.new_empty(0)
+
+
+@lora_experts_sum_op.register_fake
+def _(
+    a: Tensor,
+    p: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    weight: Sequence[Tensor],
+    spec: str,
+    groups: Sequence[Tensor],
+    experts: Tensor,
+    scaling: float,
+    backend: str,
+    need_h: bool,
+) -> tuple[Tensor, Tensor]:
+    y = a.new_empty((p.shape[0], unpack(weight, spec)[0].shape[1]))
+    return y, _h(a, groups[0].shape[0], lora_A, need_h)
+
+
+@torch.library.custom_op("fused_lora::lora_experts_sum_backward", mutates_args=())
+def lora_experts_sum_backward_op(
+    g: Tensor,
+    a: Tensor | None,
+    p: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    h: Tensor | None,
+    weight: Sequence[Tensor],
+    spec: str,
+    groups: Sequence[Tensor],
+    experts: Tensor,
+    scaling: float,
+    backend: str,
+    need_da: bool,
+    need_dp: bool,
+    need_dA: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """da [T k, K], dp [T, k], dA and dB; those that are not needed come out empty."""
+    rest = (groups, scaling, None, 0, backend)
+    path, layer = _layer(g, weight, spec, lora_A, lora_B, bias, *rest)
+    layer = layer._replace(gathers=False, fan_g=p.shape[1])
+    da, dp, dA, dB = sum_backward(
+        path,
+        as_gradient(g, path),
+        a,
+        p,
+        layer,
+        bias,
+        h,
+        experts,
+        need_da=need_da,
+        need_dp=need_dp,
+        need_dA=need_dA,
+    )
+    return _or_empty(da, g), _or_empty(dp, g), _or_empty(dA, g), _or_empty(dB, g)
+
+
+@lora_experts_sum_backward_op.register_fake
+def _(
+    g: Tensor,
+    a: Tensor | None,
+    p: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    h: Tensor | None,
+    weight: Sequence[Tensor],
+    spec: str,
+    groups: Sequence[Tensor],
+    experts: Tensor,
+    scaling: float,
+    backend: str,
+    need_da: bool,
+    need_dp: bool,
+    need_dA: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    K = unpack(weight, spec)[0].shape[2]
+    return (
+        g.new_empty((groups[0].shape[0], K) if need_da else 0),
+        _like(p, need_dp, g),
+        _like(lora_A, need_dA, g),
+        _like(lora_B, h is not None, g),
+    )
+
+
+def _setup_sum_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    a, p, lora_A, lora_B, bias, weight, spec, groups, experts, scaling, backend, need_h = inputs
+    _, needs_p, needs_A = ctx.needs_input_grad[:3]
+    a, bias = a if needs_p or needs_A else None, bias if needs_p else None
+    h = output[1] if need_h else None
+    ctx.save_for_backward(a, p, lora_A, lora_B, bias, h, experts, *groups, *weight)
+    ctx.set_materialize_grads(False)
+    ctx.spec, ctx.scaling, ctx.backend = spec, scaling, backend
+
+
+def _sum_backward(
+    ctx: Any, call: Callable[..., Any], g: Tensor, _: Tensor | None
+) -> tuple[Any, ...]:
+    a, p, lora_A, lora_B, bias, h, experts, *tensors = ctx.saved_tensors
+    groups, weight = tensors[:3], tensors[3:]
+    needs_a, needs_p, needs_A, needs_B = ctx.needs_input_grad[:4]
+    rest = (groups, experts, ctx.scaling, ctx.backend, needs_a, needs_p, needs_A)
+    h = h if needs_B else None
+    da, dp, dA, dB = call(g, a, p, lora_A, lora_B, bias, h, weight, ctx.spec, *rest)
+    return (
+        da if needs_a else None,
+        dp if needs_p else None,
+        dA if needs_A else None,
+        dB if needs_B else None,
+        None,
+        [None] * len(weight),
+        None,
+        [None] * len(groups),
+        *[None] * 4,
+    )
+
+
+_SumFunction: Any = differentiable(
+    lora_experts_sum_op, lora_experts_sum_backward_op, _setup_sum_context, _sum_backward
+)
+
+
+def call(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    routing: Routing,
+    scaling: float,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    threshold: int,
+    backend: Backend,
+    *,
+    fan: int,
+    scatters: bool = True,
+) -> Tensor:
+    """y [M, N] of x [M / fan, K], as an operator."""
+    lora_B, scaling, need_h = _adapter(lora_B, scaling)
+    compiling = torch.compiler.is_compiling()
+    apply: Any = lora_linear_experts_op if compiling else _ExpertsFunction.apply
+    rest = (_groups(routing), scaling, seed, threshold, fan, scatters, backend, need_h)
+    y: Tensor = apply(x, lora_A, lora_B, bias, *pack(weight), *rest)[0]
+    return y
+
+
+def call_sum(
+    a: Tensor,
+    p: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    routing: Routing,
+    scaling: float,
+    bias: Tensor | None,
+    backend: Backend,
+) -> Tensor:
+    """`expert_sums.project_sum`'s y, as an operator."""
+    lora_B, scaling, need_h = _adapter(lora_B, scaling)
+    compiling = torch.compiler.is_compiling()
+    apply: Any = lora_experts_sum_op if compiling else _SumFunction.apply
+    rest = (_groups(routing), routing.experts, scaling, backend, need_h)
+    y: Tensor = apply(a, p, lora_A, lora_B, bias, *pack(weight), *rest)[0]
+    return y
+
+
+def _adapter(lora_B: Tensor | None, scaling: float) -> tuple[Tensor | None, float, bool]:
+    """B and the scaling as the operators take them, and whether h is needed."""
+    if lora_B is None:
+        return None, 1.0, False
+    lora_B, scaling = fold_scaling(lora_B, scaling)
+    return lora_B, scaling, is_trained(lora_B)
+
+
+def _groups(routing: Routing) -> list[Tensor]:
+    order = routing.groups.order
+    assert order is not None
+    return [order, routing.groups.adapters, routing.groups.offsets]

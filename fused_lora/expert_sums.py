@@ -1,0 +1,97 @@
+"""The last projection of a mixture of experts, and the router's sum over a token's experts.
+
+    y[t] = sum_j p[t, j] (a W_e^T + bias_e + h B_e^T)[t, j]    e the expert of (t, j)
+
+a is in the experts' order and y in the tokens'. The gradient of p[t, j], <g[t], o[t, j]>, is
+<da, a> + <g[t], bias_e> with da the gradient of a for p = 1, which needs no o (SonicMoE,
+https://arxiv.org/abs/2512.14080). p counts where it is smallest: in h, dh and da.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .expert_backends import Experts, Path, grad_A, grad_B, project, project_back
+from .products import WITHOUT_INSTRUCTIONS, mm, slices
+
+_CHUNK = 1 << 24  # elements whose products are there at a time
+
+
+def project_sum(
+    path: Path, a: Tensor, p: Tensor, layer: Experts, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """y [T, N] in a's dtype, and h [M, r], for p [T, k] and a [T k, K]."""
+    out, h = project(path, a, layer, bias)
+    return _combined(out.view(*p.shape, out.shape[1]), p), h
+
+
+class SumGradients(NamedTuple):
+    """Those that were asked for."""
+
+    da: Tensor | None  # [M, K]
+    dp: Tensor | None  # [T, k]
+    dA: Tensor | None
+    dB: Tensor | None
+
+
+def sum_backward(
+    path: Path,
+    g: Tensor,
+    a: Tensor | None,
+    p: Tensor,
+    layer: Experts,
+    bias: Tensor | None,
+    h: Tensor | None,
+    experts: Tensor,
+    *,
+    need_da: bool,
+    need_dp: bool,
+    need_dA: bool,
+) -> SumGradients:
+    """For g = dL/dy [T, N]; dB if h is given. ``a`` is for dp and dA, experts [M] is each row's."""
+    order = layer.rows.order
+    assert order is not None
+    p_rows = p.flatten().index_select(0, order)[:, None]
+    dp = dA = dB = None
+    da, dh = project_back(path, g, layer, need_dx=need_da or need_dp, need_dh=need_dA)
+    if need_dp and da is not None and a is not None:
+        dp = torch.empty_like(p.flatten())
+        dp = dp.index_copy_(0, order.long(), _dots(da, a, p.dtype)).view_as(p)
+        if bias is not None:
+            dp += _of_bias(g, bias, experts, p)
+    if need_dA and dh is not None and a is not None:
+        dA = grad_A(path, a, dh.mul_(p_rows), layer)
+    if h is not None:
+        dB = grad_B(path, g, (h * p_rows).to(g.dtype), layer)
+    return SumGradients(da.mul_(p_rows) if need_da and da is not None else None, dp, dA, dB)
+
+
+def _combined(out: Tensor, p: Tensor) -> Tensor:
+    """sum_j p[t, j] * out[t, j], [T, N] of out [T, k, N], in its dtype, rounded once."""
+    slow = out.dtype in WITHOUT_INSTRUCTIONS and out.device.type == "cpu"
+    # A GPU may multiply fp32 matrices in tf32, which these are none of.
+    if p.dtype != out.dtype or slow or (out.is_cuda and out.dtype == torch.float32):
+        return (out * p[..., None]).sum(1).to(out.dtype)
+    return torch.bmm(p[:, None], out).squeeze_(1)
+
+
+def _dots(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of each row of a and b [M, K], summed in fp32 or better."""
+    exact = torch.promote_types(a.dtype, torch.float32)
+    dots = torch.empty(len(a), dtype=dtype, device=a.device)
+    for rows in slices(len(a), max(1, _CHUNK // max(1, a.shape[1]))):
+        # In fp16 they could overflow; in bf16 they cost a GPU 8 bytes an element and not 20.
+        left = a[rows].float() if a.dtype == torch.float16 else a[rows]
+        dots[rows] = torch.sum(left * b[rows], 1, dtype=exact)
+    return dots
+
+
+def _of_bias(g: Tensor, bias: Tensor, experts: Tensor, p: Tensor) -> Tensor:
+    """<g[t], bias of (t, j)'s expert> [T, k], by the products with all of them."""
+    of_all = mm(g, bias.to(g.dtype).t()).to(p.dtype)  # [T, E]
+    of_none = of_all.new_zeros((len(g), 1))
+    index = experts.view_as(p) % (len(bias) + 1)  # -1, no expert, is the last
+    return torch.cat((of_all, of_none), dim=1).gather(1, index.long())
