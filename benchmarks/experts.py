@@ -34,7 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_lora.expert_mlp import ExpertAdapter, Middle, Projection, run_projections
+from fused_lora.expert_middle import Middle
+from fused_lora.expert_mlp import ExpertAdapter, Projection, run_projections
 from fused_lora.tune import in_processes
 
 from . import csv_rows, measure, rows

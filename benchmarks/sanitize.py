@@ -36,7 +36,8 @@ from fused_lora import (
     quantize_nf4,
 )
 from fused_lora.dispatch import Plan
-from fused_lora.expert_mlp import ExpertAdapter, Middle, Projection, run_projections
+from fused_lora.expert_middle import Middle
+from fused_lora.expert_mlp import ExpertAdapter, Projection, run_projections
 from fused_lora.group import LoRALinearGroupFunction
 from fused_lora.kernels.configs import MAX_SKINNY_M, TileConfig, rows_obstacle
 from fused_lora.kernels.copy import aligned_copy

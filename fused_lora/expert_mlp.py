@@ -10,13 +10,12 @@ with the middle as the graph's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import expert_ops, torch_backend
+from . import expert_ops
 from .autocast import no_autocast
 from .autograd import alias, raise_second_derivative
 from .backends import as_gradient
@@ -31,9 +30,9 @@ from .expert_calls import (
     path_of,
     routing_of,
 )
-from .expert_sums import project_sum, sum_backward
+from .expert_middle import Middle
+from .expert_sums import Passed, dots_of, project_sum, sum_backward
 from .functional import is_observed, is_recorded
-from .gated import Activation
 
 
 class ExpertAdapter(NamedTuple):
@@ -49,60 +48,6 @@ class ExpertAdapter(NamedTuple):
         of_A = A.view(num_experts, -1, A.shape[1])
         of_B = B.view(len(B), -1, num_experts).permute(2, 0, 1)
         return cls(of_A, of_B, scaling)
-
-
-class Middle(NamedTuple):
-    """What is between the projections: a = act(gate) o up of z = (gate, up), or any function."""
-
-    known: Activation | None
-    function: Callable[[Tensor], Tensor] | None = None  # where it is not known
-
-    def traced(self, z: Tensor) -> Tensor:
-        """a, by operators that autograd records."""
-        if self.known is None:
-            assert self.function is not None
-            return self.function(z)
-        gate, up = z.chunk(2, dim=-1)
-        return torch_backend.gated(gate, up, self.known)
-
-    def forward(self, path: Path, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """a [M, K], and what to keep of it beside z."""
-        if self.known is None:
-            return self.traced(z), None
-        gate, up = z.chunk(2, dim=-1)
-        if path == "torch":
-            acted = torch_backend.activated(gate, self.known)
-            return acted * up, acted
-        from .kernels.gated import gated
-
-        return gated(gate, up, self.known), None
-
-    def again(
-        self, path: Path, z: Tensor, acted: Tensor | None
-    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """a once more, and what makes z's gradient of a's, whose memory it may take."""
-        if self.known is None:
-            with torch.enable_grad():
-                leaf = z.detach().requires_grad_()
-                a = self.traced(leaf)
-            return a.detach(), lambda da: torch.autograd.grad(a, leaf, da)[0]
-        known = self.known
-        gate, up = z.chunk(2, dim=-1)
-
-        def backward(da: Tensor) -> Tensor:
-            dz = torch.empty_like(z)
-            dgate, dup = dz.chunk(2, dim=-1)
-            if acted is not None:
-                torch_backend.gated_backward(da, gate, up, acted, known, dgate, dup)
-            else:
-                from .kernels.gated import gated_backward
-
-                gated_backward(da, gate, up, known, dgate, dup)
-            return dz
-
-        if acted is not None:
-            return acted * up, backward
-        return self.forward(path, z)[0], backward
 
 
 class ExpertsMLP(NamedTuple):
@@ -191,26 +136,21 @@ class LoRAExpertsMLPFunction(torch.autograd.Function):
         g = as_gradient(g, path)
         up, down = call.layers(g.dtype, *weights)
         dx = dA_up = dB_up = None
+
+        def middle(da: Tensor | None, p_rows: Tensor) -> Passed:
+            if z is None or da is None:
+                dots = dots_of(da, a) if needs_p and da is not None else None
+                return Passed(a, dots, None)
+            needs = {"need_a": needs_down_A, "need_dots": needs_p}
+            return call.middle.passed(path, z, acted, da, p_rows, **needs)
+
         with no_autocast(g):
-            if z is not None:
-                a, middle_backward = call.middle.again(path, z, acted)
-            da, dp, dA_down, dB_down = sum_backward(
-                path,
-                g,
-                a,
-                p,
-                down,
-                down_bias,
-                h_down,
-                experts,
-                need_da=z is not None,
-                need_dp=needs_p,
-                need_dA=needs_down_A,
+            operands = (g, p, down, down_bias, h_down, experts, middle)
+            needs_da = z is not None or needs_p
+            dz, dp, dA_down, dB_down = sum_backward(
+                path, *operands, need_da=needs_da, need_dA=needs_down_A
             )
-            del a
-            if z is not None and da is not None:
-                dz = middle_backward(da)
-                del da
+            if dz is not None:
                 dx, dA_up, dB_up = backward(path, dz, x, h_up, up, need_dx=needs_x)
         return dx, dp, None, None, dA_up, dB_up, dA_down, dB_down, None, None, None
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from . import checks
 from .autocast import autocast_enabled, no_autocast
 from .calls import Backend, are_plain
-from .expert_mlp import ExpertAdapter, Middle, Projection, run_projections
+from .expert_middle import Middle
+from .expert_mlp import ExpertAdapter, Projection, run_projections
 from .experts import explain_experts
 from .explanation import Explanation
 from .functional import is_observed

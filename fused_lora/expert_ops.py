@@ -17,7 +17,7 @@ from .calls import Backend
 from .differentiable import differentiable
 from .expert_backends import Experts, Path, backward, contiguous, project
 from .expert_calls import Routing, call_of, path_of
-from .expert_sums import project_sum, sum_backward
+from .expert_sums import Passed, dots_of, project_sum, sum_backward
 from .functional import fold_scaling, is_trained
 from .kernels.dropout import dropout_of
 from .kernels.rows import RowGroups
@@ -255,19 +255,16 @@ def lora_experts_sum_backward_op(
     rest = (groups, scaling, None, 0, backend)
     path, layer = _layer(g, weight, spec, lora_A, lora_B, bias, *rest)
     layer = layer._replace(gathers=False, fan_g=p.shape[1])
-    da, dp, dA, dB = sum_backward(
-        path,
-        as_gradient(g, path),
-        a,
-        p,
-        layer,
-        bias,
-        h,
-        experts,
-        need_da=need_da,
-        need_dp=need_dp,
-        need_dA=need_dA,
-    )
+
+    def middle(da: Tensor | None, p_rows: Tensor) -> Passed:
+        if da is None:
+            return Passed(a, None, None)
+        dots = dots_of(da, a) if need_dp and a is not None else None
+        return Passed(a, dots, (lambda: da.mul_(p_rows)) if need_da else None)
+
+    operands = (as_gradient(g, path), p, layer, bias, h, experts, middle)
+    needs_da = need_da or need_dp
+    da, dp, dA, dB = sum_backward(path, *operands, need_da=needs_da, need_dA=need_dA)
     return _or_empty(da, g), _or_empty(dp, g), _or_empty(dA, g), _or_empty(dB, g)
 
 

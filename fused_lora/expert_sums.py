@@ -9,6 +9,7 @@ https://arxiv.org/abs/2512.14080). p counts where it is smallest: in h, dh and d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,10 +29,18 @@ def project_sum(
     return _combined(out.view(*p.shape, out.shape[1]), p), h
 
 
+class Passed(NamedTuple):
+    """What a mixture's middle makes of da, the gradient of a where p is 1."""
+
+    a: Tensor | None  # for dA
+    dots: Tensor | None  # <da, a> of each row [M], for dp
+    back: Callable[[], Tensor] | None  # gives what is passed on of p o da, once a is not needed
+
+
 class SumGradients(NamedTuple):
     """Those that were asked for."""
 
-    da: Tensor | None  # [M, K]
+    passed: Tensor | None
     dp: Tensor | None  # [T, k]
     dA: Tensor | None
     dB: Tensor | None
@@ -40,33 +49,38 @@ class SumGradients(NamedTuple):
 def sum_backward(
     path: Path,
     g: Tensor,
-    a: Tensor | None,
     p: Tensor,
     layer: Experts,
     bias: Tensor | None,
     h: Tensor | None,
     experts: Tensor,
+    middle: Callable[[Tensor | None, Tensor], Passed],
     *,
     need_da: bool,
-    need_dp: bool,
     need_dA: bool,
 ) -> SumGradients:
-    """For g = dL/dy [T, N]; dB if h is given. ``a`` is for dp and dA, experts [M] is each row's."""
+    """For g = dL/dy [T, N]; dB if h is given. experts [M] is each row's.
+
+    ``middle`` is called with da [M, K], whose memory it may take, and p's rows [M, 1].
+    """
     order = layer.rows.order
     assert order is not None
     p_rows = p.flatten().index_select(0, order)[:, None]
     dp = dA = dB = None
-    da, dh = project_back(path, g, layer, need_dx=need_da or need_dp, need_dh=need_dA)
-    if need_dp and da is not None and a is not None:
+    da, dh = project_back(path, g, layer, need_dx=need_da, need_dh=need_dA)
+    a, dots, back = middle(da, p_rows)
+    del da
+    if dots is not None:
         dp = torch.empty_like(p.flatten())
-        dp = dp.index_copy_(0, order.long(), _dots(da, a, p.dtype)).view_as(p)
+        dp = dp.index_copy_(0, order.long(), dots.to(p.dtype)).view_as(p)
         if bias is not None:
             dp += _of_bias(g, bias, experts, p)
     if need_dA and dh is not None and a is not None:
         dA = grad_A(path, a, dh.mul_(p_rows), layer)
+    del a, dh
     if h is not None:
         dB = grad_B(path, g, (h * p_rows).to(g.dtype), layer)
-    return SumGradients(da.mul_(p_rows) if need_da and da is not None else None, dp, dA, dB)
+    return SumGradients(None if back is None else back(), dp, dA, dB)
 
 
 def _combined(out: Tensor, p: Tensor) -> Tensor:
@@ -78,10 +92,10 @@ def _combined(out: Tensor, p: Tensor) -> Tensor:
     return torch.bmm(p[:, None], out).squeeze_(1)
 
 
-def _dots(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of each row of a and b [M, K], summed in fp32 or better."""
+def dots_of(a: Tensor, b: Tensor) -> Tensor:
+    """<a, b> of each row of the two [M, K], summed in fp32 or better."""
     exact = torch.promote_types(a.dtype, torch.float32)
-    dots = torch.empty(len(a), dtype=dtype, device=a.device)
+    dots = torch.empty(len(a), dtype=exact, device=a.device)
     for rows in slices(len(a), max(1, _CHUNK // max(1, a.shape[1]))):
         # In fp16 they could overflow; in bf16 they cost a GPU 8 bytes an element and not 20.
         left = a[rows].float() if a.dtype == torch.float16 else a[rows]

@@ -3,6 +3,9 @@
     x = act(e) o u
     de = dx o u o act'(e),  du = dx o act(e)          e (the gate), u, x, dx [M, K]
 
+In a mixture of experts each row of dx has a factor, and <dx, x> of each is wanted too: the pass
+that reads dx, e and u makes them, and x itself, where there were three more.
+
 Every activation is act(e) = e s(e), so that act'(e) = s(e) + e s'(e); all in fp32, rounded once.
 """
 
@@ -77,6 +80,8 @@ def gated_backward_kernel(
     up_ptr,
     dgate_ptr,
     dup_ptr,
+    scale_ptr,  # [M] or None
+    dots_ptr,  # [blocks of K, M] or None
     K,
     stride_em,
     stride_ek,
@@ -84,15 +89,25 @@ def gated_backward_kernel(
     stride_uk,
     stride_dm,  # of dgate and dup
     ACTIVATION: tl.constexpr,
+    KEEP_X: tl.constexpr,  # in dx's place
     BLOCK_K: tl.constexpr,
 ):
     e, u, at, mask = _load(gate_ptr, up_ptr, K, stride_em, stride_ek, stride_um, stride_uk, BLOCK_K)
     dx = tl.load(dx_ptr + at, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_K]
     share, slope = _share(e, ACTIVATION)
+    x = e * share * u
+    row = tl.program_id(0).to(tl.int64)
+    if dots_ptr is not None:
+        block = tl.program_id(1).to(tl.int64)
+        tl.store(dots_ptr + block * tl.num_programs(0) + row, tl.sum(dx * x))
+    if KEEP_X:
+        tl.store(dx_ptr + at, x.to(dx_ptr.dtype.element_ty), mask=mask)
+    if scale_ptr is not None:
+        dx *= tl.load(scale_ptr + row).to(tl.float32)
     dgate = dx * u * (share + e * slope)
     dup = dx * (e * share)
     # dgate may be in dx's place: each element is loaded by the thread that stores it.
-    at += tl.program_id(0).to(tl.int64) * (stride_dm - K)
+    at += row * (stride_dm - K)
     tl.store(dgate_ptr + at, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
     tl.store(dup_ptr + at, dup.to(dup_ptr.dtype.element_ty), mask=mask)
 
@@ -124,18 +139,27 @@ def gated_backward(
     activation: str,
     dgate: torch.Tensor,
     dup: torch.Tensor,
-) -> None:
-    """The gradients of gate and up for dx [M, K], contiguous; dgate may be dx.
+    *,
+    scale: torch.Tensor | None = None,
+    keep_x: bool = False,
+    dots: bool = False,
+) -> torch.Tensor | None:
+    """The gradients of gate and up for scale * dx, dx [M, K] and scale [M] contiguous.
 
-    dgate and dup [M, K] of one stride, their rows contiguous.
+    dgate and dup [M, K] of one stride, their rows contiguous; dgate may be dx. With ``keep_x`` dx
+    becomes x = act(gate) o up. With ``dots`` the result is <dx, x> [M] of each row, fp32.
     """
     M, K = gate.shape
+    blocks = cdiv(K, _TILE["BLOCK_K"])
+    parts = torch.empty((blocks, M), dtype=torch.float32, device=dx.device) if dots else None
     if dx.numel():
         with device_guard(gate):
             _launch_backward(
-                (M, cdiv(K, _TILE["BLOCK_K"]), 1),
-                (dx, gate, up, dgate, dup),
+                (M, blocks, 1),
+                (dx, gate, up, dgate, dup, scale, parts),
                 (K, *gate.stride(), *up.stride(), dgate.stride(0)),
                 ACTIVATION=activation,
+                KEEP_X=keep_x,
                 **_TILE,
             )
+    return None if parts is None else parts.sum(0)

@@ -15,7 +15,8 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks import launch_overhead
 from fused_lora import lora_linear_multi
-from fused_lora.expert_mlp import ExpertAdapter, Middle, Projection, run_projections
+from fused_lora.expert_middle import Middle
+from fused_lora.expert_mlp import ExpertAdapter, Projection, run_projections
 from fused_lora.kernels import expand, gemm, persistent
 from fused_lora.kernels.dropout import Dropout
 from fused_lora.kernels.launch import Launcher, Tiled
