@@ -38,7 +38,7 @@ Form = Literal["layer", "multi", "experts"]
 # second one of "quantized" is the base product alone.
 FORMS: dict[Kind, tuple[Form, ...]] = {
     "second": ("layer", "multi", "experts"),
-    "quantized": ("layer", "multi"),
+    "quantized": ("layer", "multi", "experts"),
     "plain": ("layer", "multi", "experts"),
     "expand": ("layer", "multi"),
     "multi_grad": ("multi", "experts"),
@@ -107,8 +107,10 @@ def cases(archs: list[int], dtypes: list[str]) -> Iterator[Case]:
                     if kind == "grad" and not dropout and r == 16:
                         summed = tiles[:1]
                     forms = FORMS.get(kind, ("layer",))
-                    if dora or (kind == "quantized" and dropout):
+                    if dora:
                         forms = ("layer",)
+                    elif kind == "quantized" and dropout:
+                        forms = ("layer", "experts")
                     which = [(c, False, form) for c in tiles for form in forms]
                     which += [(c, True, "layer") for c in summed]
                     for (config, sums, form), codes in product(which, _codes(kind)):

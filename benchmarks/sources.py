@@ -107,6 +107,15 @@ def _gemm_source(case: Case) -> tuple[Any, dict[str, Any], dict[str, object]]:
         constants["BLOCK_R"] = min(padded(case.r), case.config.BLOCK_K, pieces.MAX_BLOCK_R)
     if case.dora:
         pointers |= {"col_scale_ptr": "*fp32", "z_ptr": x}
+    _read_codes(case, pointers, constants)
+    if case.kind == "fp8":
+        pointers["x_scale_ptr"] = "*fp32"
+        pointers["x_ptr"] = "*fp8e4nv" if case.arch >= FP8_ARCH else "*fp16"
+    return gemm.lora_gemm_kernel, pointers, constants
+
+
+def _read_codes(case: Case, pointers: dict[str, Any], constants: dict[str, object]) -> None:
+    """Of a quantised W0, what the kernels take in place of a tensor."""
     constants |= {"w_tables": None, "W_LAYOUT": None}
     if case.codes:
         pointers["w_ptr"], pointers["w_tables"], block = CODES[case.codes]
@@ -115,10 +124,6 @@ def _gemm_source(case: Case) -> tuple[Any, dict[str, Any], dict[str, object]]:
         constants["W_LAYOUT"] = (*block, not case.transposed)  # the forward reads W0^T
         if case.arch < FP8_ARCH and pointers["w_ptr"] == "*fp8e4nv":
             pointers["w_ptr"] = "*u8"
-    if case.kind == "fp8":
-        pointers["x_scale_ptr"] = "*fp32"
-        pointers["x_ptr"] = "*fp8e4nv" if case.arch >= FP8_ARCH else "*fp16"
-    return gemm.lora_gemm_kernel, pointers, constants
 
 
 def _grad_source(case: Case) -> tuple[Any, dict[str, str], dict[str, object]]:
@@ -291,6 +296,7 @@ def _experts_source(case: Case) -> tuple[Any, dict[str, str], dict[str, object]]
     constants["stride_wn" if case.transposed else "stride_wk"] = 1
     constants |= {"FAN": FAN, "FAN_Y": FAN, "USE_A": case.transposed}
     constants |= {"BLOCK_R": pieces.MAX_BLOCK_R, "GROUP_M": gemm.GROUP_M}
+    _read_codes(case, pointers, constants)
     return experts.experts_kernel, pointers, constants
 
 
@@ -302,7 +308,7 @@ def source(case: Case) -> ASTSource:
         build = _tma_source
     elif is_specialized(case.kind):
         build = _specialized_source
-    elif case.form == "experts" and case.kind == "second":
+    elif case.form == "experts" and case.kind in ("second", "quantized"):
         build = _experts_source
     elif case.form != "layer" and case.kind not in ("second", "quantized"):
         build = _multi_source

@@ -63,6 +63,16 @@ def alias(t: Tensor) -> Tensor:
     return t.detach()
 
 
+def to_save(weight: Tensor | QuantizedWeight) -> Tensor | None:
+    """What a context saves of a weight; nothing of codes, for which it has `Codes`."""
+    return alias(weight) if isinstance(weight, Tensor) else None
+
+
+def as_saved(saved: Any, codes: Codes | None) -> Any:
+    """The weight again, of `to_save` and `Codes.of`; RuntimeError if codes were changed."""
+    return saved if codes is None else codes.unchanged()
+
+
 class LoRALinearFunction(torch.autograd.Function):
     """y = x W0^T + bias + scaling * (D o x) A^T B^T with gradients for x, A, B and bias.
 

@@ -113,11 +113,8 @@ def check_tensors(
     if bias is not None:
         tensors["bias"] = bias
     _check_kinds(tensors, x)
-    if isinstance(weight, QuantizedWeight):
-        if weight.device != x.device:
-            raise ValueError(f"weight: is on {weight.device}, wanted x's device, {x.device}")
-    else:
-        _check_shape("weight", weight, "[out_features, in_features]", (None, None))
+    _check_on_device_of(x, weight)
+    _check_shape("weight", weight, "[out_features, in_features]", (None, None))
     N, K = weight.shape
     if x.ndim == 0 or x.shape[-1] != K:
         raise ValueError(f"x: got shape {list(x.shape)}, wanted [..., {K}] to fit weight {[N, K]}")
@@ -146,9 +143,14 @@ def _check_kinds(tensors: Mapping[str, object], x: Tensor) -> None:
             raise ValueError(f"{name}: is on {tensor.device}, wanted x's device, {x.device}")
 
 
+def _check_on_device_of(x: Tensor, weight: Tensor | QuantizedWeight) -> None:
+    if weight.device != x.device:
+        raise ValueError(f"weight: is on {weight.device}, wanted x's device, {x.device}")
+
+
 def check_experts(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     bias: Tensor | None,
@@ -158,15 +160,17 @@ def check_experts(
     if (lora_A is None) != (lora_B is None):
         given = "lora_A" if lora_B is None else "lora_B"
         raise ValueError(f"lora_A, lora_B: got {given} alone, wanted both, or None for both")
+    quantized = isinstance(weight, QuantizedWeight)  # which checked itself
     named: dict[str, object] = {
         "x": x,
-        "weight": weight,
+        "weight": x if quantized else weight,
         "lora_A": lora_A,
         "lora_B": lora_B,
         "bias": bias,
     }
     optional = ("lora_A", "lora_B", "bias")
     _check_kinds({k: t for k, t in named.items() if t is not None or k not in optional}, x)
+    _check_on_device_of(x, weight)
     _check_shape("weight", weight, "[experts, out_features, in_features]", (None, None, None))
     E, N, K = weight.shape
     fits = f"to fit weight {[E, N, K]}"
@@ -179,7 +183,9 @@ def check_experts(
         raise ValueError(f"x: got shape {list(x.shape)}, wanted {wanted}")
     if x.ndim == len(rows) and rows[-1] == 0:
         raise ValueError(f"expert_indices: got shape {rows}, wanted an expert for each row of x")
-    if weight.dtype != x.dtype:
+    if isinstance(weight, QuantizedWeight):
+        check_not_rounding("weight", weight)
+    elif weight.dtype != x.dtype:
         raise TypeError(f"weight: got dtype {weight.dtype}, wanted x's dtype, {x.dtype}")
     if lora_A is not None and lora_B is not None:
         _check_shape("lora_A", lora_A, f"[{E}, r, {K}] {fits}", (E, None, K))
@@ -196,8 +202,17 @@ def check_experts(
             raise ValueError("bias: requires a gradient, but the experts' is frozen and gets none")
 
 
-def _check_shape(name: str, tensor: Tensor, wanted: str, shape: tuple[int | None, ...]) -> None:
-    if tensor.ndim != len(shape) or any(
+def check_not_rounding(name: str, weight: QuantizedWeight) -> None:
+    """ValueError for codes of experts that ask for an x in fp8."""
+    if weight.activations is not None:
+        got = f"got activations={weight.activations!r}"
+        raise ValueError(f"{name}: {got}, wanted None: experts do not round x")
+
+
+def _check_shape(
+    name: str, tensor: Tensor | QuantizedWeight, wanted: str, shape: tuple[int | None, ...]
+) -> None:
+    if len(tensor.shape) != len(shape) or any(
         size is not None and size != got for size, got in zip(shape, tensor.shape, strict=True)
     ):
         raise ValueError(f"{name}: got shape {list(tensor.shape)}, wanted {wanted}")

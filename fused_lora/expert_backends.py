@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import expert_torch
@@ -17,6 +18,7 @@ from .kernels.configs import Kind, TileConfig, cdiv, choose_config
 from .kernels.device import device_info
 from .kernels.dropout import Dropout
 from .kernels.rows import AdapterStack, RowGroups
+from .quantized_weight import QuantizedWeight
 
 Path = Literal["triton", "torch"]
 
@@ -26,10 +28,15 @@ def contiguous(stack: Tensor | None) -> Tensor | None:
     return None if stack is None else stack.contiguous()
 
 
+def in_dtype(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor | QuantizedWeight:
+    """Weights as the products read them, in x's dtype; codes are of any."""
+    return weight.to(dtype) if isinstance(weight, Tensor) else weight
+
+
 class Experts(NamedTuple):
     """Frozen weights, an adapter for each or none, and which rows of the order take which."""
 
-    weight: Tensor  # [E, N, K]
+    weight: Tensor | QuantizedWeight  # [E, N, K]
     lora_A: Tensor | None  # [E, r, K], contiguous
     lora_B: Tensor | None  # [E, N, r], contiguous
     scaling: float
@@ -120,7 +127,7 @@ def grad_B(path: Path, g: Tensor, h: Tensor, layer: Experts) -> Tensor:
 
 def _config(kind: Kind, layer: Experts, N: int, r: int, dropout: bool, x: Tensor) -> TileConfig:
     """Of a launch whose tiles are of one expert each, for as many rows of all of them."""
-    groups = min(len(layer.weight), layer.rows.M)
+    groups = min(layer.weight.shape[0], layer.rows.M)
     rows, device = cdiv(layer.rows.M, max(groups, 1)), device_info(x.device)
     itemsize = x.dtype.itemsize
     return choose_config(kind, rows, N, max(r, 1), itemsize, dropout, device, groups=groups)
@@ -135,17 +142,21 @@ def _launch(
 
     adapters, of_x, of_y = layer.stack(), layer.of_x(), layer.of_y()
     fan, fan_y = layer.fan, 1
-    w = layer.weight.mT if forward else layer.weight
+    if isinstance(layer.weight, QuantizedWeight):
+        matrix = layer.weight.matrix()
+        w, kind = matrix.t() if forward else matrix, matrix.kind
+    else:
+        w, kind = layer.weight.mT if forward else layer.weight, "second"
     # Forward drops elements of what is shrunk, the input gradient of what was expanded.
     drop_x, drop_y = (layer.dropout, None) if forward else (None, layer.dropout)
     if not forward:
         of_x, of_y, fan, fan_y = of_y, of_x, layer.fan_g, fan
-    N, r = w.shape[2], adapters.max_rank if adapters else 0
+    N, r = w.shape[-1], adapters.max_rank if adapters else 0
     h = None
     if adapters:
         config = _config("plain", layer, r, r, drop_x is not None, x)
         h = shrink(config, x, of_x, adapters, use_A=forward, dropout=drop_x, fan=fan)
-    config = _config("second", layer, N, r, drop_y is not None, x)
+    config = _config(kind, layer, N, r, drop_y is not None, x)
     y = gemm_experts(
         config,
         x,

@@ -17,6 +17,7 @@ from .functional import check_options
 from .kernels.dropout import dropout_threshold
 from .kernels.rows import RowGroups, groups_of_indices
 from .multi_rows import INTEGERS
+from .quantized_weight import QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class CheckedExperts(NamedTuple):
 
 def checked(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     indexed: torch.Size,
@@ -80,7 +81,7 @@ def checked(
 
 def call_of(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     bias: Tensor | None,
@@ -88,7 +89,7 @@ def call_of(
     dropout: bool,
 ) -> Call:
     """What the choice of a backend depends on, of a call with M rows of some expert's."""
-    tensors = [t for t in (x, weight, lora_A, lora_B, bias) if t is not None]
+    tensors = [t for t in (x, weight, lora_A, lora_B, bias) if isinstance(t, Tensor)]
     return Call(
         M=M,
         N=weight.shape[1],
@@ -98,6 +99,7 @@ def call_of(
         device=x.device,
         dropout=dropout,
         plain_tensors=all(are_plain(t) for t in tensors),
+        quantized=weight.layout if isinstance(weight, QuantizedWeight) else None,
     )
 
 

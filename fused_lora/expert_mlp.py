@@ -17,10 +17,10 @@ from torch import Tensor
 
 from . import expert_ops
 from .autocast import no_autocast
-from .autograd import alias, raise_second_derivative
+from .autograd import Codes, alias, as_saved, raise_second_derivative, to_save
 from .backends import as_gradient
 from .calls import Backend
-from .expert_backends import Experts, Path, backward, contiguous, project
+from .expert_backends import Experts, Path, backward, contiguous, in_dtype, project
 from .expert_calls import (
     Routing,
     call_of,
@@ -33,6 +33,7 @@ from .expert_calls import (
 from .expert_middle import Middle
 from .expert_sums import Passed, dots_of, project_sum, sum_backward
 from .functional import is_observed, is_recorded
+from .quantized_weight import QuantizedWeight
 
 
 class ExpertAdapter(NamedTuple):
@@ -62,8 +63,8 @@ class ExpertsMLP(NamedTuple):
     def layers(
         self,
         dtype: torch.dtype,
-        up: Tensor,
-        down: Tensor,
+        up: Tensor | QuantizedWeight,
+        down: Tensor | QuantizedWeight,
         up_A: Tensor | None,
         up_B: Tensor | None,
         down_A: Tensor | None,
@@ -71,7 +72,7 @@ class ExpertsMLP(NamedTuple):
     ) -> tuple[Experts, Experts]:
         """The two projections, their weights in ``dtype``."""
         rows, k = self.routing.groups, self.routing.shape[-1]
-        up, down = up.to(dtype), down.to(dtype)
+        up, down = in_dtype(up, dtype), in_dtype(down, dtype)
         # Once for all launches of a pass.
         up_A, up_B, down_A, down_B = map(contiguous, (up_A, up_B, down_A, down_B))
         return (
@@ -88,8 +89,8 @@ class LoRAExpertsMLPFunction(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         p: Tensor,
-        up: Tensor,
-        down: Tensor,
+        up: Tensor | QuantizedWeight,
+        down: Tensor | QuantizedWeight,
         up_A: Tensor | None,
         up_B: Tensor | None,
         down_A: Tensor | None,
@@ -111,8 +112,8 @@ class LoRAExpertsMLPFunction(torch.autograd.Function):
         ctx.save_for_backward(
             x if needs_up_A else None,
             p,
-            alias(up),
-            alias(down),
+            to_save(up),
+            to_save(down),
             *(None if t is None else alias(t) for t in (up_A, up_B, down_A, down_B)),
             down_bias if needs_p else None,
             z if needs_dz else None,
@@ -121,7 +122,7 @@ class LoRAExpertsMLPFunction(torch.autograd.Function):
             h_up if needs_up_B else None,
             h_down if needs_down_B else None,
         )
-        ctx.call = call
+        ctx.call, ctx.codes = call, (Codes.of(up), Codes.of(down))
         return y
 
     @staticmethod
@@ -134,6 +135,7 @@ class LoRAExpertsMLPFunction(torch.autograd.Function):
         call: ExpertsMLP = ctx.call
         path, experts = call.path, call.routing.experts
         g = as_gradient(g, path)
+        weights[:2] = map(as_saved, weights, ctx.codes)
         up, down = call.layers(g.dtype, *weights)
         dx = dA_up = dB_up = None
 
@@ -175,7 +177,7 @@ def _forward(
 class Projection(NamedTuple):
     """Of all experts."""
 
-    weight: Tensor  # [E, out, in]
+    weight: Tensor | QuantizedWeight  # [E, out, in]
     bias: Tensor | None  # [E, out]
     adapter: ExpertAdapter | None
 
@@ -202,10 +204,11 @@ def run_projections(
     a = cast.new_empty(1).expand(*indexed, weights[1].shape[2])  # like it
     rest = (scaling_down, last.bias, 0.0, backend)
     _, down_bias, _, _ = checked(a, weights[1], down_A, down_B, indexed, *rest)
-    if len(weights[0]) != len(weights[1]):
-        got = f"weights of {len(weights[0])} and {len(weights[1])} experts"
+    of_first, of_last = (weight.shape[0] for weight in weights)
+    if of_first != of_last:
+        got = f"weights of {of_first} and {of_last} experts"
         raise ValueError(f"first, last: got {got}, wanted as many of both")
-    routing = routing_of(top_k_index, len(weights[0]))
+    routing = routing_of(top_k_index, of_first)
     if is_observed():
         z = expert_ops.call(
             cast,

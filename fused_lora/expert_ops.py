@@ -15,13 +15,14 @@ from torch import Tensor
 from .backends import as_gradient
 from .calls import Backend
 from .differentiable import differentiable
-from .expert_backends import Experts, Path, backward, contiguous, project
+from .expert_backends import Experts, Path, backward, contiguous, in_dtype, project
 from .expert_calls import Routing, call_of, path_of
 from .expert_sums import Passed, dots_of, project_sum, sum_backward
 from .functional import fold_scaling, is_trained
 from .kernels.dropout import dropout_of
 from .kernels.rows import RowGroups
 from .packing import pack, unpack
+from .quantized_weight import QuantizedWeight
 
 
 def _layer(
@@ -39,10 +40,10 @@ def _layer(
 ) -> tuple[Path, Experts]:
     order, adapters, offsets = groups
     rows = RowGroups(len(order), order, adapters, offsets, on_host=None)
-    W: Any = unpack(weight, spec)[0]
+    W = unpack(weight, spec)[0]
     call = call_of(like_x, W, lora_A, lora_B, bias, rows.M, threshold > 0)
     dropout = dropout_of(seed, threshold)
-    W = W.to(like_x.dtype)
+    W = in_dtype(W, like_x.dtype)
     layer = Experts(W, contiguous(lora_A), contiguous(lora_B), scaling, dropout, rows)
     return path_of(call, cast(Backend, backend)), layer
 
@@ -335,7 +336,7 @@ _SumFunction: Any = differentiable(
 
 def call(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     routing: Routing,
@@ -360,7 +361,7 @@ def call(
 def call_sum(
     a: Tensor,
     p: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     routing: Routing,

@@ -1,6 +1,7 @@
 """The PyTorch path of a mixture of experts: rows of some experts at a time, in their order.
 
-Same contract as expert_backends. It waits for a GPU, to know how many rows the experts have.
+Same contract as expert_backends. It waits for a GPU, to know how many rows the experts have. Of
+weights in codes a tile of one expert's values is there at a time, and no expert's without rows.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch import Tensor
 from .kernels.configs import rows_obstacle
 from .kernels.rows import RowGroups
 from .products import WITHOUT_INSTRUCTIONS, addmm_, mm
+from .quantized_weight import QuantizedWeight
 from .reference import keep_mask
-from .torch_backend import masked
+from .torch_backend import add_base_dx, base_product, masked
 
 if TYPE_CHECKING:
     from .expert_backends import Experts
@@ -56,10 +58,9 @@ def _chunks(layer: Experts) -> list[_Chunk]:
             chunks.append(_Chunk(slice(expert, expert + 1), first, last, [last - first]))
     if len(chunks) == 1 and chunks[0].last - chunks[0].first <= _CHUNK:  # of all experts, then
         experts, first, last, ends = chunks[0]
-        after = [last - first] * (len(layer.weight) - experts.stop)
-        chunks = [
-            _Chunk(slice(0, len(layer.weight)), first, last, [*[0] * experts.start, *ends, *after])
-        ]
+        E = layer.weight.shape[0]
+        after = [last - first] * (E - experts.stop)
+        chunks = [_Chunk(slice(0, E), first, last, [*[0] * experts.start, *ends, *after])]
     return chunks
 
 
@@ -155,7 +156,7 @@ def project(x: Tensor, layer: Experts, bias: Tensor | None) -> tuple[Tensor, Ten
         rows = _rows(x, source)
         whole = isinstance(target, slice) and (first, last) == (0, M)
         out = None if whole or isinstance(target, Tensor) else y[target]
-        part = _products(chunk, rows, layer.weight[experts].mT, out)
+        part = _base_products(chunk, rows, layer.weight, out)
         if bias is not None:
             for i, own in _each(chunk):
                 part[own] += bias[experts.start + i]
@@ -178,6 +179,31 @@ def _add_products(y: Tensor, chunk: _Chunk, a: Tensor, b: Tensor) -> None:
         addmm_(y, a, b[0])
     else:
         y += _products(chunk, a, b)
+
+
+def _base_products(
+    chunk: _Chunk, x: Tensor, weight: Tensor | QuantizedWeight, out: Tensor | None
+) -> Tensor:
+    """The rows of x times their experts' W0^T, as `_products`."""
+    if isinstance(weight, Tensor):
+        return _products(chunk, x, weight[chunk.experts].mT, out)
+    out = x.new_empty((len(x), weight.shape[1])) if out is None else out
+    for i, rows in _each(chunk):
+        if rows.start < rows.stop:
+            out[rows] = base_product(x[rows], weight, None, chunk.experts.start + i)
+    return out
+
+
+def _add_base_products_back(
+    dx: Tensor, chunk: _Chunk, g: Tensor, weight: Tensor | QuantizedWeight
+) -> None:
+    """dx += the rows of g times their experts' W0."""
+    if isinstance(weight, Tensor):
+        _add_products(dx, chunk, g, weight[chunk.experts])
+        return
+    for i, rows in _each(chunk):
+        if rows.start < rows.stop:
+            add_base_dx(dx[rows], g[rows], weight, chunk.experts.start + i)
 
 
 def project_back(
@@ -208,14 +234,18 @@ def project_back(
         if dx is None:
             continue
         source = _index(of_x, first, last, layer.fan)
-        if keep is None or dh_part is None or A is None:
+        if isinstance(weight, Tensor) and keep is None:
             part = _products(chunk, g_part, weight[experts])
             if dh_part is not None and A is not None:
                 _add_products(part, chunk, dh_part, A[experts])
         else:
-            part = _products(chunk, dh_part, A[experts])
-            masked(part, _rows(keep, source), out=part)
-            _add_products(part, chunk, g_part, weight[experts])
+            if dh_part is not None and A is not None:
+                part = _products(chunk, dh_part, A[experts])
+            else:
+                part = g.new_zeros((last - first, K))
+            if keep is not None:
+                masked(part, _rows(keep, source), out=part)
+            _add_base_products_back(part, chunk, g_part, weight)
         if at_once and isinstance(source, Tensor):
             dx.index_add_(0, source, part)
         elif not layer.gathers and (first, last) == (0, M):

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from . import expert_ops
-from .autograd import alias, raise_second_derivative
+from .autograd import Codes, alias, as_saved, raise_second_derivative, to_save
 from .backends import as_gradient, as_matrix
 from .calls import Backend
 from .dispatch import why_torch
-from .expert_backends import Experts, Path, backward, contiguous, project
+from .expert_backends import Experts, Path, backward, contiguous, in_dtype, project
 from .expert_calls import (
     Routing,
     call_of,
@@ -28,9 +28,10 @@ from .expert_calls import (
     path_of,
     routing_of,
 )
-from .explanation import Explanation
+from .explanation import Explanation, describe_quantized
 from .functional import draw_seeds, is_observed, is_recorded
 from .kernels.dropout import dropout_of
+from .quantized_weight import QuantizedWeight
 
 
 class LoRALinearExpertsFunction(torch.autograd.Function):
@@ -43,7 +44,7 @@ class LoRALinearExpertsFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | QuantizedWeight,
         lora_A: Tensor | None,
         lora_B: Tensor | None,
         bias: Tensor | None,
@@ -53,17 +54,18 @@ class LoRALinearExpertsFunction(torch.autograd.Function):
     ) -> Tensor:
         """``seed``: of the dropout mask."""
         needs_x, _, needs_A, needs_B = ctx.needs_input_grad[:4]
-        layer = call.layer(weight.to(x.dtype), lora_A, lora_B, seed, threshold)
+        layer = call.layer(in_dtype(weight, x.dtype), lora_A, lora_B, seed, threshold)
         y, h = _forward(x, layer, bias, call)
         ctx.save_for_backward(
             x if needs_A else None,
-            alias(weight),
+            to_save(weight),
             None if lora_A is None else alias(lora_A),
             None if lora_B is None else alias(lora_B),
             h if needs_B else None,
             seed if needs_x or needs_A else None,
         )
         ctx.call, ctx.threshold, ctx.shape = call, threshold, x.shape
+        ctx.codes = Codes.of(weight)
         return y
 
     @staticmethod
@@ -73,7 +75,8 @@ class LoRALinearExpertsFunction(torch.autograd.Function):
             raise_second_derivative("lora_linear_experts")
         x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
         call, needs_x = ctx.call, ctx.needs_input_grad[0]
-        weight = weight.to(g.dtype) if needs_x else weight
+        weight = as_saved(weight, ctx.codes)
+        weight = in_dtype(weight, g.dtype) if needs_x else weight
         layer = call.layer(weight, lora_A, lora_B, seed, ctx.threshold)
         g2, x2 = as_gradient(g, call.path), None if x is None else as_matrix(x)
         dx, dA, dB = backward(call.path, g2, x2, h, layer, need_dx=needs_x)
@@ -91,7 +94,7 @@ class ExpertsCall:
 
     def layer(
         self,
-        weight: Tensor,
+        weight: Tensor | QuantizedWeight,
         lora_A: Tensor | None,
         lora_B: Tensor | None,
         seed: Tensor | None,
@@ -112,7 +115,7 @@ def _forward(
 
 def lora_linear_experts(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     *,
@@ -131,7 +134,8 @@ def lora_linear_experts(
         x: [*I, K] for expert_indices [*I]; or [*I[:-1], K], where each row goes to all experts
             that I's last dimension lists for it (a router's top k), and D is one mask for them.
         weight: frozen base weights [E, N, K] in x's dtype, any strides; transformers' layers with
-            ``is_transposed`` pass theirs as ``weight.mT``.
+            ``is_transposed`` pass theirs as ``weight.mT``. Or a `QuantizedWeight` [E, N, K], of
+            which tiles of values are there at a time, and the gradient of x is made by the same.
         lora_A, lora_B: the experts' adapters [E, r, K] and [E, N, r], in any floating dtype, or
             both None: the frozen layer. Not contiguous ones are copied.
         expert_indices: integers [*I] on x's device. Any but 0 to E - 1 is no expert, and its row of
@@ -151,7 +155,7 @@ def lora_linear_experts(
     options = (scaling, bias, dropout_p, backend)
     found = checked(x, weight, lora_A, lora_B, expert_indices.shape, *options)
     x, bias, threshold, fan = found
-    routing = routing_of(expert_indices, len(weight))
+    routing = routing_of(expert_indices, weight.shape[0])
     seed = draw_seeds(1, x.device, backend) if threshold else None
     if is_observed():
         how = (scaling, bias, seed, threshold, backend)
@@ -161,7 +165,7 @@ def lora_linear_experts(
     decided = ExpertsCall(path_of(call, backend), routing, float(scaling), fan)
     lora_A, lora_B = laid_out(lora_A), laid_out(lora_B)
     if not is_recorded():
-        layer = decided.layer(weight.to(x.dtype), lora_A, lora_B, seed, threshold)
+        layer = decided.layer(in_dtype(weight, x.dtype), lora_A, lora_B, seed, threshold)
         return _forward(x, layer, bias, decided)[0]
     apply: Any = LoRALinearExpertsFunction.apply
     y: Tensor = apply(x, weight, lora_A, lora_B, bias, seed, threshold, decided)
@@ -170,7 +174,7 @@ def lora_linear_experts(
 
 def explain_experts(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     *,
@@ -189,14 +193,19 @@ def explain_experts(
     found = checked(x, weight, lora_A, lora_B, expert_indices.shape, *options)
     rows, dropout = expert_indices.numel(), found.threshold > 0
     call = call_of(found.x, weight, lora_A, lora_B, found.bias, rows, dropout)
-    if path_of(call, backend) == "torch":
+    path = path_of(call, backend)
+    if path == "torch":
         reasons = {
             "triton": f"not taken: {why_torch(call, backend)}",
             "library": "taken: rows of some experts at a time, F.grouped_mm or a product for each",
         }
-        return Explanation("torch", "library", "library", reasons)
-    reasons = {
-        "torch": "not taken: the kernels take this call",
-        "split": "taken: h of all experts, then one launch for all, which gathers and scatters",
-    }
-    return Explanation("triton", "split", "split", reasons)
+        chosen = Explanation("torch", "library", "library", reasons)
+    else:
+        reasons = {
+            "torch": "not taken: the kernels take this call",
+            "split": "taken: h of all experts, then one launch for all, which gathers and scatters",
+        }
+        chosen = Explanation("triton", "split", "split", reasons)
+    if call.quantized is not None:
+        reasons["quantised W0"] = describe_quantized(call, path, in_loop=True)
+    return chosen

@@ -87,7 +87,7 @@ def describe_quantized(call: Call, backend: str, in_loop: bool) -> str:
     assert call.quantized is not None
     format = call.quantized.format
     if backend == "torch":
-        tiles = "some rows or columns" if call.quantized.tiled else "the whole of it"
+        tiles = "some rows or columns" if call.quantized.tiled else "a whole matrix"
         return f"{format}, made values {tiles} at a time"
     if rounds_input(call):
         how = "codes by codes" if has_fp8(call.device) else "as values: the GPU has no fp8 products"

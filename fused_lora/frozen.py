@@ -85,9 +85,12 @@ def read_base(
 ) -> tuple[Tensor | QuantizedWeight, Tensor | None]:
     """A layer's weight, in codes if that is asked for or it is, and its bias.
 
-    Raises TypeError for what is no linear layer, ValueError if ``format`` is asked of codes.
+    Raises TypeError for what is no linear layer, ValueError for the codes of experts, or if
+    ``format`` is asked of codes.
     """
     if isinstance(linear, QuantizedWeight):
+        if len(linear.shape) != 2:
+            raise ValueError(f"linear: got a weight {list(linear.shape)}, wanted one [N, K]")
         weight, bias = linear, None
     elif type(linear) is nn.Linear and not foreign.is_quantized(linear):
         return linear.weight if format is None else quantize(linear.weight, format), linear.bias

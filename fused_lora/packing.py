@@ -36,7 +36,8 @@ def pack(*weights: Tensor | QuantizedWeight) -> tuple[list[Tensor], str]:
             words.append("")
             continue
         layout = "|".join([f"{getattr(weight.layout, field)}" for field in _LAYOUT])
-        words.append(f"{weight.shape[0]}|{weight.shape[1]}|{weight.dtype}|{layout}")
+        shape = ",".join([f"{size}" for size in weight.shape])
+        words.append(f"{shape}|{weight.dtype}|{layout}")
         parts = [getattr(weight, name) for name in _ABSENT]
         tensors += [part for part in parts if part is not None]
     return tensors, ";".join(words)
@@ -62,12 +63,12 @@ def unpack(tensors: Sequence[Tensor], spec: str) -> list[Tensor | QuantizedWeigh
 @functools.lru_cache(maxsize=1024)
 def _read(word: str) -> tuple[tuple[str, ...], dict[str, Any]]:
     """The tensors that a quantised weight has, and its other attributes."""
-    N, K, dtype, *values = map(_value, word.split("|"))
+    shape, dtype, *values = map(_value, word.split("|"))
     layout = Layout(*values)
     names = _PARTS + (_CODEBOOK if layout.format in FOUR_BIT else ())
     names += _NESTED if layout.nested else ()
     dtype = getattr(torch, dtype.removeprefix("torch."))
-    return names, {"shape": torch.Size((N, K)), "dtype": dtype, "layout": layout}
+    return names, {"shape": torch.Size(shape), "dtype": dtype, "layout": layout}
 
 
 def _value(text: str) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import checks
 from .codes import (
     BLOCK_SIZES,
+    CODE_DTYPES,
     FORMATS,
     FOUR_BIT,
     FP8,
@@ -33,12 +34,15 @@ def quantize_nf4(
 ) -> QuantizedWeight:
     """NF4 codes of ``weight`` [N, K] (fp32, bf16 or fp16), the same bytes as bitsandbytes makes.
 
+    Or of experts' weights [E, N, K], any strides: of one of them at a time, where no block is of
+    two, and in memory for no more.
+
     Those of `bitsandbytes.functional.quantize_4bit` with ``compress_statistics=double_quant``, on
     the weight's device: its CPU build rounds the scales through a table of 65,536 steps, its CUDA
     build to the nearest, and so do we.
 
-    Raises TypeError or ValueError: no 2-D weight of these dtypes, one that is empty, not finite or
-    on the meta device, a block size that bitsandbytes does not have.
+    Raises TypeError or ValueError: no weight of these shapes and dtypes, one that is empty, not
+    finite or on the meta device, a block size that bitsandbytes does not have.
     """
     return _quantize_4bit("nf4", weight, double_quant, block_size)
 
@@ -53,6 +57,8 @@ def quantize_fp4(
 def quantize_int8(weight: Tensor) -> QuantizedWeight:
     """int8 codes of ``weight`` [N, K], a scale for each row, codes as bitsandbytes' Int8Params.
 
+    Or of experts' [E, N, K].
+
     As there, the weight goes through fp16 first. Raises what `quantize_nf4` raises, and ValueError
     for values beyond fp16.
     """
@@ -64,6 +70,8 @@ def quantize_fp8(
     weight: Tensor, *, block_size: int | None = 128, activations: Activations | None = None
 ) -> QuantizedWeight:
     """e4m3 codes of ``weight`` [N, K]; a scale for each 128 x 128 block, or one (None).
+
+    Or of experts' weights [E, N, K], each with blocks of its own.
 
     With ``activations="fp8"`` layers over it round x to e4m3 too, in every call, before they
     multiply it by W0: each row's 128 columns with a scale of their own, amax / 448 (DeepSeek-V3's
@@ -103,7 +111,7 @@ def check_format(format: object) -> None:
 
 
 def quantize(weight: Tensor, format: Format | Quantizer) -> QuantizedWeight:
-    """``weight`` [N, K] in codes, as quantize_nf4, quantize_fp4, quantize_int8 or quantize_fp8.
+    """``weight`` [N, K] or [E, N, K] in codes, as quantize_nf4, quantize_fp4, ... make them.
 
     Or by a function, which is how their options are given. Raises TypeError or ValueError if it
     gives no `QuantizedWeight` of that shape.
@@ -121,7 +129,7 @@ def quantize(weight: Tensor, format: Format | Quantizer) -> QuantizedWeight:
 
 
 def quantize_like(like: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
-    """``weight`` [N, K] in the format, block size and dtype of ``like``."""
+    """``weight`` [N, K] or [E, N, K] in the format, block size and dtype of ``like``."""
     format, block = like.layout.format, like.layout.block
     if format in FOUR_BIT:
         new = _quantize_4bit(format, weight, like.layout.nested, block[1])
@@ -142,12 +150,18 @@ def _check_weight(weight: object) -> None:
     if weight.dtype not in SOURCE_DTYPES or weight.layout != torch.strided:
         wanted = ", ".join(str(dtype) for dtype in SOURCE_DTYPES)
         raise TypeError(f"weight: got {weight.dtype}, {weight.layout}, wanted dense {wanted}")
-    if weight.ndim != 2 or not weight.numel():
-        raise ValueError(f"weight: got shape {list(weight.shape)}, wanted [N, K], not empty")
+    if weight.ndim not in (2, 3) or not weight.numel():
+        got = f"weight: got shape {list(weight.shape)}"
+        raise ValueError(f"{got}, wanted [N, K], or [E, N, K] of experts, not empty")
     if weight.device.type == "meta":
         raise ValueError("weight: is on the meta device and has no values")
-    if not torch.isfinite(weight).all():
+    if not all(torch.isfinite(matrix).all() for matrix in _matrices(weight)):
         raise ValueError("weight: has values that are not finite")
+
+
+def _matrices(weight: Tensor) -> Tensor:
+    """Those of a stack, one after the other; or the only one."""
+    return weight.detach()[None] if weight.ndim == 2 else weight.detach()
 
 
 def _reciprocal(absmax: Tensor, numerator: float = 1.0) -> Tensor:
@@ -168,38 +182,47 @@ def _out_of_blocks(tiles: Tensor, N: int, K: int) -> Tensor:
 
 
 def _quantize_int8(weight: Tensor, block: tuple[int, int]) -> QuantizedWeight:
-    tiles = _in_blocks(weight.detach().to(torch.float16), block)
-    absmax = tiles.abs().amax(dim=(1, 3)).float()
-    if not torch.isfinite(absmax).all():
-        raise ValueError("weight: has values beyond 65504, which int8's fp16 step cannot hold")
-    codes = torch.round(tiles * _reciprocal(absmax, 127.0)[:, None, :, None]).to(torch.int8)
-    codes = _out_of_blocks(codes, *weight.shape).contiguous()
-    return _eight_bit("int8", weight, codes, (absmax / 127.0).view(-1), block)
+    def in_codes(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        tiles = _in_blocks(matrix.to(torch.float16), block)
+        absmax = tiles.abs().amax(dim=(1, 3)).float()
+        if not torch.isfinite(absmax).all():
+            raise ValueError("weight: has values beyond 65504, which int8's fp16 step cannot hold")
+        codes = torch.round(tiles * _reciprocal(absmax, 127.0)[:, None, :, None]).to(torch.int8)
+        return codes, (absmax / 127.0).view(-1)
+
+    return _eight_bit("int8", weight, in_codes, block)
 
 
 def _quantize_fp8(
     weight: Tensor, block: tuple[int, int], activations: Activations | None
 ) -> QuantizedWeight:
-    tiles = _in_blocks(weight.detach().float(), block)
-    scales = tiles.abs().amax(dim=(1, 3)) / torch.finfo(FP8).max
-    codes = tiles * _reciprocal(scales)[:, None, :, None]
-    codes = _out_of_blocks(codes, *weight.shape).to(FP8).contiguous()
-    return _eight_bit("fp8", weight, codes, scales, block, activations)
+    def in_codes(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        tiles = _in_blocks(matrix.float(), block)
+        scales = tiles.abs().amax(dim=(1, 3)) / torch.finfo(FP8).max
+        return tiles * _reciprocal(scales)[:, None, :, None], scales
+
+    return _eight_bit("fp8", weight, in_codes, block, activations)
 
 
 def _eight_bit(
     format: Format,
     weight: Tensor,
-    codes: Tensor,
-    scales: Tensor,
+    in_codes: Callable[[Tensor], tuple[Tensor, Tensor]],
     block: tuple[int, int],
     activations: Activations | None = None,
 ) -> QuantizedWeight:
+    """``in_codes`` makes the codes of a matrix, in blocks, and their scales."""
+    codes = torch.empty(weight.shape, dtype=CODE_DTYPES[format], device=weight.device)
+    scales = []
+    for matrix, out in zip(_matrices(weight), _matrices(codes), strict=True):
+        tiles, own = in_codes(matrix)
+        out.copy_(_out_of_blocks(tiles, *matrix.shape))
+        scales.append(own)
     return QuantizedWeight(
         format,
         codes,
-        scales,
-        shape=(weight.shape[0], weight.shape[1]),
+        scales[0] if weight.ndim == 2 else torch.stack(scales),
+        shape=tuple(weight.shape),
         dtype=weight.dtype,
         block=block,
         activations=activations,
@@ -215,9 +238,36 @@ def _quantize_4bit(
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size: got {block_size!r}, wanted one of {BLOCK_SIZES}")
     codebook = codebook_of(format, weight.device)
+    matrices = list(_matrices(weight))
+    if matrices[0].numel() % block_size:  # then blocks are of two of them
+        matrices = [weight.detach()]
+    parts = [_four_bit_codes(format, matrix, codebook, block_size) for matrix in matrices]
+    packed, absmax = (torch.cat(part) for part in zip(*parts, strict=True))
+    tables: dict[str, Any] = {"codebook": codebook}
+    if double_quant:
+        offset = absmax.mean()
+        absmax, tables["nested_scales"] = _quantize_scales(absmax - offset)
+        # A copy: transformers saves no model whose tensors share memory.
+        tables["nested_codebook"] = nested_codebook().to(weight.device, copy=True)
+        tables["nested_offset"] = offset.view(1)
+    return QuantizedWeight(
+        format,
+        packed,
+        absmax,
+        shape=tuple(weight.shape),
+        dtype=weight.dtype,
+        block=(1, block_size),
+        **tables,
+    )
+
+
+def _four_bit_codes(
+    format: Format, matrix: Tensor, codebook: Tensor, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Packed codes of whole blocks, the last of which may be cut off, and their absmax."""
     order = torch.argsort(codebook)
     bounds = (codebook[order[:-1]] + codebook[order[1:]]) / 2
-    flat = weight.detach().reshape(-1).float()
+    flat = matrix.reshape(-1).float()
     whole = flat.numel() // block_size * block_size
     blocks = flat[:whole].view(-1, block_size)
     absmax = blocks.abs().amax(dim=1)
@@ -232,18 +282,7 @@ def _quantize_4bit(
     if flat.numel() % 2:
         places = F.pad(places, (0, 1), value=int(torch.bucketize(bounds.new_zeros(()), bounds)))
     codes = (places if format == "nf4" else order[places]).to(torch.uint8)
-    packed = codes[0::2] << 4 | codes[1::2]
-    tables: dict[str, Any] = {"codebook": codebook}
-    if double_quant:
-        offset = absmax.mean()
-        absmax, tables["nested_scales"] = _quantize_scales(absmax - offset)
-        # A copy: transformers saves no model whose tensors share memory.
-        tables["nested_codebook"] = nested_codebook().to(weight.device, copy=True)
-        tables["nested_offset"] = offset.view(1)
-    N, K = weight.shape
-    return QuantizedWeight(
-        format, packed, absmax, shape=(N, K), dtype=weight.dtype, block=(1, block_size), **tables
-    )
+    return codes[0::2] << 4 | codes[1::2], absmax
 
 
 def _quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""`QuantizedWeight`: a frozen W0 [N, K] in 4- or 8-bit codes."""
+"""`QuantizedWeight`: a frozen W0 [N, K], or one for each expert, in 4- or 8-bit codes."""
 
 from __future__ import annotations
 
@@ -44,19 +44,24 @@ class Layout:
 
 
 class QuantizedWeight(nn.Module):
-    """A frozen weight [N, K] in codes, in the place of a parameter.
+    """A frozen weight [N, K] in codes, in the place of a parameter; or experts' weights [E, N, K].
+
+    The codes of a stack of experts are those of its rows, [E N, K], one expert after the other; no
+    block of 8-bit codes is of two experts.
 
     Its state dict has the tensors below and nothing else; ``to`` moves them, and a change of dtype
     changes only ``dtype``, never the codes or scales. Values: `dequantize`.
 
     Attributes:
-        codes: uint8 [ceil(N K / 2)] (nf4, fp4), int8 [N, K] or float8_e4m3fn [N, K].
+        codes: uint8 [ceil(N K / 2)] (nf4, fp4), int8 [N, K] or float8_e4m3fn [N, K]; of a stack
+            of E experts E times as many, and in 8 bits [E, N, K].
         scales: fp32, or uint8 with double quantisation. 4-bit: one for each block of the flat
-            weight; else [ceil(N / block rows), ceil(K / block columns)].
+            weight; else [ceil(N / block rows), ceil(K / block columns)], of each expert.
         codebook: fp32 [16] (nf4, fp4) or None.
         nested_scales, nested_codebook, nested_offset: fp32 [ceil(scales / 256)], [256] and [1]
             with double quantisation, or None: scale = codebook[scales] * nested_scale + offset.
-        shape: (N, K). dtype: what `dequantize` gives unless told. layout: see `Layout`.
+        shape: (N, K) or (E, N, K). dtype: what `dequantize` gives unless told.
+        layout: see `Layout`.
         activations: None, or for fp8 weights "fp8": see `quantize_fp8`.
 
     Raises:
@@ -78,7 +83,7 @@ class QuantizedWeight(nn.Module):
         codes: Tensor,
         scales: Tensor,
         *,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         dtype: torch.dtype,
         block: tuple[int, int],
         codebook: Tensor | None = None,
@@ -89,7 +94,7 @@ class QuantizedWeight(nn.Module):
     ) -> None:
         super().__init__()
         _check_form(format, shape, block)
-        tiled = format not in FOUR_BIT or shape[1] % block[1] == 0
+        tiled = format not in FOUR_BIT or shape[-1] % block[1] == 0
         self.layout = Layout(format, block, nested_scales is not None, tiled, activations)
         self.shape, self.dtype = torch.Size(shape), dtype
         tensors = {
@@ -109,7 +114,7 @@ class QuantizedWeight(nn.Module):
             self.register_parameter(name, frozen)
 
     def _check(self, tensors: dict[str, Tensor | None]) -> None:
-        format, (N, K), (block_rows, block_cols) = self.layout.format, self.shape, self.layout.block
+        format, size = self.layout.format, self.numel()
         four_bit = format in FOUR_BIT
         check_activations(self.activations)
         if self.activations is not None and format != "fp8":
@@ -120,12 +125,12 @@ class QuantizedWeight(nn.Module):
             raise TypeError(f"dtype: got {self.dtype}, wanted a floating dtype of 16 bits or more")
         wanted: dict[str, tuple[torch.dtype, int]] = {}
         if four_bit:
-            blocks = -(-N * K // block_cols)
-            wanted["codes"] = (torch.uint8, -(-N * K // 2))
+            blocks = -(-size // self.layout.block[1])
+            wanted["codes"] = (torch.uint8, -(-size // 2))
             wanted["codebook"] = (torch.float32, 16)
         else:
-            blocks = blocks_of(N, block_rows) * blocks_of(K, block_cols)
-            wanted["codes"] = (CODE_DTYPES[format], N * K)
+            blocks = self._matrices() * self._blocks()
+            wanted["codes"] = (CODE_DTYPES[format], size)
         wanted["scales"] = (torch.uint8 if self.layout.nested else torch.float32, blocks)
         if self.layout.nested:
             wanted["nested_scales"] = (torch.float32, -(-blocks // NESTED_BLOCK))
@@ -145,8 +150,10 @@ class QuantizedWeight(nn.Module):
             if tensor.numel() != numel:
                 raise ValueError(
                     f"{name}: got {tensor.numel()} elements, wanted {numel} for {format} of "
-                    f"{[N, K]} in blocks of {self.layout.block}"
+                    f"{list(self.shape)} in blocks of {self.layout.block}"
                 )
+            if name == "codes" and not four_bit and tensor.shape != self.shape:
+                raise ValueError(f"codes: got {list(tensor.shape)}, wanted {list(self.shape)}")
             assert tensors["codes"] is not None
             if tensor.device != tensors["codes"].device:
                 raise ValueError(f"{name}: is on {tensor.device}, codes on another device")
@@ -162,7 +169,7 @@ class QuantizedWeight(nn.Module):
         return self.layout.activations
 
     def numel(self) -> int:
-        """N K, whatever the codes take."""
+        """How many values there are, whatever the codes take."""
         return self.shape.numel()
 
     @property
@@ -170,14 +177,33 @@ class QuantizedWeight(nn.Module):
         """Bytes held: codes, scales and tables."""
         return sum(p.nbytes for p in self.parameters())
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """W0 [N, K] in ``dtype`` (None: the weight's own); each value is rounded once, from fp32.
+    def _matrices(self) -> int:
+        """E of a stack of experts, else 1."""
+        return self.shape[0] if len(self.shape) == 3 else 1
 
-        On a GPU it is one kernel where it can be. Raises TypeError if dtype is no floating one.
+    def _blocks(self) -> int:
+        """How many scales a matrix has, where no block is of two."""
+        (N, K), (block_rows, block_cols) = self.shape[-2:], self.layout.block
+        return blocks_of(N, block_rows) * blocks_of(K, block_cols)
+
+    def dequantize(self, dtype: torch.dtype | None = None, experts: slice | None = None) -> Tensor:
+        """W0 in ``dtype`` (None: the weight's own); each value is rounded once, from fp32.
+
+        ``experts``: of a stack these alone, [their number, N, K]. On a GPU a matrix is one kernel
+        where it can be. Raises TypeError if dtype is no floating one, ValueError for experts of a
+        matrix.
         """
         dtype = dtype or self.dtype
         if not dtype.is_floating_point:
             raise TypeError(f"dtype: got {dtype}, wanted a floating dtype")
+        if len(self.shape) == 3:
+            wanted = range(self.shape[0])[experts or slice(None)]
+            values = self.codes.new_empty((len(wanted), *self.shape[1:]), dtype=dtype)
+            for expert, out in zip(wanted, values, strict=True):
+                out.copy_(self._matrix(torch.float32, expert))
+            return values
+        if experts is not None:
+            raise ValueError(f"experts: got {experts} of a weight {list(self.shape)}, wanted None")
         if self.device.type == "cuda" and self.layout.tiled:
             from .strategies import device_obstacle
 
@@ -185,46 +211,65 @@ class QuantizedWeight(nn.Module):
                 from .kernels.quantized import dequantize
 
                 return dequantize(self.matrix(), dtype)
-        N, K = self.shape
-        scales = self._all_scales()
+        return self._matrix(dtype)
+
+    def _matrix(self, dtype: torch.dtype, expert: int = 0) -> Tensor:
+        """The whole weight, or that of an expert, [N, K]."""
+        N, K = self.shape[-2:]
         if self.layout.tiled:
-            return self._tile(slice(0, N), slice(0, K), dtype, scales)
+            return self._tile(slice(0, N), slice(0, K), dtype, self._scales_of(expert), expert)
         assert self.codebook is not None
-        size = self.layout.block[1]
-        values = unpack_pairs(self.codes, self.codebook)[: N * K]
-        values = F.pad(values, (0, -(N * K) % size)).view(-1, size) * scales[:, None]
-        return values.view(-1)[: N * K].view(N, K).to(dtype)
+        # Blocks of flat values, of which an expert may begin and end within one.
+        first, last, size = expert * N * K, (expert + 1) * N * K, self.layout.block[1]
+        blocks = slice(first // size, -(-last // size))
+        start = blocks.start * size
+        codes = self.codes.view(-1)[start // 2 : -(-last // 2)]
+        values = unpack_pairs(codes, self.codebook)[: last - start]
+        values = F.pad(values, (0, -len(values) % size)).view(-1, size)
+        values = values * self._scales(blocks)[:, None]
+        return values.view(-1)[first - start : last - start].view(N, K).to(dtype)
 
-    def row_tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """W0 some rows at a time; whole where blocks go over the ends of rows."""
-        (N, K), scales = self.shape, self._all_scales()
-        for rows in self._chunks(N, K):
-            yield rows, self._tile(rows, slice(0, K), dtype, scales)
+    def row_tiles(self, dtype: torch.dtype, expert: int = 0) -> Iterator[tuple[slice, Tensor]]:
+        """W0, or an expert's, some rows at a time; whole where blocks go over the ends of rows."""
+        return self._tiles(dtype, expert, of_rows=True)
 
-    def column_tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """W0 some columns at a time, as `row_tiles`."""
-        (N, K), scales = self.shape, self._all_scales()
-        for cols in self._chunks(K, N):
-            yield cols, self._tile(slice(0, N), cols, dtype, scales)
+    def column_tiles(self, dtype: torch.dtype, expert: int = 0) -> Iterator[tuple[slice, Tensor]]:
+        """W0, or an expert's, some columns at a time, as `row_tiles`."""
+        return self._tiles(dtype, expert, of_rows=False)
+
+    def _tiles(
+        self, dtype: torch.dtype, expert: int, *, of_rows: bool
+    ) -> Iterator[tuple[slice, Tensor]]:
+        N, K = self.shape[-2:]
+        length, width = (N, K) if of_rows else (K, N)
+        if not self.layout.tiled:
+            yield slice(0, length), self._matrix(dtype, expert)
+            return
+        scales = self._scales_of(expert)
+        for chunk in self._chunks(length, width):
+            rows, cols = (chunk, slice(0, K)) if of_rows else (slice(0, N), chunk)
+            yield chunk, self._tile(rows, cols, dtype, scales, expert)
 
     def _chunks(self, length: int, width: int) -> Iterator[slice]:
         step = max(1, (_CPU_CHUNK if self.device.type == "cpu" else _CHUNK) // max(1, width))
         unit = max(*self.layout.block, 1)  # blocks stay whole
-        step = length if not self.layout.tiled else -(-step // unit) * unit
-        for start in range(0, length, max(step, 1)):
+        step = -(-step // unit) * unit
+        for start in range(0, length, step):
             yield slice(start, min(start + step, length))
 
-    def _tile(self, rows: slice, cols: slice, dtype: torch.dtype, scales: Tensor) -> Tensor:
-        """W0[rows, cols] for slices that start at the start of a block, with all the scales."""
-        if not self.layout.tiled:
-            return self.dequantize(dtype)
-        (N, K), (block_rows, block_cols) = self.shape, self.layout.block
+    def _tile(
+        self, rows: slice, cols: slice, dtype: torch.dtype, scales: Tensor, expert: int
+    ) -> Tensor:
+        """An expert's W0[rows, cols], from the start of a block on, with all the scales of it."""
+        (N, K), (block_rows, block_cols) = self.shape[-2:], self.layout.block
         if self.codebook is None:
             scales = scales.view(blocks_of(N, block_rows), blocks_of(K, block_cols))
-            values = eight_bit_values(self.codes[rows, cols])
+            codes = self.codes[expert] if len(self.shape) == 3 else self.codes
+            values = eight_bit_values(codes[rows, cols])
             scale_blocks(values, spread(scales, rows, block_rows), cols, block_cols)
             return values.to(dtype)
-        codes = self.codes.view(N, K // 2)[rows, cols.start // 2 : cols.stop // 2].contiguous()
+        codes = self.codes.view(self._matrices(), N, K // 2)[expert, rows]
+        codes = codes[:, cols.start // 2 : cols.stop // 2].contiguous()
         blocks = slice(cols.start // block_cols, cols.stop // block_cols)
         scales = scales.view(N, K // block_cols)[rows, blocks].contiguous()
         values = unpack_pairs(codes, self.codebook).view(*scales.shape, block_cols)
@@ -240,18 +285,24 @@ class QuantizedWeight(nn.Module):
                 "fp32 adapters and an x in 16 bits as they are"
             )
 
-    def _all_scales(self) -> Tensor:
-        """The scales in fp32, flat."""
+    def _scales_of(self, expert: int) -> Tensor:
+        """An expert's, where no block is of two."""
+        blocks = self._blocks()
+        return self._scales(slice(expert * blocks, (expert + 1) * blocks))
+
+    def _scales(self, blocks: slice) -> Tensor:
+        """Those of ``blocks`` in fp32, flat."""
         self._check_tables()
         scales = self.scales.view(-1)
         if self.nested_scales is None:
-            return scales
+            return scales[blocks]
         assert self.nested_codebook is not None
         assert self.nested_offset is not None
-        values = self.nested_codebook.index_select(0, scales.int())
-        whole = slice(0, values.numel())
+        start = blocks.start // NESTED_BLOCK * NESTED_BLOCK
+        values = self.nested_codebook.index_select(0, scales[start : blocks.stop].int())
+        whole = slice(start, start + values.numel())
         scale_blocks(values[None], self.nested_scales[None], whole, NESTED_BLOCK)
-        return values.add_(self.nested_offset)
+        return values.add_(self.nested_offset)[blocks.start - start :]
 
     def matrix(self) -> Any:
         """What the kernels' launchers take in place of a tensor; ``layout.tiled`` ones only."""
@@ -265,7 +316,7 @@ class QuantizedWeight(nn.Module):
             self.nested_codebook,
             self.nested_offset,
         )
-        N, K = self.shape
+        N, K = self.shape[-2:]
         return QuantizedMatrix(
             self.codes,
             tables,
@@ -315,13 +366,14 @@ class QuantizedWeight(nn.Module):
         return ", ".join(parts)
 
 
-def _check_form(format: Format, shape: tuple[int, int], block: tuple[int, int]) -> None:
+def _check_form(format: Format, shape: tuple[int, ...], block: tuple[int, int]) -> None:
     if format not in FORMATS:
         raise ValueError(f"format: got {format!r}, wanted one of {', '.join(FORMATS)}")
-    for name, pair in {"shape": shape, "block": block}.items():
-        sizes = pair if isinstance(pair, tuple | list) else ()
-        if len(sizes) != 2 or any(type(n) is not int or n < 0 for n in sizes):
-            raise TypeError(f"{name}: got {pair!r}, wanted two integers")
+    for name, given, lengths in (("shape", shape, (2, 3)), ("block", block, (2,))):
+        sizes = given if isinstance(given, tuple | list) else ()
+        if len(sizes) not in lengths or any(type(n) is not int or n < 0 for n in sizes):
+            wanted = "two integers, or three" if 3 in lengths else "two integers"
+            raise TypeError(f"{name}: got {given!r}, wanted {wanted}")
     if format not in FOUR_BIT:
         if any(size & (size - 1) for size in block):
             raise ValueError(f"block: got {block}, wanted powers of two or 0")

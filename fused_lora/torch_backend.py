@@ -21,15 +21,20 @@ from .quantized_weight import QuantizedWeight
 from .reference import drawn_mask, fp8_activations, keep_mask
 
 
-def base_product(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Tensor:
-    """x W0^T + bias [M, N]. A quantised W0 is there some rows at a time."""
+def base_product(
+    x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, expert: int = 0
+) -> Tensor:
+    """x W0^T + bias [M, N]. A quantised W0 is there some rows at a time.
+
+    ``expert``: which one's, of a stack in codes.
+    """
     if isinstance(weight, Tensor):
         return linear(x, weight, bias)
     if weight.activations is not None:
         x = fp8_activations(x)
-    N = weight.shape[0]
+    N = weight.shape[-2]
     y = x.new_empty((x.shape[0], N))
-    for rows, tile in weight.row_tiles(x.dtype):
+    for rows, tile in weight.row_tiles(x.dtype, expert):
         if len(tile) == N:  # no copy of the only part
             return linear(x, tile, bias)
         y[:, rows] = linear(x, tile, None if bias is None else bias[rows])
@@ -37,12 +42,12 @@ def base_product(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | Non
     return y
 
 
-def add_base_dx(dx: Tensor, g: Tensor, weight: Tensor | QuantizedWeight) -> None:
+def add_base_dx(dx: Tensor, g: Tensor, weight: Tensor | QuantizedWeight, expert: int = 0) -> None:
     """dx += g W0 in place. A quantised W0 is there some columns at a time: each sum is whole."""
     if isinstance(weight, Tensor):
         addmm_(dx, g, weight)
         return
-    for cols, tile in weight.column_tiles(g.dtype):
+    for cols, tile in weight.column_tiles(g.dtype, expert):
         addmm_(dx[:, cols], g, tile)
         del tile
 

@@ -5,7 +5,8 @@
 Rows are visited expert by expert (see rows.py): a program has one piece of them, and thereby one
 expert. It gathers its rows of x and scatters those of y itself, so that neither exists in the
 experts' order, and x may be the tokens', each of which has several experts. A row of no expert is
-zeros. Forward and input gradient are one template, as in gemm.py.
+zeros. Forward and input gradient are one template, as in gemm.py. W0 may be quantised (see
+quantized.py), each expert in blocks of its own.
 
 (The gather in the kernel: ScatterMoE, https://arxiv.org/abs/2403.08245.)
 """
@@ -22,6 +23,7 @@ from .dropout import Dropout, scale_and_threshold, seed_of
 from .gemm import GROUP_M, dot_precision
 from .launch import Launcher
 from .pieces import MAX_BLOCK_R, add_adapter, load_piece, rows_at
+from .quantized import QuantizedMatrix, add_quantized_product
 from .rows import AdapterStack, RowGroups
 from .tiles import add_product, grouped_tile, keep_mask
 
@@ -30,6 +32,7 @@ from .tiles import add_product, grouped_tile, keep_mask
 def experts_kernel(
     x_ptr,
     w_ptr,
+    w_tables,  # None, or a QuantizedMatrix's tables: then w_ptr is its codes
     bias_ptr,
     h_ptr,
     b_ptr,
@@ -45,6 +48,7 @@ def experts_kernel(
     stride_xm,
     stride_xk,
     stride_we,
+    scales_of_expert,  # of a quantised W0
     stride_wk,
     stride_wn,
     stride_be,
@@ -62,6 +66,7 @@ def experts_kernel(
     FAN: tl.constexpr,  # rows of the order that each of x's is
     FAN_Y: tl.constexpr,  # and each of the mask's on h B
     USE_A: tl.constexpr,
+    W_LAYOUT: tl.constexpr = None,  # a QuantizedMatrix's layout
 ):
     # Pieces of one expert side by side, so that they share its W0's tiles in L2.
     piece, pid_n = grouped_tile(tl.program_id(0), num_pieces, tl.cdiv(N, BLOCK_N), GROUP_M)
@@ -103,23 +108,45 @@ def experts_kernel(
                 rows_d, first_n = rows_y // FAN_Y, pid_n * BLOCK_N
                 keep = keep_mask(tl.load(seed_ptr), threshold, rows_d, first_n, BLOCK_M, BLOCK_N)
                 acc = tl.where(keep, acc * tl.cast(scale, tl.float32), 0.0)
-        acc = add_product(
-            acc,
-            x_ptr,
-            w_ptr + tl.cast(expert, tl.int64) * stride_we,
-            rows_x.to(tl.int64)[:, None],
-            cols,
-            in_m,
-            in_n,
-            K,
-            stride_xm,
-            stride_xk,
-            stride_wk,
-            stride_wn,
-            BLOCK_K,
-            EVEN_K,
-            PRECISION,
-        )
+        of_expert = w_ptr + tl.cast(expert, tl.int64) * stride_we
+        if W_LAYOUT is None:
+            acc = add_product(
+                acc,
+                x_ptr,
+                of_expert,
+                rows_x.to(tl.int64)[:, None],
+                cols,
+                in_m,
+                in_n,
+                K,
+                stride_xm,
+                stride_xk,
+                stride_wk,
+                stride_wn,
+                BLOCK_K,
+                EVEN_K,
+                PRECISION,
+            )
+        else:
+            acc = add_quantized_product(
+                acc,
+                x_ptr,
+                of_expert,
+                w_tables,
+                tl.cast(expert, tl.int64) * scales_of_expert,
+                rows_x.to(tl.int64)[:, None],
+                pid_n * BLOCK_N,
+                in_m,
+                N,
+                K,
+                stride_xm,
+                stride_xk,
+                BLOCK_N,
+                BLOCK_K,
+                EVEN_K,
+                W_LAYOUT,
+                PRECISION,
+            )
         if bias_ptr is not None:
             bias_ptrs = bias_ptr + tl.cast(expert, tl.int64) * stride_be + cols * stride_bias
             acc += tl.load(bias_ptrs, mask=in_n, other=0.0).to(tl.float32)
@@ -133,7 +160,7 @@ _launch_experts = Launcher(experts_kernel)
 def gemm_experts(
     config: TileConfig,
     x: torch.Tensor,
-    w: torch.Tensor,
+    w: torch.Tensor | QuantizedMatrix,
     rows: RowGroups,
     *,
     adapters: AdapterStack | None,
@@ -148,17 +175,27 @@ def gemm_experts(
 ) -> torch.Tensor:
     """y = x w_e + D o (h b_e) + bias_e for each row's expert e; y [M, N] in x's dtype.
 
-    x [M / fan, K], w [E, K, N], bias [E, N]: any strides. h [M, R] as from `shrink`, and b_e of
+    x [M / fan, K], w [E, K, N], bias [E, N]: any strides; w may be a `QuantizedMatrix` [K, N], of a
+    stack. h [M, R] as from `shrink`, and b_e of
     ``adapters``: A's if ``use_A``, else B^T's; or none of both. D [M / fan_y, N]. ``order_x``,
     ``order_y``: that of ``rows`` where x or y has its rows for rows, None where it has positions.
     """
-    M, (_, K, N) = rows.M, w.shape
+    M, (K, N) = rows.M, w.shape[-2:]
+    quantized = w if isinstance(w, QuantizedMatrix) else None
     y = x.new_empty(M, N)
     if M == 0 or N == 0:
         return y
     R = adapters.max_rank if adapters else 0
-    odd = may_be_odd(config, x.dtype.itemsize) and is_odd(x, w[0])
-    if odd or w.stride(0) % ALIGNED:
+    matrices = [x]
+    if isinstance(w, QuantizedMatrix):
+        w_strides = (w.code_stride, w.scale_stride, 0, 0)
+        odd = w.code_row % ALIGNED != 0
+    else:
+        stride_we, stride_wk, stride_wn = w.stride()
+        w_strides = (stride_we, 0, stride_wk, stride_wn)
+        matrices.append(w[0])
+        odd = stride_we % ALIGNED != 0
+    if odd or (may_be_odd(config, x.dtype.itemsize) and is_odd(*matrices)):
         config = for_odd_rows(config, x.dtype.itemsize)
     b = None
     if adapters:
@@ -170,7 +207,8 @@ def gemm_experts(
             (len(table) * cdiv(N, config.BLOCK_N), 1, 1),
             (
                 x,
-                w,
+                w if quantized is None else quantized.code_bytes(),
+                None if quantized is None else quantized.tables,
                 bias,
                 h,
                 b,
@@ -186,7 +224,7 @@ def gemm_experts(
                 K,
                 R,
                 *x.stride(),
-                *w.stride(),
+                *w_strides,
                 *(bias.stride() if bias is not None else (0, 0)),
                 h.stride(0) if h is not None else 0,
             ),
@@ -198,6 +236,7 @@ def gemm_experts(
             FAN=fan,
             FAN_Y=fan_y,
             USE_A=use_A,
+            W_LAYOUT=None if quantized is None else quantized.layout,
             **config.meta(),
         )
     return y

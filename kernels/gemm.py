@@ -36,7 +36,7 @@ from .device import device_guard
 from .dropout import Dropout, scale_and_threshold, seed_of
 from .launch import Launcher
 from .pieces import MAX_BLOCK_R, add_pieces
-from .quantized import FP8_BLOCK, QuantizedMatrix, add_fp8_product, fp8_input, load_weight
+from .quantized import FP8_BLOCK, QuantizedMatrix, add_fp8_product, fp8_input, load_operand
 from .rows import AdapterTable, RowGroups
 from .tiles import add_product, grouped_tile, keep_mask
 
@@ -206,34 +206,8 @@ def lora_gemm_kernel(
         elif W_LAYOUT is None:
             w = tl.load(w_ptrs, mask=in_k[:, None] & in_n, other=0.0)  # [BLOCK_K, BLOCK_N]
             w_ptrs += step_w
-        elif W_LAYOUT[2]:
-            w = tl.trans(
-                load_weight(
-                    w_ptr,
-                    w_tables,
-                    pid_n * BLOCK_N,
-                    k,
-                    N,
-                    K,
-                    BLOCK_N,
-                    BLOCK_K,
-                    W_LAYOUT[0],
-                    W_LAYOUT[1],
-                )
-            )
         else:
-            w = load_weight(
-                w_ptr,
-                w_tables,
-                k,
-                pid_n * BLOCK_N,
-                K,
-                N,
-                BLOCK_K,
-                BLOCK_N,
-                W_LAYOUT[0],
-                W_LAYOUT[1],
-            )
+            w = load_operand(w_ptr, w_tables, k, pid_n * BLOCK_N, K, N, BLOCK_K, BLOCK_N, W_LAYOUT)
         if not SECOND and seed_ptr is not None:
             keep = keep_mask(tl.load(seed_ptr), threshold, offs_m, k, BLOCK_M, BLOCK_K)
             x = tl.where(keep, x, 0.0)
@@ -293,9 +267,11 @@ def _launch(
     w_strides = (0, 0) if isinstance(w, QuantizedMatrix) else w.stride()
     a_strides = a.stride() if a is not None else (0, 0)
     few_ranks = R % ALIGNED != 0
-    if may_be_odd(config, x.dtype.itemsize) and quantized is None:
+    if may_be_odd(config, x.dtype.itemsize) and not (quantized and quantized.takes_fp8):
         narrow = a is None and h is None and dropout is None and config.BLOCK_N <= 32  # no spills
-        if not narrow and is_odd(*(t for t in (x, w, a, y) if isinstance(t, torch.Tensor))):
+        odd = quantized is not None and quantized.code_row % ALIGNED != 0
+        odd = odd or is_odd(*(t for t in (x, w, a, y) if isinstance(t, torch.Tensor)))
+        if odd and not narrow:
             config = for_odd_rows(config, x.dtype.itemsize)
         few_ranks = few_ranks or is_odd(*(t for t in (h, b) if t is not None))
     BLOCK_R = padded(R) if a is not None else min(padded(R), config.BLOCK_K)

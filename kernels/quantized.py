@@ -45,7 +45,10 @@ class Tables(NamedTuple):
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """A quantised weight [rows, cols] as the launchers take it in place of a tensor."""
+    """A quantised weight [rows, cols] as the launchers take it in place of a tensor.
+
+    Or the first expert's of a stack, which the others' follow.
+    """
 
     codes: torch.Tensor  # row after row, contiguous
     tables: Tables
@@ -73,6 +76,22 @@ class QuantizedMatrix:
     def layout(self) -> tuple[int, int, bool]:
         """The constants that a kernel is compiled for."""
         return (*self.block, self.transposed)
+
+    @property
+    def code_row(self) -> int:
+        """Bytes of a row of codes."""
+        return self.cols if self.tables.codebook is None else self.cols // 2
+
+    @property
+    def code_stride(self) -> int:
+        """Bytes from an expert's codes to the next one's."""
+        return self.rows * self.code_row
+
+    @property
+    def scale_stride(self) -> int:
+        """Scales of an expert."""
+        rows, cols = self.block
+        return (cdiv(self.rows, rows) if rows else 1) * (cdiv(self.cols, cols) if cols else 1)
 
     @property
     def takes_fp8(self) -> bool:
@@ -232,6 +251,7 @@ def load_weight(
     BLOCK_COLS: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
     SCALE_COLS: tl.constexpr,
+    first_scale=0,
 ):
     """Tile [BLOCK_ROWS, BLOCK_COLS] of a weight in fp32; finite but arbitrary outside of it."""
     PER_BYTE: tl.constexpr = 2 if tables[1] is not None else 1
@@ -255,7 +275,7 @@ def load_weight(
     GROUP: tl.constexpr = BLOCK_COLS if SCALE_COLS == 0 else min(SCALE_COLS, BLOCK_COLS)
     GROUPS: tl.constexpr = BLOCK_COLS // GROUP
     starts = first_col + tl.arange(0, GROUPS) * GROUP
-    blocks = tl.zeros([BLOCK_ROWS, GROUPS], tl.int64)
+    blocks = tl.zeros([BLOCK_ROWS, GROUPS], tl.int64) + first_scale
     scales_in_row = 1
     if SCALE_COLS != 0:
         scales_in_row = tl.cdiv(num_cols, SCALE_COLS)
@@ -267,6 +287,87 @@ def load_weight(
         return values * scales
     grouped = tl.reshape(values, [BLOCK_ROWS, GROUPS, GROUP]) * scales[:, :, None]
     return tl.reshape(grouped, [BLOCK_ROWS, BLOCK_COLS])
+
+
+@triton.jit
+def load_operand(
+    codes_ptr,
+    tables,
+    k,
+    first_n,
+    K,
+    N,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    first_scale=0,
+):
+    """Tile [BLOCK_K, BLOCK_N] of a product's right operand [K, N], as `load_weight`."""
+    if LAYOUT[2]:
+        w = tl.trans(
+            load_weight(
+                codes_ptr,
+                tables,
+                first_n,
+                k,
+                N,
+                K,
+                BLOCK_N,
+                BLOCK_K,
+                LAYOUT[0],
+                LAYOUT[1],
+                first_scale,
+            )
+        )
+    else:
+        w = load_weight(
+            codes_ptr,
+            tables,
+            k,
+            first_n,
+            K,
+            N,
+            BLOCK_K,
+            BLOCK_N,
+            LAYOUT[0],
+            LAYOUT[1],
+            first_scale,
+        )
+    return w
+
+
+@triton.jit
+def add_quantized_product(
+    acc,
+    x_ptr,
+    codes_ptr,
+    tables,
+    first_scale,
+    rows,
+    first_n,
+    in_m,
+    N,
+    K,
+    stride_xm,
+    stride_xk,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`add_product` of x by codes: acc + x w for `rows` [BLOCK_M, 1] of x, int64."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + rows * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk
+    step_x = tl.cast(stride_xk, tl.int64) * BLOCK_K
+    for k in range(0, K, BLOCK_K):
+        in_k = offs_k < (BLOCK_K if EVEN_K else K - k)
+        x = tl.load(x_ptrs, mask=in_m & in_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        w = load_operand(codes_ptr, tables, k, first_n, K, N, BLOCK_K, BLOCK_N, LAYOUT, first_scale)
+        acc = tl.dot(x, w.to(dtype), acc, input_precision=PRECISION)
+        x_ptrs += step_x
+    return acc
 
 
 @triton.jit

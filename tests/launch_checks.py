@@ -6,6 +6,7 @@ grid and arguments, with addresses for tensors.
 
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import torch
@@ -14,7 +15,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks import launch_overhead
-from fused_lora import lora_linear_multi
+from fused_lora import lora_linear_multi, quantize_int8, quantize_nf4
 from fused_lora.expert_middle import Middle
 from fused_lora.expert_mlp import ExpertAdapter, Projection, run_projections
 from fused_lora.kernels import expand, gemm, persistent
@@ -197,8 +198,11 @@ def check_many_adapters_compile(**rows):
     assert kernels <= {name for name, *_ in launches_of(both)[0]}
 
 
-def check_experts_compile():
-    """A mixture of experts, and that its launches are known the second time."""
+def check_experts_compile(weights):
+    """A mixture of experts, and that its launches are known the second time.
+
+    ``weights``: what is made of the plain ones.
+    """
     launch_overhead.kernel_path("split")
     side, E = launch_overhead.SIDE, 3
 
@@ -207,8 +211,8 @@ def check_experts_compile():
 
     up = ExpertAdapter(torch.randn(E, 4, side), torch.randn(E, side, 4), 2.0)
     down = ExpertAdapter(torch.randn(E, 16, side // 2), torch.randn(E, side, 16), 2.0)
-    first = Projection(normal(E, side, side), None, up)
-    last = Projection(normal(E, side // 2, side).mT, normal(E, side), down)
+    first = Projection(weights(normal(E, side, side)), None, up)
+    last = Projection(weights(normal(E, side // 2, side).mT), normal(E, side), down)
     leaves = [normal(6, side), normal(6, 2), up.lora_A, up.lora_B, down.lora_A, down.lora_B]
     for leaf in leaves:
         leaf.requires_grad_()
@@ -249,4 +253,5 @@ if __name__ == "__main__":
     check_known_additions_to_a_product()
     check_many_adapters_compile(segments=[(0, 2), (1, 4)])
     check_many_adapters_compile(adapter_indices=[1, 0, 1, 0, 0, -1])
-    check_experts_compile()
+    for weights in (torch.Tensor.detach, partial(quantize_nf4, block_size=32), quantize_int8):
+        check_experts_compile(weights)

@@ -13,11 +13,17 @@ import triton.compiler.compiler as compiler
 from triton.runtime import driver
 
 from benchmarks import compile_report, launch_overhead
-from fused_lora.kernels import configs, expand, gemm, grads, group, multi, skinny
+from fused_lora import quantize_int8
+from fused_lora.kernels import configs, expand, experts, gemm, grads, group, multi, skinny
 from fused_lora.kernels.configs import padded
 from fused_lora.kernels.device import SHARED_MEMORY, DeviceInfo
 from fused_lora.kernels.dropout import Dropout
-from fused_lora.kernels.rows import adapter_table, groups_of_runs
+from fused_lora.kernels.rows import (
+    AdapterStack,
+    adapter_table,
+    groups_of_indices,
+    groups_of_runs,
+)
 
 HOPPER = DeviceInfo(capability=90, num_sms=132, shared_memory=SHARED_MEMORY[90])
 M, N, K = 133, 261, 70
@@ -87,11 +93,29 @@ def launch_all(r):
     skinny.skinny(config, x[:64], w, a, b, bias=None, scale=1.0, dropout=None, drop_x=True)
 
 
+def launch_codes(r):
+    """A layer's products and experts', over int8 codes of odd rows; nf4's rows are even."""
+    x, g, h = (torch.randn(M, n).bfloat16() for n in (K, N, r))
+    A, B = torch.randn(2, r, K), torch.randn(2, N, r)
+    codes = quantize_int8(torch.randn(N, K)).matrix()
+    stack = quantize_int8(torch.randn(2, N, K)).matrix()
+    rows = groups_of_indices(torch.arange(M) % 2, 2)
+    given = {"h": h, "adapters": AdapterStack(A, B, 1.0)}
+    given |= {"order_x": rows.order, "order_y": rows.order}
+    for config in largest("quantized", r):
+        gemm.gemm_add_lora(config, x, codes.t(), h, B[0].t())
+        experts.gemm_experts(config, x, stack.t(), rows, use_A=False, **given)
+    for config in largest("quantized", r, True):
+        gemm.gemm_add_lora(config, g, codes, h, A[0], dropout=DROPOUT)
+        experts.gemm_experts(config, g, stack, rows, use_A=True, dropout=DROPOUT, **given)
+
+
 if __name__ == "__main__":
     driver.set_active(launch_overhead.StandIn())
     compiler.compile = triton.compiler.compile = _kept
     for rank in (8, 40, 64):
         launch_all(rank)
+        launch_codes(rank)
     bad = []
     for kernel in compiled:
         usage, sass = compile_report.disassembled(kernel)
