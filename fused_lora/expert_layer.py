@@ -14,12 +14,16 @@ from torch import Tensor, nn
 
 from . import checks
 from .calls import Backend
+from .codes import Format
 from .expert_mlp import ExpertAdapter
 from .expert_modules import (
     as_stack,
     explain_experts_module,
+    in_codes,
+    in_order,
     misfit,
     obstacle,
+    parameter_for,
     projections,
     routed,
     run_experts,
@@ -28,6 +32,8 @@ from .expert_modules import (
 from .explanation import Explanation
 from .initial import initial_values
 from .linear import FusedLoRALinear
+from .quantize import Quantizer, check_format
+from .quantized_weight import QuantizedWeight
 from .sharded import is_sharded
 
 
@@ -36,7 +42,7 @@ def nested(experts: nn.Module, adapted: Collection[str]) -> dict[str, str]:
 
     It wraps the module once for each, in the order of the parameters: the first one is innermost.
     """
-    names = [name for name, _ in experts.named_parameters(recurse=False) if name in adapted]
+    names = [name for name in in_order(experts) if name in adapted]
     return {name: ".base_layer" * i for i, name in enumerate(reversed(names))}
 
 
@@ -92,7 +98,8 @@ class FusedLoRAExperts(nn.Module):
     """In place of a module of experts: what that computes, with adapters.
 
     Attributes:
-        base_layer: that module, frozen, which `merge_and_unload` puts back.
+        base_layer: that module, frozen, which `merge_and_unload` puts back. With ``quantize`` one
+            like it, whose weights are each a `QuantizedWeight` [E, out, in].
         adapters: `ExpertsAdapter` by projection ("gate_up_proj", "down_proj", ...).
         merged: whether the adapters are in the weights. disabled, backend: as of `FusedLoRALinear`.
     """
@@ -107,11 +114,16 @@ class FusedLoRAExperts(nn.Module):
         adapter_dtype: torch.dtype | None = None,
         init_lora_weights: bool = True,
         backend: Backend = "auto",
+        quantize: Format | Quantizer | None = None,
     ) -> None:
         """``ranks`` and ``alphas`` are of the projections that get an adapter.
 
+        ``quantize``: as for `FusedLoRALinear.from_linear`, but of all projections, with an adapter
+        or without; ``experts`` keeps its weights, for who still has it.
+
         Raises ValueError if ``experts`` is no such module or has hooks, or if a name is none of its
-        projections; TypeError or ValueError if a number is out of range. It is unchanged then.
+        projections; TypeError or ValueError if a number is out of range, or of what cannot be
+        quantised. It is unchanged then.
         """
         super().__init__()
         why = obstacle(experts)
@@ -130,16 +142,21 @@ class FusedLoRAExperts(nn.Module):
         checks.check_backend(backend)
         if adapter_dtype is not None:
             checks.check_dtype("adapter_dtype", adapter_dtype)
+        if quantize is not None:
+            check_format(quantize)
         self.adapters = nn.ModuleDict()
         self.backend: Backend = backend
         self.merged, self.disabled = False, 0
+        # In a dict, so that they are no submodules: what a merged layer goes back to.
+        self._before_merge: dict[str, QuantizedWeight] = {}
         for name in known:
             if name in ranks:
                 numbers = (ranks[name], alphas[name], use_rslora)
                 self.adapters[name] = ExpertsAdapter(
                     weight_of(experts, name), *numbers, adapter_dtype, init_lora_weights
                 )
-        self.base_layer = experts.requires_grad_(False)
+        base = experts if quantize is None else in_codes(experts, quantize)
+        self.base_layer = base.requires_grad_(False)
         self.train(experts.training)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -147,7 +164,17 @@ class FusedLoRAExperts(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.disabled = 0
 
+    def _in_codes(self) -> bool:
+        of_base = (getattr(self.base_layer, name) for name in in_order(self.base_layer))
+        return any(isinstance(weight, QuantizedWeight) for weight in of_base)
+
+    def _runs_base(self) -> bool:
+        """Whether the module of experts computes by itself, which it cannot in codes."""
+        return self.merged or (self.disabled > 0 and not self._in_codes())
+
     def _by_projection(self) -> dict[str, ExpertAdapter]:
+        if self.disabled:
+            return {}
         return {name: each.of_experts() for name, each in self.adapters.items()}  # type: ignore
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -161,7 +188,7 @@ class FusedLoRAExperts(nn.Module):
                 "FusedLoRAExperts is merged and in training mode: call unmerge() to train the "
                 "adapter, or eval() to run the merged weights"
             )
-        if self.merged or self.disabled:
+        if self._runs_base():
             y: Tensor = self.base_layer(x, *args, **kwargs)
             return y
         return self._adapted(x, routed(*args, **kwargs))
@@ -181,24 +208,35 @@ class FusedLoRAExperts(nn.Module):
 
     def explain(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Explanation:
         """Which backend `forward` takes, and why; raises what that does, and computes nothing."""
-        if self.merged or self.disabled:
+        if self._runs_base():
             why = f"taken: the adapters are {'merged' if self.merged else 'disabled'}"
             return Explanation("torch", "experts", "experts", {"experts": why})
         self._check(x, (top_k_index, top_k_weights))
         adapters = self._by_projection()
-        return explain_experts_module(self.base_layer, x, top_k_index, adapters, self.backend)
+        found = explain_experts_module(self.base_layer, x, top_k_index, adapters, self.backend)
+        if self.disabled:
+            found.reasons["adapters"] = "left out: they are disabled"
+        return found
 
     @torch.no_grad()
     def _changed(self, name: str, sign: float) -> nn.Parameter:
-        """A projection's weights plus or minus scaling * B A, expert by expert, in fp32."""
-        adapter: Any = self.adapters[name]
-        A, B, scaling = adapter.of_experts()
-        old = getattr(self.base_layer, name)
-        new = torch.empty_like(old)
-        stacks = (as_stack(self.base_layer, t) for t in (old, new))
-        for W, out, A_e, B_e in zip(*stacks, A, B, strict=True):
-            dtype = torch.promote_types(torch.promote_types(W.dtype, A_e.dtype), torch.float32)
-            out.copy_(W.to(dtype) + sign * scaling * (B_e.to(dtype) @ A_e.to(dtype)))
+        """A projection's weights plus or minus scaling * B A, expert by expert, in fp32.
+
+        Of one without an adapter the values of its codes.
+        """
+        weight = weight_of(self.base_layer, name)
+        new = parameter_for(self.base_layer, weight)
+        adapter = self._by_projection().get(name)
+        for e, out in enumerate(as_stack(self.base_layer, new)):
+            if isinstance(weight, QuantizedWeight):
+                (W,) = weight.dequantize(torch.float32, slice(e, e + 1))
+            else:
+                W = weight[e]
+            if adapter is not None:
+                A, B, scaling = adapter
+                dtype = torch.promote_types(torch.promote_types(W.dtype, A.dtype), torch.float32)
+                W = W.to(dtype) + sign * scaling * (B[e].to(dtype) @ A[e].to(dtype))
+            out.copy_(W)
             if not torch.isfinite(out).all():
                 raise ValueError(f"{name}: W + scaling * B A has values that are not finite")
         return nn.Parameter(new, requires_grad=False)
@@ -206,17 +244,23 @@ class FusedLoRAExperts(nn.Module):
     def _put(self, sign: float) -> None:
         if any(map(is_sharded, self.parameters())):
             raise RuntimeError("FusedLoRAExperts is spread over processes: merge where it is whole")
-        for name in self.adapters:
-            if name not in self.base_layer._parameters:
+        # All of a module in codes: with a part of them transformers could not compute it.
+        names = in_order(self.base_layer) if self._in_codes() else list(self.adapters)
+        for name in names:
+            if name not in (*self.base_layer._parameters, *self.base_layer._modules):
                 raise RuntimeError(
                     f"{name}: is computed by a parametrization, and what is put into it would be "
                     "lost; call torch.nn.utils.parametrize.remove_parametrizations first"
                 )
-        new = {name: self._changed(name, sign) for name in self.adapters}
+        new = {name: self._changed(name, sign) for name in names}
         self._set(new, merged=sign > 0)
 
-    def _set(self, weights: Mapping[str, nn.Parameter], *, merged: bool) -> None:
+    def _set(self, weights: Mapping[str, nn.Parameter | QuantizedWeight], *, merged: bool) -> None:
+        before = {name: getattr(self.base_layer, name) for name in weights}
+        self._before_merge = {n: w for n, w in before.items() if isinstance(w, QuantizedWeight)}
         for name, weight in weights.items():
+            if isinstance(weight, QuantizedWeight):  # a parameter's name is not given to a module
+                delattr(self.base_layer, name)
             setattr(self.base_layer, name, weight)
         self.merged = merged
         for adapter in self.adapters.values():
@@ -224,6 +268,8 @@ class FusedLoRAExperts(nn.Module):
 
     def merge(self) -> None:
         """Puts the adapters into new weights; they stay. Nothing happens if merged.
+
+        Weights in codes become plain ones in their dtype, also those without an adapter.
 
         Raises ValueError, and merges nothing, if a result is not finite in the weights' dtype;
         RuntimeError if it is disabled, or spread over processes.
@@ -234,8 +280,15 @@ class FusedLoRAExperts(nn.Module):
             self._put(1.0)
 
     def unmerge(self) -> None:
-        """Takes the adapters out again; exact up to rounding in the weights' dtype."""
-        if self.merged:
+        """Takes the adapters out again; exact up to rounding in the weights' dtype.
+
+        Weights that were in codes are again the ones that they were, bit for bit.
+        """
+        if self._before_merge:
+            device = next(self.adapters.parameters()).device
+            codes = {name: weight.to(device) for name, weight in self._before_merge.items()}
+            self._set(codes, merged=False)
+        elif self.merged:
             self._put(-1.0)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -245,13 +298,13 @@ class FusedLoRAExperts(nn.Module):
                 del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def weights(self) -> dict[str, nn.Parameter]:
+    def weights(self) -> dict[str, nn.Parameter | QuantizedWeight]:
         """Those that have an adapter."""
         return {name: getattr(self.base_layer, name) for name in self.adapters}
 
     def unmerging(self) -> Callable[[], None]:
         """What undoes a merge that is still to come, without a rounding, if it has come."""
-        before = self.weights()
+        before = {name: getattr(self.base_layer, name) for name in in_order(self.base_layer)}
 
         def undo() -> None:
             if self.merged:

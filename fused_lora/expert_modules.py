@@ -3,10 +3,12 @@
 transformers keeps all experts of a layer in one module: ``gate_up_proj`` (or ``up_proj``) and
 ``down_proj``, each [E, out, in], or [E, in, out] where ``is_transposed`` says so. What the module's
 class computes is one function whichever of transformers' implementations runs it, and so is this.
+Weights in codes are [E, out, in] in all of them, each a submodule of the parameter's name.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -18,18 +20,26 @@ from torch import Tensor, nn
 from . import checks
 from .autocast import autocast_enabled, no_autocast
 from .calls import Backend, are_plain
+from .codes import Format
 from .expert_middle import Middle
 from .expert_mlp import ExpertAdapter, Projection, run_projections
 from .experts import explain_experts
 from .explanation import Explanation
 from .functional import is_observed
 from .gated_mlp import activation_of
+from .quantize import Quantizer, quantize
+from .quantized_weight import QuantizedWeight
 from .sharded import is_sharded
 
 
 def projections(experts: Any) -> tuple[str, str]:
     """The names of a module's two."""
     return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
+
+
+def in_order(experts: Any) -> list[str]:
+    """Their names, in the order that the module has them."""
+    return [n for n in (*experts._parameters, *experts._modules) if n in projections(experts)]
 
 
 def obstacle(experts: Any) -> str | None:
@@ -134,9 +144,10 @@ def _implementation(experts: Any) -> Any:
     return getattr(getattr(experts, "config", None), "_experts_implementation", None) or "eager"
 
 
-def weight_of(experts: Any, name: str) -> Tensor:
-    """The weights [E, out, in] of a projection, a view."""
-    return as_stack(experts, getattr(experts, name))
+def weight_of(experts: Any, name: str) -> Any:
+    """The weights [E, out, in] of a projection: a view, or a `QuantizedWeight`."""
+    weight = getattr(experts, name)
+    return weight if isinstance(weight, QuantizedWeight) else as_stack(experts, weight)
 
 
 def as_stack(experts: Any, weight: Tensor) -> Tensor:
@@ -144,7 +155,29 @@ def as_stack(experts: Any, weight: Tensor) -> Tensor:
     return weight.mT if experts.is_transposed else weight
 
 
-def _frozen(experts: Any, name: str) -> tuple[Tensor, Tensor | None]:
+def parameter_for(experts: Any, weight: Tensor | QuantizedWeight) -> Tensor:
+    """Memory for other weights of a projection, as the module has its parameter."""
+    E, N, K = weight.shape
+    shape = (E, K, N) if experts.is_transposed else (E, N, K)
+    return torch.empty(shape, dtype=weight.dtype, device=weight.device)
+
+
+def in_codes(experts: Any, format: Format | Quantizer) -> Any:
+    """A module like this one, with its weights in codes and the rest shared.
+
+    Raises what `quantize` does, and ValueError for codes that ask for an x in fp8.
+    """
+    other = copy.copy(experts)
+    vars(other).update({k: v.copy() for k, v in vars(experts).items() if isinstance(v, dict)})
+    for name in in_order(experts):
+        codes = quantize(weight_of(experts, name), format)
+        checks.check_not_rounding("quantize", codes)
+        delattr(other, name)
+        setattr(other, name, codes)
+    return other
+
+
+def _frozen(experts: Any, name: str) -> tuple[Tensor | QuantizedWeight, Tensor | None]:
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
     return weight_of(experts, name), bias
 
@@ -177,7 +210,7 @@ def misfit(experts: Any, x: Any, index: Any, weights: Any) -> str | None:
     if index.dtype != torch.int64 or index.device != x.device or index.shape[1] == 0:
         return f"top_k_index: got {index.dtype} on {index.device}, wanted int64 on x's device"
     weight: Any = experts.down_proj
-    if not is_taken(weight):
+    if not isinstance(weight, QuantizedWeight) and not is_taken(weight):
         return f"the experts' weights are {type(weight).__name__}s"
     if x.device != weight.device or x.dtype not in checks.DTYPES:
         return f"x: got {x.dtype} on {x.device}, the experts are on {weight.device}"

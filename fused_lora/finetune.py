@@ -29,7 +29,7 @@ from .adapter_config import CONFIG_NAME
 from .adapters import WEIGHTS_NAME, save_adapter
 from .codes import Format
 from .expert_layer import FusedLoRAExperts
-from .expert_modules import projections, weight_of
+from .expert_modules import in_order, projections, weight_of
 from .files import write_atomically
 from .functional import explain
 from .inject import inject
@@ -182,7 +182,8 @@ class Run:
             )
             found[f"{e.backend}, forward {e.strategy}, dx {e.strategy_dx}"] += 1
         for mixture, base in self._mixtures():
-            x = base.down_proj.new_empty(tokens, weight_of(base, projections(base)[0]).shape[2])
+            first = weight_of(base, projections(base)[0])
+            x = torch.empty(tokens, first.shape[2], dtype=first.dtype, device=first.device)
             index = torch.zeros(tokens, 1, dtype=torch.int64, device=x.device)
             e = mixture.explain(x, index, x[:, :1])
             found[f"{e.backend}, forward {e.strategy}, dx {e.strategy_dx} (experts)"] += 1
@@ -325,6 +326,12 @@ class Run:
             if isinstance(module, FusedLoRALinear) and isinstance(module.weight, QuantizedWeight):
                 weight = cast(Tensor, base.get_submodule(path).weight)
                 weight.data = module.weight.dequantize(weight.dtype)  # what the adapter learned on
+            elif isinstance(module, FusedLoRAExperts):
+                experts = base.get_submodule(path)
+                for name in in_order(experts):
+                    codes = weight_of(module.base_layer, name)
+                    if isinstance(codes, QuantizedWeight):
+                        weight_of(experts, name).data.copy_(codes.dequantize())
         without = logits(base)
         theirs = logits(PeftModel.from_pretrained(base, str(self.out)))
         difference = (ours - theirs).abs().max().item()

@@ -11,9 +11,16 @@ from . import checks, sharing
 from .calls import Backend
 from .codes import Format
 from .expert_layer import FusedLoRAExperts
+from .expert_modules import in_order, weight_of
 from .frozen import FrozenLinear
 from .gated_mlp import gate_mlps
-from .inject_report import InjectReport, count_parameters, norms_of_change, relative_norm
+from .inject_report import (
+    InjectReport,
+    count_parameters,
+    norms_of_change,
+    norms_of_experts,
+    relative_norm,
+)
 from .linear import FusedLoRALinear
 from .matching import (
     alphas_of,
@@ -60,7 +67,7 @@ def inject(
         target_parameters: names, or ends of paths, of the parameters of transformers' mixtures of
             experts, ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]: each such module becomes
             a `FusedLoRAExperts`. As in PEFT without dropout and DoRA, and whatever
-            ``exclude_modules`` says; without ``quantize``.
+            ``exclude_modules`` says.
         exclude_modules: matched in the same way, and left out. The report has what matches nothing.
         rank_pattern, alpha_pattern: other r and lora_alpha for the layers whose path, or the end
             of it after a dot, is matched by the key, a regular expression; the first match counts.
@@ -69,7 +76,8 @@ def inject(
         groups: compute the projections that share their input (q, k, v; gate, up) together, and
             act(gate) * up with down, in models where that is known: see `fused_lora.peft.fuse`.
         quantize: "nf4" (QLoRA), "fp4", "int8" or "fp8": the adapted layers get their weights in
-            codes. Or a function, such as ``functools.partial(quantize_fp8, activations="fp8")``.
+            codes, a mixture of experts all that it has. Or a function, such as
+            ``functools.partial(quantize_fp8, activations="fp8")``, which experts do not take.
             Layers that bitsandbytes or torchao quantised are taken as they are, without it.
             With "pissa" (QPiSSA), "olora" or "loftq" the codes are those of the residual; the
             report says by how much W0 changes in all.
@@ -112,7 +120,7 @@ def inject(
         )
     mixtures = find_experts(model, target_parameters)
     if target_parameters:
-        _check_experts_options(lora_dropout, use_dora, init_lora_weights, quantize)
+        _check_experts_options(lora_dropout, use_dora, init_lora_weights)
     if target_parameters and not target_modules:
         if not mixtures.projections:
             of_all = mixtures_of_experts(model)
@@ -173,7 +181,11 @@ def inject(
             adapter_dtype=adapter_dtype,
             init_lora_weights=bool(init_lora_weights),
             backend=backend,
+            quantize=quantize,
         )
+        for name in in_order(experts):
+            codes = weight_of(of_experts[experts].base_layer, name)
+            changes += norms_of_experts(weight_of(experts, name), codes)
     model.requires_grad_(False)
     for path in layers:
         model.set_submodule(path, replacements[modules[path]])
@@ -207,12 +219,9 @@ def inject(
 
 
 def _check_experts_options(
-    lora_dropout: float, use_dora: bool, init_lora_weights: bool | str, quantize: object
+    lora_dropout: float, use_dora: bool, init_lora_weights: bool | str
 ) -> None:
     """ValueError for what adapters of experts do not have, nor in PEFT."""
-    if quantize is not None:
-        got = f"quantize: got {quantize!r}, wanted None with target_parameters"
-        raise ValueError(f"{got}: experts are not quantised here")
     if lora_dropout > 0.0:
         raise ValueError(f"lora_dropout: got {lora_dropout}, wanted 0 with target_parameters")
     if use_dora:

@@ -78,6 +78,21 @@ def norms_of_change(
     return [((now - original).norm().item(), original.norm().item())]
 
 
+@torch.no_grad()
+def norms_of_experts(
+    original: Tensor, weight: Tensor | QuantizedWeight
+) -> list[tuple[float, float]]:
+    """`norms_of_change` of experts' weights [E, N, K], of one at a time."""
+    if not isinstance(weight, QuantizedWeight):
+        return []
+    changes = []
+    for e, own in enumerate(original):
+        (change,) = weight.dequantize(torch.float32, slice(e, e + 1))
+        change -= own
+        changes.append((change.norm().item(), own.float().norm().item()))
+    return changes
+
+
 def relative_norm(changes: list[tuple[float, float]]) -> float:
     """The norm of all changes over that of all weights."""
     changed, size = (math.hypot(*norms) for norms in zip(*changes, strict=True))

@@ -221,7 +221,6 @@ BAD = {
     "target_parameters: got [5], wanted a list": {"target_parameters": [5]},
     "target_parameters: ['nope'] matches no projection of experts ({'nope': 'matches no parameter'}"
     "); the model has mixtures at ['experts']": {"target_parameters": ["nope"]},
-    "quantize: got 'nf4', wanted None with target_parameters": {"quantize": "nf4"},
     "exclude_modules: got 5": {"exclude_modules": 5},
     "lora_dropout: got 0.1, wanted 0": {"lora_dropout": 0.1},
     "use_dora: got True, wanted False": {"use_dora": True},

@@ -18,7 +18,8 @@ QUANTIZERS = {
 def _weights():
     # 70 columns: NF4's blocks go over the ends of rows
     made = [make(torch.randn(6, K)) for make in QUANTIZERS.values() for K in (64, 70)]
-    return [torch.randn(3, 4), *made, torch.randn(5, 6).half()]
+    stacks = [make(torch.randn(3, 6, 70)) for make in QUANTIZERS.values()]  # of experts
+    return [torch.randn(3, 4), *made, *stacks, torch.randn(5, 6).half()]
 
 
 def test_weights_come_back_over_the_same_storage():
