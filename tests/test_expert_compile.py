@@ -99,9 +99,9 @@ def test_peft_model(form, compiler):
         assert_close(torch.compile(model, backend="aot_eager")(*inputs), without)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_injected_model(form):
-    block, _ = _injected(form)
+@pytest.mark.parametrize(("form", "codes"), [*((form, None) for form in FORMS), ("gpt_oss", "nf4")])
+def test_injected_model(form, codes):
+    block, _ = _injected(form, quantize=codes)
     inputs = _routed()
     expected = _results(block, *inputs)
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
