@@ -33,6 +33,7 @@ from fused_lora import (
     lora_linear_group,
     lora_linear_multi,
     quantize_fp8,
+    quantize_int8,
     quantize_nf4,
 )
 from fused_lora.dispatch import Plan
@@ -253,13 +254,18 @@ def _group(
 
 
 def _of_experts() -> Iterator[Case]:
-    """Mixtures of experts, a projection and a whole one."""
+    """Mixtures of experts, a projection, also over codes, and a whole one."""
     for dtype, shape in product(HALF, SHAPES[2:]):
         x, weights, As, Bs, rows = _three(dtype, shape)
         leaves = [x, *As, *Bs]
         for leaf in leaves:
             leaf.requires_grad_()
-        for name, function in (("experts", _experts), ("a mixture of experts", _mixture)):
+        functions: dict[str, Callable[..., torch.Tensor]] = {
+            "experts": _experts,
+            "experts in int8": partial(_experts, weights_of=quantize_int8),
+            "a mixture of experts": _mixture,
+        }
+        for name, function in functions.items():
             call = partial(function, x, weights, As, Bs, torch.stack((rows, rows + 1), dim=1))
             yield f"{dtype} M, N, K, r {shape} {name}", partial(_same_on_both, call, leaves)
 
@@ -271,10 +277,11 @@ def _experts(
     Bs: list[torch.Tensor],
     index: torch.Tensor,
     *,
+    weights_of: Callable[[torch.Tensor], Any] = torch.Tensor.detach,
     backend: Literal["triton", "torch"],
 ) -> torch.Tensor:
     """x [M, K] by two experts for each of its rows."""
-    stacks = (torch.stack(weights), torch.stack(As), torch.stack(Bs))
+    stacks = (weights_of(torch.stack(weights)), torch.stack(As), torch.stack(Bs))
     return lora_linear_experts(x, *stacks, expert_indices=index, scaling=1.0, backend=backend)
 
 
