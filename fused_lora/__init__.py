@@ -20,7 +20,13 @@ from .merge import merge_and_unload
 from .multi import explain_multi, lora_linear_multi
 from .multi_linear import FusedMultiLoRALinear, route
 from .multi_model import add_adapter, delete_adapter
-from .quantize import quantize_fp4, quantize_fp8, quantize_int8, quantize_nf4
+from .quantize import (
+    quantize_fp4,
+    quantize_fp8,
+    quantize_int8,
+    quantize_mxfp4,
+    quantize_nf4,
+)
 from .quantized_weight import QuantizedWeight
 from .schedule import schedule
 from .together import FusedLoRAGroup
@@ -62,6 +68,7 @@ __all__ = [
     "quantize_fp4",
     "quantize_fp8",
     "quantize_int8",
+    "quantize_mxfp4",
     "quantize_nf4",
     "reference",
     "route",

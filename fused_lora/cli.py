@@ -82,7 +82,8 @@ def finetune(
         str, typer.Option(help="Of the frozen weights: auto, float32, bfloat16, float16.")
     ] = _DEFAULT.dtype,
     quantize: Annotated[
-        str, typer.Option(help="Codes of the frozen weights: none, nf4 (QLoRA), fp4, int8, fp8.")
+        str,
+        typer.Option(help="Codes of the frozen weights: none, nf4 (QLoRA), fp4, mxfp4, int8, fp8."),
     ] = _DEFAULT.quantize,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = _DEFAULT.device,
     backend: Annotated[str, typer.Option(help="auto, triton, torch.")] = _DEFAULT.backend,

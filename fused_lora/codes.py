@@ -4,6 +4,7 @@ nf4, fp4   bitsandbytes' layout, byte for byte: W0 flat, row after row, in block
            ``block_size`` with one scale (absmax) each; the codes are places in a table of 16
            values; the scales themselves are quantised too with ``double_quant``
            (QLoRA, https://arxiv.org/abs/2305.14314)
+mxfp4      the same layout, with powers of two for scales: see mxfp4.py
 int8       one scale absmax / 127 a row; bitsandbytes' codes (LLM.int8's weights)
 fp8        e4m3 with one scale for the whole or one for each 128 x 128 block, absmax / 448;
            on request x is rounded to fp8 too (``activations``)
@@ -17,14 +18,17 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Format = Literal["nf4", "fp4", "int8", "fp8"]
-FOUR_BIT: tuple[Format, ...] = ("nf4", "fp4")
+from .mxfp4 import MAGNITUDES
+
+Format = Literal["nf4", "fp4", "mxfp4", "int8", "fp8"]
+FOUR_BIT: tuple[Format, ...] = ("nf4", "fp4", "mxfp4")
 Activations = Literal["fp8"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 FP8 = torch.float8_e4m3fn
 CODE_DTYPES: dict[Format, torch.dtype] = {
     "nf4": torch.uint8,
     "fp4": torch.uint8,
+    "mxfp4": torch.uint8,
     "int8": torch.int8,
     "fp8": FP8,
 }
@@ -47,8 +51,10 @@ def codebook_of(format: Format, device: torch.device) -> Tensor:
     """The 16 values of a 4-bit format, by code."""
     if format == "nf4":
         return torch.tensor(_NF4, dtype=torch.float32, device=device)
-    magnitudes = torch.tensor(_FP4_MAGNITUDES, dtype=torch.float32, device=device)
-    return torch.cat((magnitudes, -magnitudes)) / magnitudes.max()
+    of_format = MAGNITUDES if format == "mxfp4" else _FP4_MAGNITUDES
+    magnitudes = torch.tensor(of_format, dtype=torch.float32, device=device)
+    values = torch.cat((magnitudes, -magnitudes))
+    return values if format == "mxfp4" else values / magnitudes.max()
 
 
 @functools.cache

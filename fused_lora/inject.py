@@ -75,8 +75,8 @@ def inject(
             backend: see `FusedLoRALinear`.
         groups: compute the projections that share their input (q, k, v; gate, up) together, and
             act(gate) * up with down, in models where that is known: see `fused_lora.peft.fuse`.
-        quantize: "nf4" (QLoRA), "fp4", "int8" or "fp8": the adapted layers get their weights in
-            codes, a mixture of experts all that it has. Or a function, such as
+        quantize: "nf4" (QLoRA), "fp4", "mxfp4", "int8" or "fp8": the adapted layers get their
+            weights in codes, a mixture of experts all that it has. Or a function, such as
             ``functools.partial(quantize_fp8, activations="fp8")``, which experts do not take.
             Layers that bitsandbytes or torchao quantised are taken as they are, without it.
             With "pissa" (QPiSSA), "olora" or "loftq" the codes are those of the residual; the

@@ -132,8 +132,8 @@ class FusedLoRALinear(FrozenLinear):
                 torchao made int8 or float8; or a `QuantizedWeight`, which makes a layer with no
                 bias. A weight in codes is read as it is. x is not quantised, whatever the layer's
                 own library does with it.
-            quantize: "nf4", "fp4", "int8" or "fp8", or a function such as `quantize_nf4` with
-                options of its own: the layer gets ``linear``'s weight in codes.
+            quantize: "nf4", "fp4", "mxfp4", "int8" or "fp8", or a function such as `quantize_nf4`
+                with options of its own: the layer gets ``linear``'s weight in codes.
                 "pissa" and "olora" start from the weight itself, and put the rest of it into codes;
                 over a weight that is in codes already, from what these stand for.
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks
+from . import checks, mxfp4
 from .codes import (
     BLOCK_SIZES,
     CODE_DTYPES,
@@ -54,6 +54,33 @@ def quantize_fp4(
     return _quantize_4bit("fp4", weight, double_quant, block_size)
 
 
+def quantize_mxfp4(weight: Tensor) -> QuantizedWeight:
+    """MXFP4 codes of ``weight`` [N, K] or [E, N, K]: see mxfp4.py.
+
+    Of a weight that was in MXFP4, as gpt-oss's experts are before transformers makes them bf16, the
+    values stay what they are. Raises what `quantize_nf4` raises.
+    """
+    _check_weight(weight)
+    matrices = list(_matrices(weight))
+    if matrices[0].numel() % mxfp4.BLOCK:  # then blocks are of two of them
+        matrices = [weight.detach()]
+    codes, scales = zip(*map(mxfp4.in_codes, matrices), strict=True)
+    exponents, device = torch.cat(scales), weight.device
+    return QuantizedWeight(
+        "mxfp4",
+        torch.cat(codes),
+        exponents,
+        shape=tuple(weight.shape),
+        dtype=weight.dtype,
+        block=(1, mxfp4.BLOCK),
+        codebook=codebook_of("mxfp4", device),
+        # A copy: transformers saves no model whose tensors share memory.
+        nested_codebook=mxfp4.scale_codebook().to(device, copy=True),
+        nested_scales=torch.ones(-(-len(exponents) // NESTED_BLOCK), device=device),
+        nested_offset=torch.zeros(1, device=device),
+    )
+
+
 def quantize_int8(weight: Tensor) -> QuantizedWeight:
     """int8 codes of ``weight`` [N, K], a scale for each row, codes as bitsandbytes' Int8Params.
 
@@ -96,6 +123,7 @@ def quantize_fp8(
 _QUANTIZERS: dict[Format, Callable[[Tensor], QuantizedWeight]] = {
     "nf4": quantize_nf4,
     "fp4": quantize_fp4,
+    "mxfp4": quantize_mxfp4,
     "int8": quantize_int8,
     "fp8": quantize_fp8,
 }
@@ -131,7 +159,9 @@ def quantize(weight: Tensor, format: Format | Quantizer) -> QuantizedWeight:
 def quantize_like(like: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
     """``weight`` [N, K] or [E, N, K] in the format, block size and dtype of ``like``."""
     format, block = like.layout.format, like.layout.block
-    if format in FOUR_BIT:
+    if format == "mxfp4":
+        new = quantize_mxfp4(weight)
+    elif format in FOUR_BIT:
         new = _quantize_4bit(format, weight, like.layout.nested, block[1])
     else:
         _check_weight(weight)

@@ -30,6 +30,7 @@ from fused_lora import (
     quantize_fp4,
     quantize_fp8,
     quantize_int8,
+    quantize_mxfp4,
     quantize_nf4,
     quantized_weight,
 )
@@ -49,12 +50,13 @@ QUANTIZERS = {
     "nf4 single": lambda w: quantize_nf4(w, double_quant=False),
     "nf4 32": lambda w: quantize_nf4(w, block_size=32),
     "fp4": quantize_fp4,
+    "mxfp4": quantize_mxfp4,
     "int8": quantize_int8,
     "fp8": quantize_fp8,
     "fp8 whole": lambda w: quantize_fp8(w, block_size=None),
 }
 # ||Q(W) - W|| / ||W|| of normal weights: the formats' own, as their papers have it.
-ERRORS = {"nf4": 0.1, "fp4": 0.13, "int8": 0.01, "fp8": 0.03}
+ERRORS = {"nf4": 0.1, "fp4": 0.13, "mxfp4": 0.12, "int8": 0.01, "fp8": 0.03}
 PLANS = {
     "in_loop": Plan("triton", "in_loop", "in_loop"),
     "scratch": Plan("triton", "split", "one_pass"),

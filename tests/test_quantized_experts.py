@@ -20,6 +20,7 @@ from fused_lora import (
     quantize_fp4,
     quantize_fp8,
     quantize_int8,
+    quantize_mxfp4,
     quantize_nf4,
 )
 from fused_lora.quantize import quantize_like
@@ -28,6 +29,7 @@ QUANTIZERS = {
     "nf4": quantize_nf4,
     "nf4 single 32": functools.partial(quantize_nf4, double_quant=False, block_size=32),
     "fp4": quantize_fp4,
+    "mxfp4": quantize_mxfp4,
     "int8": quantize_int8,
     "fp8": quantize_fp8,
     "fp8 whole": functools.partial(quantize_fp8, block_size=None),
