@@ -6,7 +6,7 @@
 TORCH ?= torch==2.13.0
 ARGS ?=
 LAUNCHING := lora_linear kernels quantize quantized_layers fp8 multi multi_quantized group gated dora skinny \
-	persistent
+	persistent experts quantized_experts
 
 ifdef PYTHON
 PY := $(PYTHON)
