@@ -4,6 +4,7 @@ Experts as transformers has them, with LoRA on both projections, of tokens that 
 of them each:
 
     fused    ours, one autograd node
+    nf4      the same over the weights' codes, which the others have the values of: QLoRA
     by_peft  PEFT's target_parameters over transformers' grouped_mm, where both are installed
     merged   what PEFT computes, by hand, for where they are not: W + sBA of all experts, then
              grouped products. It is faster: PEFT makes W + sBA twice, as PyTorch tries each
@@ -34,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fused_lora import QuantizedWeight, quantize_nf4
 from fused_lora.expert_middle import Middle
 from fused_lora.expert_mlp import ExpertAdapter, Projection, run_projections
 from fused_lora.tune import in_processes
@@ -45,7 +47,7 @@ RANK, SCALING = 16, 2.0
 TOLERANCE = 2e-2  # of the norm, in 16-bit products
 PEFT = all(map(importlib.util.find_spec, ("peft", "transformers")))
 OTHERS = ("by_peft", "merged", "split") if PEFT else ("merged", "split")
-NAMES = ("fused", *OTHERS, "linear")
+NAMES = ("fused", "nf4", *OTHERS, "linear")
 
 Project = Callable[[Tensor, Tensor], Tensor]  # rows in the experts' order, and where each one's end
 
@@ -80,7 +82,9 @@ class Mixture:
         self.x = torch.randn(M, hidden, device=like.device).to(like.dtype).requires_grad_()
         chosen, self.index = torch.randn(M, E, device=like.device).topk(k)
         self.p = chosen.softmax(-1).to(like.dtype).requires_grad_()
-        self.weights = [normal(E, 2 * intermediate, hidden), normal(E, hidden, intermediate)]
+        shapes = ((E, 2 * intermediate, hidden), (E, hidden, intermediate))
+        self.codes = [quantize_nf4(normal(*shape)) for shape in shapes]
+        self.weights = [codes.dequantize() for codes in self.codes]
         # A [E r, in], expert after expert, and B [out, r E], rank after rank.
         self.As = [normal(E * RANK, W.shape[2]).requires_grad_() for W in self.weights]
         self.Bs = [
@@ -89,19 +93,28 @@ class Mixture:
         ]
         self.g = normal(M, hidden)
 
+    def adapters(self) -> list[ExpertAdapter]:
+        """Of both projections."""
+        E = self.problem.num_experts
+        pairs = zip(self.As, self.Bs, strict=True)
+        return [ExpertAdapter.of(A, B, E, SCALING) for A, B in pairs]
+
     def projections(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """W, A [E, r, in] and B [E, out, r] of both."""
-        E = self.problem.num_experts
-        return [
-            (W, A.view(E, RANK, -1), B.view(-1, RANK, E).permute(2, 0, 1))
-            for W, A, B in zip(self.weights, self.As, self.Bs, strict=True)
-        ]
+        both = zip(self.weights, self.adapters(), strict=True)
+        return [(W, adapter.lora_A, adapter.lora_B) for W, adapter in both]
 
     def fused(self) -> Tensor:
         """In one node."""
-        first, last = (
-            Projection(W, None, ExpertAdapter(A, B, SCALING)) for W, A, B in self.projections()
-        )
+        return self._fused(self.weights)
+
+    def nf4(self) -> Tensor:
+        """In one node, over codes."""
+        return self._fused(self.codes)
+
+    def _fused(self, weights: Sequence[Tensor | QuantizedWeight]) -> Tensor:
+        both = zip(weights, self.adapters(), strict=True)
+        first, last = (Projection(W, None, adapter) for W, adapter in both)
         return run_projections(self.x, self.index, self.p, first, last, Middle("silu", act))
 
     def by_peft(self) -> Tensor:
@@ -212,14 +225,16 @@ def problems(models: Sequence[str], Ms: Sequence[int]) -> list[Problem]:
 def _compile(problem: Problem) -> None:
     """Leaves a case's kernels in Triton's cache on disk."""
     with contextlib.suppress(Exception):  # the measurement will meet it again
-        problem.mixture().gradient("fused")
+        mixture = problem.mixture()
+        mixture.gradient("fused")
+        mixture.gradient("nf4")
 
 
 def _measure(problem: Problem, seconds: float) -> Iterator[tuple[str, csv_rows.Medians]]:
     """By name of every mode the median in us, or the bytes; AssertionError if ours are wrong."""
     mixture = problem.mixture()
     device = mixture.x.device
-    for name in OTHERS:
+    for name in ("nf4", *OTHERS):
         error = mixture.difference(name)
         assert error < TOLERANCE, f"{error:.1e} of the norm from {name}"
     forward: dict[str, measure.Call] = {name: getattr(mixture, name) for name in NAMES}

@@ -157,20 +157,24 @@ def _together_table(found: list[dict[str, str]]) -> Iterator[str]:
 
 def _mixtures_table(found: list[dict[str, str]]) -> Iterator[str]:
     """A row a case; PEFT's formula by hand where PEFT was not there."""
-    yield "Both with the router's gradient. grouped_mm: by hand, A and B in products of their own."
+    yield (
+        "Both with the router's gradient. grouped_mm: by hand, A and B in products of their own. "
+        "nf4: ours over codes."
+    )
     yield ""
     peft, name = ("by_peft", "PEFT") if "by_peft" in found[0] else ("merged", "PEFT's formula")
-    providers, names = ("fused", peft, "split", "linear"), (name, "grouped_mm", "frozen")
+    providers = ("fused", peft, "split", "linear", "nf4")
+    names = (name, "grouped_mm", "frozen", "nf4")
     columns = ["forward, us", *names, "both, us", *names, "both, over frozen"]
     columns += [f"over {name}", "over grouped_mm", f"memory of {name}'s", "of grouped_mm's"]
     yield "| experts | tokens | " + " | ".join(columns) + " |"
     yield "|---|" + "---:|" * (1 + len(columns))
-    cases: dict[tuple[str, str], dict[str, list[float]]] = {}
+    cases: dict[tuple[str, str], dict[str, list[float | None]]] = {}
     for row in found:
-        medians = [float(row[provider]) for provider in providers]
+        medians = [float(row[provider]) if provider in row else None for provider in providers]
         cases.setdefault((row["experts"], row["M"]), {})[row["mode"]] = medians
     for case, modes in cases.items():
-        unknown = [None] * len(providers)  # of a run that a limit ended
+        unknown: list[float | None] = [None] * len(providers)  # of a run that a limit ended
         forward, both, memory = (
             modes.get(mode, unknown) for mode in ("forward", "forward+backward", "memory")
         )

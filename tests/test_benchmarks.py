@@ -345,7 +345,7 @@ def test_report_has_mixtures_of_experts(results, tmp_path, peft):
     report = pytest.importorskip("benchmarks.report", exc_type=ImportError)
     shutil.copy(results, tmp_path)
     row = {"experts": "tiny", "device": rows.load(results)[0]["device"], "commit": "abc"}
-    row |= {"date": "2026-01-01", "fused": 2e3, "merged": 9e3, peft: 6e3, "split": 3e3}
+    row |= {"date": "2026-01-01", "fused": 2e3, "merged": 9e3, peft: 6e3, "split": 3e3, "nf4": 4e3}
     modes = [("70", "forward", 1e3), ("70", "forward+backward", 1e3), ("70", "memory", 1.0)]
     with (tmp_path / "a-experts.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, [*row, "M", "mode", "linear"])
@@ -356,9 +356,9 @@ def test_report_has_mixtures_of_experts(results, tmp_path, peft):
     text = report.markdown([measured])
     assert "### Mixtures of experts (commit abc)" in text
     assert "| over PEFT |" in text if peft == "by_peft" else "| over PEFT's formula |" in text
-    times = "2,000.0 | 6,000.0 | 3,000.0 | 1,000.0"
+    times = "2,000.0 | 6,000.0 | 3,000.0 | 1,000.0 | 4,000.0"
     assert f"| tiny | 70 | {times} | {times} | 2.00x | 3.00x | 1.50x | 0.33x | 0.67x |" in text
-    assert f"| tiny | 7 | {times} |" + "  |" * 9 in text
+    assert f"| tiny | 7 | {times} |" + "  |" * 10 in text
 
 
 def test_report_has_a_roofline_for_a_gpu(results):
