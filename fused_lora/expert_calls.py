@@ -67,8 +67,6 @@ def checked(
     backend: Backend,
 ) -> CheckedExperts:
     """The call, ``indexed`` being the indices' shape; TypeError or ValueError if it is wrong."""
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError("lora_linear_experts: torch.func's transforms are not supported")
     check_options(weight, scaling, dropout_p, backend)
     if isinstance(x, Tensor) and isinstance(weight, Tensor) and autocast_enabled(x):
         # It is cast where it is used, and kept as it is: this one is without values.

@@ -32,7 +32,7 @@ from .expert_calls import (
 )
 from .expert_middle import Middle
 from .expert_sums import Passed, dots_of, project_sum, sum_backward
-from .functional import is_observed, is_recorded
+from .functional import check_frozen, is_observed, is_recorded
 from .quantized_weight import QuantizedWeight
 
 
@@ -210,6 +210,8 @@ def run_projections(
         raise ValueError(f"first, last: got {got}, wanted as many of both")
     routing = routing_of(top_k_index, of_first)
     if is_observed():
+        for weight in weights:
+            check_frozen(weight)
         z = expert_ops.call(
             cast,
             weights[0],

@@ -29,7 +29,7 @@ from .expert_calls import (
     routing_of,
 )
 from .explanation import Explanation, describe_quantized
-from .functional import draw_seeds, is_observed, is_recorded
+from .functional import check_frozen, draw_seeds, is_observed, is_recorded
 from .kernels.dropout import dropout_of
 from .quantized_weight import QuantizedWeight
 
@@ -149,7 +149,7 @@ def lora_linear_experts(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, shape, dtype, device or range.
-        RuntimeError: ``backend="triton"`` where the kernels cannot run; under torch.func.
+        RuntimeError: ``backend="triton"`` where the kernels cannot run.
     """
     check_indices(x, expert_indices)
     options = (scaling, bias, dropout_p, backend)
@@ -158,6 +158,7 @@ def lora_linear_experts(
     routing = routing_of(expert_indices, weight.shape[0])
     seed = draw_seeds(1, x.device, backend) if threshold else None
     if is_observed():
+        check_frozen(weight)
         how = (scaling, bias, seed, threshold, backend)
         y2 = expert_ops.call(as_matrix(x), weight, lora_A, lora_B, routing, *how, fan=fan)
         return y2.view(*expert_indices.shape, y2.shape[1])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracle import Problem, check, run
 from outside import run_outside
-from torch.func import vmap
+from torch.func import grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -266,10 +266,25 @@ def test_checkpointing_and_second_derivatives():
         torch.autograd.grad(y, p.x, p.g, create_graph=True)
 
 
-def test_transforms_are_refused():
+def test_transforms():
     p = _problem((40, 2), 3, 20, 18, 4)
-    with pytest.raises(RuntimeError, match=r"torch.func.*not supported"):
-        vmap(lambda x: _call(replace(p, x=x)))(p.x[None])
+    xs, indices = torch.randn(3, 40, 18), torch.randint(-1, 4, (3, 40, 2))
+
+    def loss(x, A, B, indices, function):
+        y = _call(replace(p, x=x, lora_A=A, lora_B=B, indices=indices), function)
+        return (y * p.g).sum()
+
+    for_each = vmap(grad(loss, argnums=(0, 1, 2)), in_dims=(0, None, None, 0, None))
+    arguments = (xs, p.lora_A, p.lora_B, indices)
+    with pytest.warns(UserWarning, match="once for each example"):
+        found = for_each(*arguments, lora_linear_experts)
+    for i in range(3):
+        given = (xs[i], p.lora_A, p.lora_B, indices[i])
+        expected = grad(loss, argnums=(0, 1, 2))(*given, reference.lora_linear_experts)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours[i], theirs, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="weight: .* base weight is frozen"):
+        grad(lambda weight: _call(replace(p, weight=weight)).sum())(p.weight)
 
 
 def test_other_modes_leave_the_kernels_be(device, launches):
