@@ -168,8 +168,9 @@ def info(
     except (ValueError, TypeError, OSError) as error:
         raise _failed(error) from None
     _say(f"\n{model}: {report}")
-    for (N, K), explanation in calls.items():
-        _say(f"\nx [{tokens}, {K}], weight [{N}, {K}], r {r}, {dtype}: {explanation}")
+    for shape, explanation in calls.items():
+        weight = f"weight {list(shape)}"
+        _say(f"\nx [{tokens}, {shape[-1]}], {weight}, r {r}, {dtype}: {explanation}")
 
 
 @app.command()

@@ -9,11 +9,15 @@ import torch
 from torch import nn
 
 from . import __version__, tables
+from .expert_layer import FusedLoRAExperts
+from .expert_modules import projections, weight_of
+from .experts import explain_experts
 from .explanation import Explanation
 from .functional import explain
 from .inject import inject
 from .inject_report import InjectReport
 from .linear import FusedLoRALinear
+from .matching import mixtures_of_experts
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "accelerate", "safetensors")
 
@@ -47,10 +51,11 @@ def machine() -> dict[str, str]:
 
 def layers(
     model: str, r: int, tokens: int, dtype: torch.dtype
-) -> tuple[InjectReport, dict[tuple[int, int], Explanation]]:
-    """What adapting ``model`` would give, and for each shape [N, K] what a call of it takes.
+) -> tuple[InjectReport, dict[tuple[int, ...], Explanation]]:
+    """What adapting ``model`` would give, and for each shape of a weight what a call of it takes.
 
-    Reads the model's config only: no weights.
+    [N, K], or [E, N, K] of experts, one of them for each row. Reads the model's config only: no
+    weights.
     """
     from transformers import AutoModelForCausalLM
 
@@ -58,10 +63,24 @@ def layers(
 
     with torch.device("meta"):
         skeleton: nn.Module = AutoModelForCausalLM.from_config(load_config(model))
-        report = inject(skeleton, r, 2 * r, "all-linear")
+        experts = [
+            f"{path}.{name}"
+            for path in mixtures_of_experts(skeleton)
+            for name in projections(skeleton.get_submodule(path))
+        ]
+        report = inject(skeleton, r, 2 * r, "all-linear", target_parameters=experts)
     here = device()
-    calls: dict[tuple[int, int], Explanation] = {}
+    calls: dict[tuple[int, ...], Explanation] = {}
     for module in skeleton.modules():
+        if isinstance(module, FusedLoRAExperts):
+            for name in module.adapters:
+                E, N, K = shape = tuple(weight_of(module.base_layer, name).shape)
+                if shape not in calls:
+                    x = torch.empty(tokens, K, dtype=dtype, device=here)
+                    weight = x.new_empty(1).expand(shape)  # nobody reads its values
+                    A, B = torch.empty(E, r, K, device=here), torch.empty(E, N, r, device=here)
+                    index = torch.zeros(tokens, dtype=torch.int64, device=here)
+                    calls[shape] = explain_experts(x, weight, A, B, expert_indices=index)
         if isinstance(module, FusedLoRALinear):
             N, K = module.weight.shape
             if (N, K) not in calls:

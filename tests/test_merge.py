@@ -205,6 +205,19 @@ def test_info_command(saved):
     assert "error:" in bad.output
 
 
+def test_info_of_a_mixture_of_experts(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("typer")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "moe_intermediate_size": 32}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 10}
+    sizes |= {"num_experts": 8, "architectures": ["Qwen3MoeForCausalLM"]}
+    transformers.Qwen3MoeConfig(**sizes).save_pretrained(tmp_path)
+    result = _run("info", "--model", tmp_path, "--r", 4, "--tokens", 8)
+    assert result.exit_code == 0, result.output
+    for part in ("6 layers adapted", "x [8, 64], weight [8, 64, 64]", "rows of some experts"):
+        assert part in result.output
+
+
 def test_what_is_merged_into_codes_is_no_plain_layer():
     model = nn.Sequential(nn.Linear(64, 4), nn.Linear(4, 64))
     inject(model, 2, 4, "all-linear", quantize="nf4")
