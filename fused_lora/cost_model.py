@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+
 from .calls import Call, rounds_input
 from .codes import FOUR_BIT
 from .kernels.configs import (
@@ -16,6 +20,7 @@ from .kernels.configs import (
     split_k,
 )
 from .kernels.device import DeviceInfo, has_fp8
+from .quantized_weight import Layout
 from .strategies import WAYS, obstacle
 from .tables import Strategy
 
@@ -131,7 +136,29 @@ def predicted_seconds(call: Call, device: DeviceInfo) -> dict[Strategy, float]:
         making_h = read_x + (LAUNCH if way.h == "before" else 0)
         return max(gemm, loading(tile, moved)) + making_h
 
-    code_bytes = 0.5 if call.quantized and call.quantized.format in FOUR_BIT else 1.0
+    code_bytes = bytes_of(call.quantized) if call.quantized else 0.0
     scratch = N * K * (code_bytes + itemsize) / bandwidth + LAUNCH if call.quantized else 0.0
     possible = [s for s in WAYS if obstacle(call, s, device) is None]
     return {s: time(s) + (0.0 if s == "in_loop" else scratch) for s in possible}
+
+
+def bytes_of(layout: Layout) -> float:
+    """Of a code."""
+    return 0.5 if layout.format in FOUR_BIT else 1.0
+
+
+def decodes_in_loop(
+    shape: Sequence[int], layout: Layout, tiles: int, dtype: torch.dtype, device: DeviceInfo
+) -> bool:
+    """Whether a launch over experts' codes, ``shape`` [E, N, K], should make values of them itself.
+
+    It does for each of its ``tiles`` of rows, each of one expert. A scratch tensor of all values is
+    written once, whatever experts have rows, and read instead of the codes.
+    """
+    E, N, K = shape
+    _, bandwidth = ceilings(device)
+    values, codes = dtype.itemsize, bytes_of(layout)
+    scratch = E * N * K * (values + codes) / bandwidth + LAUNCH
+    scratch += min(E, tiles) * N * K * (values - codes) / bandwidth
+    decoding: float = tiles * N * K / _DECODED
+    return decoding <= scratch

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import expert_torch
 from .autocast import no_autocast
+from .cost_model import decodes_in_loop
 from .kernels.configs import Kind, TileConfig, cdiv, choose_config
 from .kernels.device import device_info
 from .kernels.dropout import Dropout
@@ -125,6 +126,19 @@ def grad_B(path: Path, g: Tensor, h: Tensor, layer: Experts) -> Tensor:
         return _launch_grads(g, h, layer, layer.of_y(), layer.fan_g, use_A=False)
 
 
+def reads_codes(weight: QuantizedWeight, M: int, x: Tensor) -> bool:
+    """Whether the launches make values of codes for each tile, and not once in a scratch tensor.
+
+    M rows of some expert's, of x's dtype.
+    """
+    E, N, _ = weight.shape
+    groups, device = min(E, M), device_info(x.device)
+    rows = cdiv(M, max(groups, 1))
+    of_kind = ("quantized", rows, N, 16, x.dtype.itemsize, False)
+    tiles = groups * cdiv(rows, choose_config(*of_kind, device, groups=groups).BLOCK_M)
+    return decodes_in_loop(weight.shape, weight.layout, tiles, x.dtype, device)
+
+
 def _config(kind: Kind, layer: Experts, N: int, r: int, dropout: bool, x: Tensor) -> TileConfig:
     """Of a launch whose tiles are of one expert each, for as many rows of all of them."""
     groups = min(layer.weight.shape[0], layer.rows.M)
@@ -142,11 +156,14 @@ def _launch(
 
     adapters, of_x, of_y = layer.stack(), layer.of_x(), layer.of_y()
     fan, fan_y = layer.fan, 1
-    if isinstance(layer.weight, QuantizedWeight):
-        matrix = layer.weight.matrix()
+    weight = layer.weight
+    if isinstance(weight, QuantizedWeight) and not reads_codes(weight, layer.rows.M, x):
+        weight = weight.dequantize(x.dtype)
+    if isinstance(weight, QuantizedWeight):
+        matrix = weight.matrix()
         w, kind = matrix.t() if forward else matrix, matrix.kind
     else:
-        w, kind = layer.weight.mT if forward else layer.weight, "second"
+        w, kind = weight.mT if forward else weight, "second"
     # Forward drops elements of what is shrunk, the input gradient of what was expanded.
     drop_x, drop_y = (layer.dropout, None) if forward else (None, layer.dropout)
     if not forward:

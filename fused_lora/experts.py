@@ -18,7 +18,7 @@ from .autograd import Codes, alias, as_saved, raise_second_derivative, to_save
 from .backends import as_gradient, as_matrix
 from .calls import Backend
 from .dispatch import why_torch
-from .expert_backends import Experts, Path, backward, contiguous, in_dtype, project
+from .expert_backends import Experts, Path, backward, contiguous, in_dtype, project, reads_codes
 from .expert_calls import (
     Routing,
     call_of,
@@ -207,6 +207,7 @@ def explain_experts(
             "split": "taken: h of all experts, then one launch for all, which gathers and scatters",
         }
         chosen = Explanation("triton", "split", "split", reasons)
-    if call.quantized is not None:
-        reasons["quantised W0"] = describe_quantized(call, path, in_loop=True)
+    if isinstance(weight, QuantizedWeight):
+        in_loop = reads_codes(weight, rows, found.x)
+        reasons["quantised W0"] = describe_quantized(call, path, in_loop)
     return chosen

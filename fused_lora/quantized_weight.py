@@ -189,28 +189,28 @@ class QuantizedWeight(nn.Module):
     def dequantize(self, dtype: torch.dtype | None = None, experts: slice | None = None) -> Tensor:
         """W0 in ``dtype`` (None: the weight's own); each value is rounded once, from fp32.
 
-        ``experts``: of a stack these alone, [their number, N, K]. On a GPU a matrix is one kernel
+        ``experts``: of a stack these alone, [their number, N, K]. On a GPU all of it is one kernel
         where it can be. Raises TypeError if dtype is no floating one, ValueError for experts of a
         matrix.
         """
         dtype = dtype or self.dtype
         if not dtype.is_floating_point:
             raise TypeError(f"dtype: got {dtype}, wanted a floating dtype")
+        if experts is not None and len(self.shape) != 3:
+            raise ValueError(f"experts: got {experts} of a weight {list(self.shape)}, wanted None")
+        if experts is None and self.device.type == "cuda" and self.layout.tiled:
+            from .strategies import device_obstacle
+
+            if device_obstacle(self.device) is None:
+                from .kernels.quantized import dequantize
+
+                return dequantize(self.matrix(), dtype, *self.shape[:-2])
         if len(self.shape) == 3:
             wanted = range(self.shape[0])[experts or slice(None)]
             values = self.codes.new_empty((len(wanted), *self.shape[1:]), dtype=dtype)
             for expert, out in zip(wanted, values, strict=True):
                 out.copy_(self._matrix(torch.float32, expert))
             return values
-        if experts is not None:
-            raise ValueError(f"experts: got {experts} of a weight {list(self.shape)}, wanted None")
-        if self.device.type == "cuda" and self.layout.tiled:
-            from .strategies import device_obstacle
-
-            if device_obstacle(self.device) is None:
-                from .kernels.quantized import dequantize
-
-                return dequantize(self.matrix(), dtype)
         return self._matrix(dtype)
 
     def _matrix(self, dtype: torch.dtype, expert: int = 0) -> Tensor:

@@ -377,14 +377,17 @@ def dequantize_kernel(
     out_ptr,
     num_rows,
     num_cols,
+    code_stride,  # from one expert's to the next one's
+    scale_stride,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):
     first_row = tl.program_id(0) * BLOCK_ROWS
     first_col = tl.program_id(1) * BLOCK_COLS
+    expert = tl.program_id(2).to(tl.int64)
     w = load_weight(
-        codes_ptr,
+        codes_ptr + expert * code_stride,
         tables,
         first_row,
         first_col,
@@ -394,10 +397,11 @@ def dequantize_kernel(
         BLOCK_COLS,
         LAYOUT[0],
         LAYOUT[1],
+        expert * scale_stride,
     )
     rows = (first_row + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
     cols = (first_col + tl.arange(0, BLOCK_COLS))[None, :]
-    out_ptrs = out_ptr + rows * num_cols + cols
+    out_ptrs = out_ptr + (expert * num_rows + rows) * num_cols + cols
     mask = (rows < num_rows) & (cols < num_cols)
     tl.store(out_ptrs, w.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -406,14 +410,19 @@ _launch_dequantize = Launcher(dequantize_kernel)
 DEQUANTIZE_TILE = {"BLOCK_ROWS": 16, "BLOCK_COLS": 256, "num_warps": 4} | FP_FUSION
 
 
-def dequantize(w: QuantizedMatrix, dtype: torch.dtype) -> torch.Tensor:
-    """The matrix in ``dtype``: new storage, contiguous as its codes are."""
-    out = torch.empty((w.rows, w.cols), dtype=dtype, device=w.codes.device)
+def dequantize(w: QuantizedMatrix, dtype: torch.dtype, experts: int | None = None) -> torch.Tensor:
+    """The matrix in ``dtype``: new storage, contiguous as its codes are.
+
+    With ``experts`` those of as many in a row, [experts, rows, cols].
+    """
+    out = torch.empty((experts or 1, w.rows, w.cols), dtype=dtype, device=w.codes.device)
     if out.numel():
         tile = DEQUANTIZE_TILE
-        grid = (cdiv(w.rows, tile["BLOCK_ROWS"]), cdiv(w.cols, tile["BLOCK_COLS"]), 1)
+        grid = (cdiv(w.rows, tile["BLOCK_ROWS"]), cdiv(w.cols, tile["BLOCK_COLS"]), len(out))
+        sizes = (w.rows, w.cols, w.code_stride, w.scale_stride)
         with device_guard(out):
             _launch_dequantize(
-                grid, (w.code_bytes(), w.tables, out), (w.rows, w.cols), LAYOUT=w.layout, **tile
+                grid, (w.code_bytes(), w.tables, out), sizes, LAYOUT=w.layout, **tile
             )
-    return out.t() if w.transposed else out
+    out = out.mT if w.transposed else out
+    return out[0] if experts is None else out

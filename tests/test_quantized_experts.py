@@ -13,6 +13,7 @@ from test_experts import NEEDS, _call, _expression, _problem
 from fused_lora import (
     FusedLoRALinear,
     QuantizedWeight,
+    expert_backends,
     experts,
     explain_experts,
     lora_linear,
@@ -23,6 +24,9 @@ from fused_lora import (
     quantize_mxfp4,
     quantize_nf4,
 )
+from fused_lora.cost_model import decodes_in_loop
+from fused_lora.kernels.device import DeviceInfo
+from fused_lora.kernels.quantized import dequantize
 from fused_lora.quantize import quantize_like
 
 QUANTIZERS = {
@@ -242,6 +246,36 @@ def test_values_are_there_one_expert_at_a_time_and_not_kept(monkeypatch):
         torch.autograd.grad(call(p), leaves, p.g)
     assert max(made.sizes) <= max(48 * 128, p.lora_A.numel(), p.lora_B.numel())
     assert max(t.numel() for t in saved) <= max(t.numel() for t in leaves)
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8", "fp8"])
+def test_values_once_in_a_scratch_tensor(device, launches, monkeypatch, name):
+    """What launches with many rows do."""
+    monkeypatch.setattr(expert_backends, "decodes_in_loop", lambda *_: False)
+    p, call = _coded(name, (17, 3), 4, 40, 64, 4, device=device)
+    check(run(lambda p: call(p, backend="triton"), p, NEEDS), p, _expression)
+    assert launches.count("gemm_experts") == 2
+    assert "once, in a scratch tensor" in str(call(p, explain_experts, backend="triton"))
+
+
+def test_rows_decide_between_the_loop_and_a_scratch_tensor():
+    """On an H200, for Qwen3-30B-A3B's experts: by the model up to two tiles of rows each."""
+    h200 = DeviceInfo(90, 132, 232448, "NVIDIA H200")
+    layout = quantize_nf4(torch.zeros(1, 64)).layout
+
+    def in_loop(tiles):
+        return decodes_in_loop((128, 1536, 2048), layout, tiles, torch.bfloat16, h200)
+
+    assert [in_loop(128 * each) for each in (1, 2, 3, 4, 16)] == [True, True, False, False, False]
+
+
+@every_quantizer
+def test_a_stack_becomes_values_in_one_launch(device, name):
+    weight = QUANTIZERS[name](torch.randn(3, 40, 128, device=device))
+    made = dequantize(weight.matrix(), torch.float32, 3)
+    assert torch.equal(made, weight.dequantize(torch.float32))
+    turned = dequantize(weight.matrix().t(), torch.float16, 3)
+    assert torch.equal(turned, weight.dequantize(torch.float16).mT)
 
 
 def test_codes_changed_before_the_backward():
