@@ -157,30 +157,32 @@ def _together_table(found: list[dict[str, str]]) -> Iterator[str]:
 
 def _mixtures_table(found: list[dict[str, str]]) -> Iterator[str]:
     """A row a case; PEFT's formula by hand where PEFT was not there."""
-    yield (
-        "Both with the router's gradient. grouped_mm: by hand, A and B in products of their own. "
-        "nf4: ours over codes."
-    )
+    yield "Both with the router's gradient. grouped_mm: by hand, A and B in products of their own."
+    over_codes = "nf4" in found[0]
+    if over_codes:
+        yield "nf4: ours over codes, which the others have the values of."
     yield ""
     peft, name = ("by_peft", "PEFT") if "by_peft" in found[0] else ("merged", "PEFT's formula")
-    providers = ("fused", peft, "split", "linear", "nf4")
-    names = (name, "grouped_mm", "frozen", "nf4")
+    providers = ["fused", peft, "split", "linear", *["nf4"] * over_codes]
+    names = [name, "grouped_mm", "frozen", *["nf4"] * over_codes]
     columns = ["forward, us", *names, "both, us", *names, "both, over frozen"]
     columns += [f"over {name}", "over grouped_mm", f"memory of {name}'s", "of grouped_mm's"]
+    columns += ["memory over nf4"] * over_codes
     yield "| experts | tokens | " + " | ".join(columns) + " |"
     yield "|---|" + "---:|" * (1 + len(columns))
-    cases: dict[tuple[str, str], dict[str, list[float | None]]] = {}
+    cases: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in found:
-        medians = [float(row[provider]) if provider in row else None for provider in providers]
+        medians = [float(row[provider]) for provider in providers]
         cases.setdefault((row["experts"], row["M"]), {})[row["mode"]] = medians
     for case, modes in cases.items():
-        unknown: list[float | None] = [None] * len(providers)  # of a run that a limit ended
+        unknown = [None] * len(providers)  # of a run that a limit ended
         forward, both, memory = (
             modes.get(mode, unknown) for mode in ("forward", "forward+backward", "memory")
         )
         cells = [*case, *map(_number, (*forward, *both))]
         ratios = [(both[0], both[3]), (both[1], both[0]), (both[2], both[0])]
         ratios += [(memory[0], memory[1]), (memory[0], memory[2])]
+        ratios += [(memory[-1], memory[0])] * over_codes
         cells += [_number(_quotient(*ratio), ".2f", "x") for ratio in ratios]
         yield "| " + " | ".join(cells) + " |"
 

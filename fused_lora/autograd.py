@@ -108,7 +108,7 @@ class LoRALinearFunction(torch.autograd.Function):
         y, h = backends.forward(*operands, scaling, dropout, plan, need_h=needs_B, replays=replays)
         ctx.save_for_backward(
             x if needs_A else None,
-            alias(weight) if needs_x and isinstance(weight, Tensor) else None,
+            to_save(weight) if needs_x else None,
             alias(lora_A),
             alias(lora_B),
             h,
@@ -130,7 +130,7 @@ class LoRALinearFunction(torch.autograd.Function):
         dx, dA, dB = backends.backward(
             g,
             x,
-            weight if ctx.quantized is None else ctx.quantized.unchanged(),
+            as_saved(weight, ctx.quantized),
             lora_A,
             lora_B,
             h,

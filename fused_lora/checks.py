@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,17 +104,10 @@ def check_tensors(
     x: Tensor, weight: Tensor | QuantizedWeight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
 ) -> None:
     """Raises TypeError or ValueError unless types, shapes, dtypes and devices fit together."""
-    quantized = isinstance(weight, QuantizedWeight)  # which checked itself
-    tensors: dict[str, object] = {
-        "x": x,
-        "weight": x if quantized else weight,
-        "lora_A": lora_A,
-        "lora_B": lora_B,
-    }
+    tensors: dict[str, Any] = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
     if bias is not None:
         tensors["bias"] = bias
     _check_kinds(tensors, x)
-    _check_on_device_of(x, weight)
     _check_shape("weight", weight, "[out_features, in_features]", (None, None))
     N, K = weight.shape
     if x.ndim == 0 or x.shape[-1] != K:
@@ -123,7 +117,7 @@ def check_tensors(
     if r == 0:
         raise ValueError(f"lora_A: got shape {list(lora_A.shape)} (r = 0), wanted r of at least 1")
     _check_shape("lora_B", lora_B, f"[{N}, {r}] to fit weight {[N, K]} and lora_A", (N, r))
-    if not quantized and weight.dtype != x.dtype:
+    if not isinstance(weight, QuantizedWeight) and weight.dtype != x.dtype:
         raise TypeError(f"weight: got dtype {weight.dtype}, wanted x's dtype, {x.dtype}")
     if bias is not None:
         _check_shape("bias", bias, f"[{N}] to fit weight {[N, K]}", (N,))
@@ -131,21 +125,21 @@ def check_tensors(
             raise TypeError(f"bias: got dtype {bias.dtype}, wanted x's dtype, {x.dtype}")
 
 
-def _check_kinds(tensors: Mapping[str, object], x: Tensor) -> None:
+def _check_kinds(tensors: Mapping[str, Any], x: Tensor) -> None:
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: got {type(tensor).__name__}, wanted a torch.Tensor")
-        check_dtype(f"{name}'s dtype", tensor.dtype)
-        if tensor.layout != torch.strided or tensor.is_nested:
-            layout = "nested" if tensor.is_nested else tensor.layout
-            raise TypeError(f"{name}: got layout {layout}, wanted a dense tensor")
+        if not isinstance(tensor, QuantizedWeight):  # which checked itself
+            _check_kind(name, tensor)
         if tensor.device != x.device:
             raise ValueError(f"{name}: is on {tensor.device}, wanted x's device, {x.device}")
 
 
-def _check_on_device_of(x: Tensor, weight: Tensor | QuantizedWeight) -> None:
-    if weight.device != x.device:
-        raise ValueError(f"weight: is on {weight.device}, wanted x's device, {x.device}")
+def _check_kind(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, wanted a torch.Tensor")
+    check_dtype(f"{name}'s dtype", tensor.dtype)
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name}: got layout {layout}, wanted a dense tensor")
 
 
 def check_experts(
@@ -160,17 +154,15 @@ def check_experts(
     if (lora_A is None) != (lora_B is None):
         given = "lora_A" if lora_B is None else "lora_B"
         raise ValueError(f"lora_A, lora_B: got {given} alone, wanted both, or None for both")
-    quantized = isinstance(weight, QuantizedWeight)  # which checked itself
-    named: dict[str, object] = {
+    named: dict[str, Any] = {
         "x": x,
-        "weight": x if quantized else weight,
+        "weight": weight,
         "lora_A": lora_A,
         "lora_B": lora_B,
         "bias": bias,
     }
     optional = ("lora_A", "lora_B", "bias")
     _check_kinds({k: t for k, t in named.items() if t is not None or k not in optional}, x)
-    _check_on_device_of(x, weight)
     _check_shape("weight", weight, "[experts, out_features, in_features]", (None, None, None))
     E, N, K = weight.shape
     fits = f"to fit weight {[E, N, K]}"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .autograd import Codes, alias, raise_second_derivative
+from .autograd import Codes, alias, as_saved, raise_second_derivative, to_save
 from .dispatch import Plan
 from .quantized_weight import QuantizedWeight
 
@@ -101,7 +101,7 @@ class DoRALinearFunction(torch.autograd.Function):
         )
         ctx.save_for_backward(
             x if needs_A else None,
-            alias(weight) if needs_x and isinstance(weight, Tensor) else None,
+            to_save(weight) if needs_x else None,
             alias(lora_A),
             alias(lora_B),
             alias(magnitude),
@@ -122,7 +122,7 @@ class DoRALinearFunction(torch.autograd.Function):
         dx, dA, dB, dm = gradients(
             g,
             x,
-            weight if ctx.quantized is None else ctx.quantized.unchanged(),
+            as_saved(weight, ctx.quantized),
             lora_A,
             lora_B,
             magnitude,

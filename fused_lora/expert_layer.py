@@ -24,6 +24,7 @@ from .expert_modules import (
     misfit,
     obstacle,
     parameter_for,
+    plain_weight,
     projections,
     routed,
     run_experts,
@@ -153,7 +154,7 @@ class FusedLoRAExperts(nn.Module):
             if name in ranks:
                 numbers = (ranks[name], alphas[name], use_rslora)
                 self.adapters[name] = ExpertsAdapter(
-                    weight_of(experts, name), *numbers, adapter_dtype, init_lora_weights
+                    plain_weight(experts, name), *numbers, adapter_dtype, init_lora_weights
                 )
         base = experts if quantize is None else in_codes(experts, quantize)
         self.base_layer = base.requires_grad_(False)
@@ -285,8 +286,11 @@ class FusedLoRAExperts(nn.Module):
         Weights that were in codes are again the ones that they were, bit for bit.
         """
         if self._before_merge:
-            device = next(self.adapters.parameters()).device
-            codes = {name: weight.to(device) for name, weight in self._before_merge.items()}
+            now = {name: getattr(self.base_layer, name) for name in self._before_merge}
+            codes = {
+                name: weight.to(now[name].device, now[name].dtype)
+                for name, weight in self._before_merge.items()
+            }
             self._set(codes, merged=False)
         elif self.merged:
             self._put(-1.0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import torch_backend
 from .expert_backends import Path
-from .expert_sums import Passed, dots_of
+from .expert_combine import Passed, dots_of
 from .gated import Activation
 
 
@@ -18,7 +18,7 @@ class Middle(NamedTuple):
     """What is between the projections: a = act(gate) o up of z = (gate, up), or any function."""
 
     known: Activation | None
-    function: Callable[[Tensor], Tensor] | None = None  # where it is not known
+    function: Callable[[Tensor], Tensor] | None = None
 
     def traced(self, z: Tensor) -> Tensor:
         """a, by operators that autograd records."""

@@ -4,8 +4,8 @@
 
 z and a are in the experts' order, x, o and y in the tokens', and nothing is moved in between. Of a
 row of the order z alone is kept for the backward (on PyTorch's path act(gate) too): a is made
-again, and o is not needed (see expert_sums.py). What traces or watches operators gets two of them,
-with the middle as the graph's own.
+again, and o is not needed (see expert_combine.py). What traces or watches operators gets two of
+them, with the middle as the graph's own.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from .expert_calls import (
     path_of,
     routing_of,
 )
+from .expert_combine import Passed, combine_backward, dots_of, project_combined
 from .expert_middle import Middle
-from .expert_sums import Passed, dots_of, project_sum, sum_backward
 from .functional import check_frozen, is_observed, is_recorded
 from .quantized_weight import QuantizedWeight
 
@@ -149,7 +149,7 @@ class LoRAExpertsMLPFunction(torch.autograd.Function):
         with no_autocast(g):
             operands = (g, p, down, down_bias, h_down, experts, middle)
             needs_da = z is not None or needs_p
-            dz, dp, dA_down, dB_down = sum_backward(
+            dz, dp, dA_down, dB_down = combine_backward(
                 path, *operands, need_da=needs_da, need_dA=needs_down_A
             )
             if dz is not None:
@@ -170,7 +170,7 @@ def _forward(
     with no_autocast(x):
         z, h_up = project(call.path, x, up, up_bias)
         a, acted = call.middle.forward(call.path, z)
-        y, h_down = project_sum(call.path, a, p, down, down_bias)
+        y, h_down = project_combined(call.path, a, p, down, down_bias)
     return y, z, (a, acted), h_up, h_down
 
 
@@ -227,7 +227,7 @@ def run_projections(
             scatters=False,
         )
         operands = (middle.traced(z), top_k_weights, weights[1], down_A, down_B)
-        y = expert_ops.call_sum(*operands, routing, scaling_down, down_bias, backend)
+        y = expert_ops.call_combine(*operands, routing, scaling_down, down_bias, backend)
         return y.to(x.dtype)
     calls = (
         call_of(cast, weights[0], up_A, up_B, up_bias, indexed.numel(), dropout=False),

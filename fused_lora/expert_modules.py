@@ -144,10 +144,15 @@ def _implementation(experts: Any) -> Any:
     return getattr(getattr(experts, "config", None), "_experts_implementation", None) or "eager"
 
 
-def weight_of(experts: Any, name: str) -> Any:
+def weight_of(experts: Any, name: str) -> Tensor | QuantizedWeight:
     """The weights [E, out, in] of a projection: a view, or a `QuantizedWeight`."""
     weight = getattr(experts, name)
-    return weight if isinstance(weight, QuantizedWeight) else as_stack(experts, weight)
+    return weight if isinstance(weight, QuantizedWeight) else plain_weight(experts, name)
+
+
+def plain_weight(experts: Any, name: str) -> Tensor:
+    """The same of a module that transformers made."""
+    return as_stack(experts, getattr(experts, name))
 
 
 def as_stack(experts: Any, weight: Tensor) -> Tensor:
@@ -170,7 +175,7 @@ def in_codes(experts: Any, format: Format | Quantizer) -> Any:
     other = copy.copy(experts)
     vars(other).update({k: v.copy() for k, v in vars(experts).items() if isinstance(v, dict)})
     for name in in_order(experts):
-        codes = quantize(weight_of(experts, name), format)
+        codes = quantize(plain_weight(experts, name), format)
         checks.check_not_rounding("quantize", codes)
         delattr(other, name)
         setattr(other, name, codes)

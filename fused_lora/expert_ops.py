@@ -1,7 +1,9 @@
 """The registered operators of mixtures of experts, as ops.py has the single layer's.
 
 The rows' order is among their arguments, as tensors that the graph itself makes: a model's layer
-sorts its router's choice once, for all four. Which path runs is decided on real shapes.
+sorts its router's choice once, for all four. What else is made of it, which in eager mode all four
+share, each makes again: its pieces, and on PyTorch's path a GPU's answer how many rows an expert
+has. Which path runs is decided on real shapes.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from .calls import Backend
 from .differentiable import differentiable
 from .expert_backends import Experts, Path, backward, contiguous, in_dtype, project
 from .expert_calls import Routing, call_of, path_of
-from .expert_sums import Passed, dots_of, project_sum, sum_backward
+from .expert_combine import Passed, combine_backward, dots_of, project_combined
 from .functional import fold_scaling, is_trained
 from .kernels.dropout import dropout_of
 from .kernels.rows import RowGroups
@@ -192,8 +194,8 @@ _ExpertsFunction: Any = differentiable(
 )
 
 
-@torch.library.custom_op("fused_lora::lora_experts_sum", mutates_args=())
-def lora_experts_sum_op(
+@torch.library.custom_op("fused_lora::lora_experts_combine", mutates_args=())
+def lora_experts_combine_op(
     a: Tensor,
     p: Tensor,
     lora_A: Tensor | None,
@@ -207,14 +209,14 @@ def lora_experts_sum_op(
     backend: str,
     need_h: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`expert_sums.project_sum` of a [T k, K] and p [T, k]; h is empty unless it is needed."""
+    """`project_combined` of a [T k, K] and p [T, k]; h is empty unless it is needed."""
     rest = (groups, scaling, None, 0, backend)
     path, layer = _layer(a, weight, spec, lora_A, lora_B, bias, *rest)
-    y, h = project_sum(path, a, p, layer._replace(gathers=False, fan_g=p.shape[1]), bias)
+    y, h = project_combined(path, a, p, layer._replace(gathers=False, fan_g=p.shape[1]), bias)
     return y, h if need_h and h is not None else a.new_empty(0)
 
 
-@lora_experts_sum_op.register_fake
+@lora_experts_combine_op.register_fake
 def _(
     a: Tensor,
     p: Tensor,
@@ -233,8 +235,8 @@ def _(
     return y, _h(a, groups[0].shape[0], lora_A, need_h)
 
 
-@torch.library.custom_op("fused_lora::lora_experts_sum_backward", mutates_args=())
-def lora_experts_sum_backward_op(
+@torch.library.custom_op("fused_lora::lora_experts_combine_backward", mutates_args=())
+def lora_experts_combine_backward_op(
     g: Tensor,
     a: Tensor | None,
     p: Tensor,
@@ -265,11 +267,11 @@ def lora_experts_sum_backward_op(
 
     operands = (as_gradient(g, path), p, layer, bias, h, experts, middle)
     needs_da = need_da or need_dp
-    da, dp, dA, dB = sum_backward(path, *operands, need_da=needs_da, need_dA=need_dA)
+    da, dp, dA, dB = combine_backward(path, *operands, need_da=needs_da, need_dA=need_dA)
     return _or_empty(da, g), _or_empty(dp, g), _or_empty(dA, g), _or_empty(dB, g)
 
 
-@lora_experts_sum_backward_op.register_fake
+@lora_experts_combine_backward_op.register_fake
 def _(
     g: Tensor,
     a: Tensor | None,
@@ -297,7 +299,9 @@ def _(
     )
 
 
-def _setup_sum_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_combine_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
+) -> None:
     a, p, lora_A, lora_B, bias, weight, spec, groups, experts, scaling, backend, need_h = inputs
     _, needs_p, needs_A = ctx.needs_input_grad[:3]
     a, bias = a if needs_p or needs_A else None, bias if needs_p else None
@@ -307,7 +311,7 @@ def _setup_sum_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.spec, ctx.scaling, ctx.backend = spec, scaling, backend
 
 
-def _sum_backward(
+def _combine_backward(
     ctx: Any, call: Callable[..., Any], g: Tensor, _: Tensor | None
 ) -> tuple[Any, ...]:
     a, p, lora_A, lora_B, bias, h, experts, *tensors = ctx.saved_tensors
@@ -329,8 +333,11 @@ def _sum_backward(
     )
 
 
-_SumFunction: Any = differentiable(
-    lora_experts_sum_op, lora_experts_sum_backward_op, _setup_sum_context, _sum_backward
+_CombineFunction: Any = differentiable(
+    lora_experts_combine_op,
+    lora_experts_combine_backward_op,
+    _setup_combine_context,
+    _combine_backward,
 )
 
 
@@ -358,7 +365,7 @@ def call(
     return y
 
 
-def call_sum(
+def call_combine(
     a: Tensor,
     p: Tensor,
     weight: Tensor | QuantizedWeight,
@@ -369,10 +376,10 @@ def call_sum(
     bias: Tensor | None,
     backend: Backend,
 ) -> Tensor:
-    """`expert_sums.project_sum`'s y, as an operator."""
+    """`expert_combine.project_combined`'s y, as an operator."""
     lora_B, scaling, need_h = _adapter(lora_B, scaling)
     compiling = torch.compiler.is_compiling()
-    apply: Any = lora_experts_sum_op if compiling else _SumFunction.apply
+    apply: Any = lora_experts_combine_op if compiling else _CombineFunction.apply
     rest = (_groups(routing), routing.experts, scaling, backend, need_h)
     y: Tensor = apply(a, p, lora_A, lora_B, bias, *pack(weight), *rest)[0]
     return y

@@ -29,7 +29,7 @@ from .adapter_config import CONFIG_NAME
 from .adapters import WEIGHTS_NAME, save_adapter
 from .codes import Format
 from .expert_layer import FusedLoRAExperts
-from .expert_modules import in_order, projections, weight_of
+from .expert_modules import in_order, plain_weight, projections, weight_of
 from .files import write_atomically
 from .functional import explain
 from .inject import inject
@@ -331,7 +331,7 @@ class Run:
                 for name in in_order(experts):
                     codes = weight_of(module.base_layer, name)
                     if isinstance(codes, QuantizedWeight):
-                        weight_of(experts, name).data.copy_(codes.dequantize())
+                        plain_weight(experts, name).data.copy_(codes.dequantize())
         without = logits(base)
         theirs = logits(PeftModel.from_pretrained(base, str(self.out)))
         difference = (ours - theirs).abs().max().item()

@@ -85,30 +85,38 @@ def _multi_backward(call: Arguments) -> int:
     return _backward(call, *_multi_sizes(call, call["g"]))
 
 
+def _rows_of_experts(call: Arguments) -> tuple[int, int]:
+    """All, as if each had an expert, which only the indices know; and their ranks, added up."""
+    M = call["groups"][0][0]
+    return M, M * (call["lora_A"][1] if call["lora_A"] else 0)
+
+
 def _experts(call: Arguments) -> int:
-    """As if every row had an expert: what the indices are is not known here."""
-    M, r = call["groups"][0][0], call["lora_A"][1] if call["lora_A"] else 0
-    return _forward(M, call["out"][0][1], call["x"][1], M * r)
+    M, ranks = _rows_of_experts(call)
+    return _forward(M, call["out"][0][1], call["x"][1], ranks)
 
 
 def _experts_backward(call: Arguments) -> int:
-    M, r = call["groups"][0][0], call["lora_A"][1] if call["lora_A"] else 0
+    M, ranks = _rows_of_experts(call)
     K = call["out"][0][1] if call["need_dx"] else call["x"][1] if call["x"] else 0
-    return _backward(call, M, call["g"][1], K, M * r)
+    return _backward(call, M, call["g"][1], K, ranks)
 
 
-def _sum(call: Arguments) -> int:
+def _combine(call: Arguments) -> int:
     """And a product of p's rows with theirs."""
-    M, K = call["a"]
+    M, ranks = _rows_of_experts(call)
     N = call["out"][0][1]
     combining: int = 2 * M * N
-    return _experts(call | {"x": (M, K)}) + combining
+    return _forward(M, N, call["a"][1], ranks) + combining
 
 
-def _sum_backward(call: Arguments) -> int:
-    needs = {"need_dx": call["need_da"] or call["need_dp"]}
-    # of a's gradient only the shape counts, which p's needs too
-    return _experts_backward(call | needs | {"x": call["a"] if call["need_dA"] else None})
+def _combine_backward(call: Arguments) -> int:
+    """da is made for dp too, which is no product."""
+    M, ranks = _rows_of_experts(call)
+    a = call["a"]  # there for dp and dA
+    K = a[1] if a else call["out"][0][1] if call["need_da"] else 0
+    needs = {"need_dx": call["need_da"] or call["need_dp"], "x": a if call["need_dA"] else None}
+    return _backward(call | needs, M, call["g"][1], K, ranks)
 
 
 _FORMULAS: dict[str, Callable[[Arguments], int]] = {
@@ -122,8 +130,8 @@ _FORMULAS: dict[str, Callable[[Arguments], int]] = {
     "lora_linear_multi_backward": _multi_backward,
     "lora_linear_experts": _experts,
     "lora_linear_experts_backward": _experts_backward,
-    "lora_experts_sum": _sum,
-    "lora_experts_sum_backward": _sum_backward,
+    "lora_experts_combine": _combine,
+    "lora_experts_combine_backward": _combine_backward,
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import backends, checks
 from .arguments import Arguments
 from .autocast import autocast
-from .autograd import Codes, alias, raise_second_derivative
+from .autograd import Codes, alias, as_saved, raise_second_derivative, to_save
 from .calls import Backend, checked_call
 from .dispatch import Decision, Plan, plan, replays_of
 from .functional import (
@@ -63,7 +63,7 @@ class LoRALinearGatedFunction(torch.autograd.Function):
         x, acted = backends.gated(gate, up, activation, plan)
         operands = (x, weight, lora_A, lora_B, bias, scaling, dropout_of(seed, threshold), plan)
         y, h = backends.forward(*operands, need_h=needs_B, replays=replays)
-        W = alias(weight) if isinstance(weight, Tensor) else None
+        W = to_save(weight)
         ctx.save_for_backward(gate, up, acted, W, alias(lora_A), alias(lora_B), h, seed)
         ctx.quantized = Codes.of(weight)
         ctx.activation, ctx.scaling, ctx.threshold = activation, scaling, threshold
@@ -82,7 +82,7 @@ class LoRALinearGatedFunction(torch.autograd.Function):
         dx, dA, dB = backends.backward(
             g,
             x,
-            weight if ctx.quantized is None else ctx.quantized.unchanged(),
+            as_saved(weight, ctx.quantized),
             lora_A,
             lora_B,
             h,

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from . import backends, checks
 from .arguments import Arguments
 from .autocast import autocast
-from .autograd import Codes, alias, raise_second_derivative
+from .autograd import Codes, alias, as_saved, raise_second_derivative
 from .calls import Backend, Call, as_products, checked_call
 from .dispatch import Decision, Plan, better_apart, group_dx, plan, replays_of, why_torch
 from .explanation import Explanation, describe_quantized
@@ -97,10 +97,7 @@ class LoRALinearGroupFunction(torch.autograd.Function):
             dx, live_dAs, live_dBs = backends.backward_group(
                 [grads[i] for i in live],  # type: ignore[misc]  # they are tensors
                 x if any(needs_A[i] for i in live) else None,
-                [
-                    weights[i] if ctx.quantized[i] is None else ctx.quantized[i].unchanged()
-                    for i in live
-                ],
+                [as_saved(weights[i], ctx.quantized[i]) for i in live],
                 [As[i] for i in live],
                 [Bs[i] for i in live],
                 [hs[i] if needs_B[i] else None for i in live],

@@ -54,8 +54,8 @@ def layers(
 ) -> tuple[InjectReport, dict[tuple[int, ...], Explanation]]:
     """What adapting ``model`` would give, and for each shape of a weight what a call of it takes.
 
-    [N, K], or [E, N, K] of experts, one of them for each row. Reads the model's config only: no
-    weights.
+    [N, K], or [E, N, K] of experts, as many of them for each row as the config says. Reads the
+    model's config only: no weights.
     """
     from transformers import AutoModelForCausalLM
 
@@ -79,7 +79,8 @@ def layers(
                     x = torch.empty(tokens, K, dtype=dtype, device=here)
                     weight = x.new_empty(1).expand(shape)  # nobody reads its values
                     A, B = torch.empty(E, r, K, device=here), torch.empty(E, N, r, device=here)
-                    index = torch.zeros(tokens, dtype=torch.int64, device=here)
+                    top_k = getattr(module.base_layer.config, "num_experts_per_tok", 1)
+                    index = torch.zeros(tokens, top_k, dtype=torch.int64, device=here)
                     calls[shape] = explain_experts(x, weight, A, B, expert_indices=index)
         if isinstance(module, FusedLoRALinear):
             N, K = module.weight.shape

@@ -11,7 +11,7 @@ from . import checks, sharing
 from .calls import Backend
 from .codes import Format
 from .expert_layer import FusedLoRAExperts
-from .expert_modules import in_order, weight_of
+from .expert_modules import in_order, plain_weight, weight_of
 from .frozen import FrozenLinear
 from .gated_mlp import gate_mlps
 from .inject_report import (
@@ -185,7 +185,7 @@ def inject(
         )
         for name in in_order(experts):
             codes = weight_of(of_experts[experts].base_layer, name)
-            changes += norms_of_experts(weight_of(experts, name), codes)
+            changes += norms_of_experts(plain_weight(experts, name), codes)
     model.requires_grad_(False)
     for path in layers:
         model.set_submodule(path, replacements[modules[path]])

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from . import checks, multi_backends, multi_ops
 from .adapter_set import check_lists
 from .autocast import autocast
-from .autograd import Codes, alias, raise_second_derivative
+from .autograd import Codes, as_saved, raise_second_derivative, to_save
 from .calls import Backend
 from .explanation import Explanation, describe_quantized, explain_call
 from .functional import (
@@ -65,7 +65,7 @@ class LoRALinearMultiFunction(torch.autograd.Function):
         y, h = multi_backends.forward(x, layer, bias, plan, need_h=needs_B)
         ctx.save_for_backward(
             x if needs_A else None,
-            alias(weight) if isinstance(weight, Tensor) else None,
+            to_save(weight),
             h,
             seed if need[0] or needs_A else None,
             *adapters,
@@ -84,7 +84,7 @@ class LoRALinearMultiFunction(torch.autograd.Function):
         number, need = len(scalings), ctx.needs_input_grad
         As, Bs = adapters[:number], adapters[number:]
         dropout = dropout_of(seed, threshold)
-        weight = weight if quantized is None else quantized.unchanged()
+        weight = as_saved(weight, quantized)
         layer = Adapted(weight, As, Bs, scalings, dropout, rows, layout).unpacked()
         dx, dAs, dBs = multi_backends.backward(g, x, layer, h, plan, need_dx=need[0])
         dbias = g.sum_to_size(g.shape[-1:]) if need[2] else None

@@ -97,9 +97,8 @@ def _obstacle(experts: nn.Module) -> str | None:
 
 def look(layer: Any) -> ExpertsState | str:
     """What the wrapper's call depends on, or why it is for PEFT's own forward."""
-    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    if tracing or torch._C._are_functorch_transforms_active():
-        return "it is traced by torch.jit, or transformed by torch.func"
+    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        return "it is traced by torch.jit"
     if forward_ad._current_level >= 0:
         return "it is differentiated in forward mode"
     chain = list(wrappers(layer))

@@ -20,6 +20,7 @@ from .codes import (
     SOURCE_DTYPES,
     Activations,
     Format,
+    blocks_of,
     codebook_of,
     nested_codebook,
 )
@@ -61,9 +62,7 @@ def quantize_mxfp4(weight: Tensor) -> QuantizedWeight:
     values stay what they are. Raises what `quantize_nf4` raises.
     """
     _check_weight(weight)
-    matrices = list(_matrices(weight))
-    if matrices[0].numel() % mxfp4.BLOCK:  # then blocks are of two of them
-        matrices = [weight.detach()]
+    matrices = _with_whole_blocks(weight, mxfp4.BLOCK)
     codes, scales = zip(*map(mxfp4.in_codes, matrices), strict=True)
     exponents, device = torch.cat(scales), weight.device
     return QuantizedWeight(
@@ -76,7 +75,7 @@ def quantize_mxfp4(weight: Tensor) -> QuantizedWeight:
         codebook=codebook_of("mxfp4", device),
         # A copy: transformers saves no model whose tensors share memory.
         nested_codebook=mxfp4.scale_codebook().to(device, copy=True),
-        nested_scales=torch.ones(-(-len(exponents) // NESTED_BLOCK), device=device),
+        nested_scales=torch.ones(blocks_of(len(exponents), NESTED_BLOCK), device=device),
         nested_offset=torch.zeros(1, device=device),
     )
 
@@ -194,6 +193,12 @@ def _matrices(weight: Tensor) -> Tensor:
     return weight.detach()[None] if weight.ndim == 2 else weight.detach()
 
 
+def _with_whole_blocks(weight: Tensor, block: int) -> list[Tensor]:
+    """Its matrices; or all as one, where a block would be of two of them."""
+    matrices = list(_matrices(weight))
+    return matrices if matrices[0].numel() % block == 0 else [weight.detach()]
+
+
 def _reciprocal(absmax: Tensor, numerator: float = 1.0) -> Tensor:
     """numerator / absmax, 0 where absmax is: a block of zeros has codes of zero."""
     return torch.where(absmax > 0, numerator / absmax, 0.0)
@@ -268,9 +273,7 @@ def _quantize_4bit(
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size: got {block_size!r}, wanted one of {BLOCK_SIZES}")
     codebook = codebook_of(format, weight.device)
-    matrices = list(_matrices(weight))
-    if matrices[0].numel() % block_size:  # then blocks are of two of them
-        matrices = [weight.detach()]
+    matrices = _with_whole_blocks(weight, block_size)
     parts = [_four_bit_codes(format, matrix, codebook, block_size) for matrix in matrices]
     packed, absmax = (torch.cat(part) for part in zip(*parts, strict=True))
     tables: dict[str, Any] = {"codebook": codebook}

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import mxfp4
 from .codes import (
     BLOCK_SIZES,
     CODE_DTYPES,
@@ -53,13 +54,13 @@ class QuantizedWeight(nn.Module):
     changes only ``dtype``, never the codes or scales. Values: `dequantize`.
 
     Attributes:
-        codes: uint8 [ceil(N K / 2)] (nf4, fp4), int8 [N, K] or float8_e4m3fn [N, K]; of a stack
-            of E experts E times as many, and in 8 bits [E, N, K].
-        scales: fp32, or uint8 with double quantisation. 4-bit: one for each block of the flat
-            weight; else [ceil(N / block rows), ceil(K / block columns)], of each expert.
-        codebook: fp32 [16] (nf4, fp4) or None.
+        codes: uint8 [ceil(N K / 2)] (4-bit formats), int8 [N, K] or float8_e4m3fn [N, K]; of a
+            stack of E experts E times as many, and in 8 bits [E, N, K].
+        scales: fp32, or uint8 with double quantisation and mxfp4. 4-bit: one for each block of the
+            flat weight; else [ceil(N / block rows), ceil(K / block columns)], of each expert.
+        codebook: fp32 [16] (4-bit formats) or None.
         nested_scales, nested_codebook, nested_offset: fp32 [ceil(scales / 256)], [256] and [1]
-            with double quantisation, or None: scale = codebook[scales] * nested_scale + offset.
+            where scales are uint8, or None: scale = codebook[scales] * nested_scale + offset.
         shape: (N, K) or (E, N, K). dtype: what `dequantize` gives unless told.
         layout: see `Layout`.
         activations: None, or for fp8 weights "fp8": see `quantize_fp8`.
@@ -93,7 +94,7 @@ class QuantizedWeight(nn.Module):
         activations: Activations | None = None,
     ) -> None:
         super().__init__()
-        _check_form(format, shape, block)
+        _check_form(format, shape, block, nested=nested_scales is not None)
         tiled = format not in FOUR_BIT or shape[-1] % block[1] == 0
         self.layout = Layout(format, block, nested_scales is not None, tiled, activations)
         self.shape, self.dtype = torch.Size(shape), dtype
@@ -359,14 +360,16 @@ class QuantizedWeight(nn.Module):
         layout = self.layout
         parts = [f"{layout.format}, shape={list(self.shape)}, dtype={self.dtype}"]
         parts.append(f"block={layout.block}")
-        if layout.nested:
+        if layout.nested and layout.format != "mxfp4":
             parts.append("double_quant=True")
         if layout.activations:
             parts.append(f"activations={layout.activations!r}")
         return ", ".join(parts)
 
 
-def _check_form(format: Format, shape: tuple[int, ...], block: tuple[int, int]) -> None:
+def _check_form(
+    format: Format, shape: tuple[int, ...], block: tuple[int, int], *, nested: bool
+) -> None:
     if format not in FORMATS:
         raise ValueError(f"format: got {format!r}, wanted one of {', '.join(FORMATS)}")
     for name, given, lengths in (("shape", shape, (2, 3)), ("block", block, (2,))):
@@ -377,6 +380,9 @@ def _check_form(format: Format, shape: tuple[int, ...], block: tuple[int, int]) 
     if format not in FOUR_BIT:
         if any(size & (size - 1) for size in block):
             raise ValueError(f"block: got {block}, wanted powers of two or 0")
+    elif format == "mxfp4" and (block != (1, mxfp4.BLOCK) or not nested):
+        got = f"{block}{'' if nested else ' and no nested_scales'}"
+        raise ValueError(f"block: got {got}, wanted {(1, mxfp4.BLOCK)} and nested scales for mxfp4")
     elif block[0] != 1 or block[1] not in BLOCK_SIZES:
         raise ValueError(f"block: got {block}, wanted (1, one of {BLOCK_SIZES})")
 

@@ -35,7 +35,7 @@ class Settings:
     held_out: int = 8  # rows that are measured and not trained on
     seed: int = 0
     dtype: str = "auto"  # of the frozen weights: bfloat16 on a GPU, float32 without
-    quantize: str = "none"  # codes of the adapted layers' frozen weights: nf4, fp4, int8, fp8
+    quantize: str = "none"  # codes of the adapted layers' frozen weights: nf4, fp4, mxfp4, ...
     device: str = "auto"
     backend: Backend = "auto"
     peft: bool = False  # train through PEFT's own model, with its layers fused

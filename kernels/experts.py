@@ -66,7 +66,7 @@ def experts_kernel(
     FAN: tl.constexpr,  # rows of the order that each of x's is
     FAN_Y: tl.constexpr,  # and each of the mask's on h B
     USE_A: tl.constexpr,
-    W_LAYOUT: tl.constexpr = None,  # a QuantizedMatrix's layout
+    W_LAYOUT: tl.constexpr,  # a QuantizedMatrix's layout
 ):
     # Pieces of one expert side by side, so that they share its W0's tiles in L2.
     piece, pid_n = grouped_tile(tl.program_id(0), num_pieces, tl.cdiv(N, BLOCK_N), GROUP_M)
@@ -176,25 +176,25 @@ def gemm_experts(
     """y = x w_e + D o (h b_e) + bias_e for each row's expert e; y [M, N] in x's dtype.
 
     x [M / fan, K], w [E, K, N], bias [E, N]: any strides; w may be a `QuantizedMatrix` [K, N], of a
-    stack. h [M, R] as from `shrink`, and b_e of
-    ``adapters``: A's if ``use_A``, else B^T's; or none of both. D [M / fan_y, N]. ``order_x``,
-    ``order_y``: that of ``rows`` where x or y has its rows for rows, None where it has positions.
+    stack. h [M, R] as from `shrink`, and b_e of ``adapters``: A's if ``use_A``, else B^T's; or none
+    of both. D [M / fan_y, N]. ``order_x``, ``order_y``: that of ``rows`` where x or y has its rows
+    for rows, None where it has positions.
     """
     M, (K, N) = rows.M, w.shape[-2:]
-    quantized = w if isinstance(w, QuantizedMatrix) else None
     y = x.new_empty(M, N)
     if M == 0 or N == 0:
         return y
     R = adapters.max_rank if adapters else 0
-    matrices = [x]
+    matrices: tuple[torch.Tensor, ...] = (x,)
     if isinstance(w, QuantizedMatrix):
+        operand, tables, layout = w.code_bytes(), w.tables, w.layout
         w_strides = (w.code_stride, w.scale_stride, 0, 0)
-        odd = w.code_row % ALIGNED != 0
+        odd = w.is_odd
     else:
+        operand, tables, layout = w, None, None
         stride_we, stride_wk, stride_wn = w.stride()
         w_strides = (stride_we, 0, stride_wk, stride_wn)
-        matrices.append(w[0])
-        odd = stride_we % ALIGNED != 0
+        odd, matrices = stride_we % ALIGNED != 0, (x, w[0])
     if odd or (may_be_odd(config, x.dtype.itemsize) and is_odd(*matrices)):
         config = for_odd_rows(config, x.dtype.itemsize)
     b = None
@@ -207,8 +207,8 @@ def gemm_experts(
             (len(table) * cdiv(N, config.BLOCK_N), 1, 1),
             (
                 x,
-                w if quantized is None else quantized.code_bytes(),
-                None if quantized is None else quantized.tables,
+                operand,
+                tables,
                 bias,
                 h,
                 b,
@@ -236,7 +236,7 @@ def gemm_experts(
             FAN=fan,
             FAN_Y=fan_y,
             USE_A=use_A,
-            W_LAYOUT=None if quantized is None else quantized.layout,
+            W_LAYOUT=layout,
             **config.meta(),
         )
     return y

@@ -146,8 +146,8 @@ def gated_backward(
 ) -> torch.Tensor | None:
     """The gradients of gate and up for scale * dx, dx [M, K] and scale [M] contiguous.
 
-    dgate and dup [M, K] of one stride, their rows contiguous; dgate may be dx. With ``keep_x`` dx
-    becomes x = act(gate) o up. With ``dots`` the result is <dx, x> [M] of each row, fp32.
+    dgate and dup [M, K] of one stride, their rows contiguous. dgate may be dx; or with ``keep_x``
+    dx becomes x = act(gate) o up. With ``dots`` the result is <dx, x> [M] of each row, fp32.
     """
     M, K = gate.shape
     blocks = cdiv(K, _TILE["BLOCK_K"])

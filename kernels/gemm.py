@@ -269,7 +269,7 @@ def _launch(
     few_ranks = R % ALIGNED != 0
     if may_be_odd(config, x.dtype.itemsize) and not (quantized and quantized.takes_fp8):
         narrow = a is None and h is None and dropout is None and config.BLOCK_N <= 32  # no spills
-        odd = quantized is not None and quantized.code_row % ALIGNED != 0
+        odd = quantized is not None and quantized.is_odd
         odd = odd or is_odd(*(t for t in (x, w, a, y) if isinstance(t, torch.Tensor)))
         if odd and not narrow:
             config = for_odd_rows(config, x.dtype.itemsize)

@@ -2,7 +2,7 @@
 
     W[n, k] = value(code[n, k]) * scale[n // SCALE_ROWS, k // SCALE_COLS]
 
-    nf4, fp4   uint8, two codes a byte, the even column in the upper half (bitsandbytes' layout);
+    4 bits     uint8, two codes a byte, the even column in the upper half (bitsandbytes' layout);
                value is a table of 16. Scales of SCALE_COLS columns each, in fp32 or nested:
                scale[b] = table[code[b]] * nested[b // 256] + offset
     int8       value is the code itself; one fp32 scale a row
@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import FP_FUSION, Kind, cdiv
+from .configs import ALIGNED, FP_FUSION, Kind, cdiv
 from .device import device_guard, has_fp8
 from .launch import Launcher
 
@@ -97,6 +97,11 @@ class QuantizedMatrix:
     def takes_fp8(self) -> bool:
         """Whether it is multiplied by an x in fp8: y = x W0^T is, dx = g W0 is not."""
         return self.fp8_activations and self.transposed
+
+    @property
+    def is_odd(self) -> bool:
+        """As `configs.is_odd` of a matrix: rows of codes are not read 16 bytes at a time."""
+        return self.code_row % ALIGNED != 0
 
     def code_bytes(self) -> torch.Tensor:
         """The codes as the kernels load them: e4m3 as bytes where the GPU has no such type."""

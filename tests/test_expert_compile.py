@@ -1,4 +1,4 @@
-"""Mixtures of experts under torch.compile, torch.export and modes, and the operators behind."""
+"""Mixtures of experts under torch.compile, torch.export, torch.func and dispatch modes."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 from test_expert_layer import _injected
 from test_peft_experts import FORMS, HIDDEN, _adapted, _results, _routed, assert_close
+from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -93,7 +94,7 @@ def test_selective_checkpointing(device, launches, saves):
     block = block.to(device)
     inputs = [t.to(device) for t in _routed(8)]
     expected = _results(block, *inputs)
-    ours = (torch.ops.fused_lora.lora_linear_experts, torch.ops.fused_lora.lora_experts_sum)
+    ours = (torch.ops.fused_lora.lora_linear_experts, torch.ops.fused_lora.lora_experts_combine)
     context = saving(*([op.default for op in ours] if saves else []))
 
     def again(*inputs):
@@ -107,13 +108,46 @@ def test_selective_checkpointing(device, launches, saves):
         assert_close(mine, theirs)
 
 
-def test_flops():
+@pytest.mark.parametrize("needs_x", [True, False])
+@pytest.mark.parametrize("needs_p", [True, False])
+@pytest.mark.parametrize("form", ["qwen3_moe", "nemotron_h"])
+def test_flops(form, needs_x, needs_p):
     """Of the mixture's two operators: their products, and the sums' over a token's experts."""
-    block, _ = _injected()
-    inputs = _routed()
+    block, _ = _injected(form, both=False)
+    block.requires_grad_(False)
+    x, index, weights = _routed()
+    x.requires_grad_(needs_x)
+    weights.requires_grad_(needs_p)
     with FlopCounterMode(display=False) as counter:
-        block(*inputs)
-    M, inner, r = inputs[1].numel(), 40, 4
-    up = 2 * M * (HIDDEN * 2 * inner + r * (HIDDEN + 2 * inner))
-    down = 2 * M * (inner * HIDDEN + r * (HIDDEN + inner))
+        y = block(x, index, weights)
+    M, inner, r = index.numel(), 40, 4
+    z = inner * (1 if form == "nemotron_h" else 2)
+    up, down = 2 * M * (HIDDEN * z + r * (HIDDEN + z)), 2 * M * inner * HIDDEN
     assert counter.get_total_flops() == up + down + 2 * M * HIDDEN
+    if needs_x or needs_p:
+        with FlopCounterMode(display=False) as counter:
+            y.sum().backward()
+        assert counter.get_total_flops() == down + up * needs_x
+
+
+@pytest.mark.parametrize("fused", ["peft", "inject"])
+def test_transforms(fused):
+    if fused == "peft":
+        model = _adapted()
+        fused_lora.peft.fuse(model)
+    else:
+        model, _ = _injected()
+    x, index, weights = _routed()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters, x):
+        return functional_call(model, parameters, (x, index, weights)).square().sum()
+
+    expected = torch.autograd.grad(loss(trained, x), list(trained.values()))
+    values = {name: p.detach() for name, p in trained.items()}
+    for ours, theirs in zip(grad(loss)(values, x).values(), expected, strict=True):
+        assert_close(ours, theirs)
+    xs = torch.stack((x, 2 * x))
+    with pytest.warns(UserWarning, match="once for each example"):
+        losses = vmap(loss, in_dims=(None, 0))(values, xs)
+    assert_close(losses, torch.stack([loss(trained, each) for each in xs]).detach())

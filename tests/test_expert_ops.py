@@ -9,8 +9,8 @@ from test_experts import NEEDS, _call, _expression, _problem
 
 from fused_lora.expert_calls import routing_of
 from fused_lora.expert_ops import (
-    lora_experts_sum_backward_op,
-    lora_experts_sum_op,
+    lora_experts_combine_backward_op,
+    lora_experts_combine_op,
     lora_linear_experts_backward_op,
     lora_linear_experts_op,
 )
@@ -103,8 +103,8 @@ def test_opcheck_of_the_sum(device, adapters):
     A, B = (p.lora_A, p.lora_B) if adapters else (None, None)
     trained = [None if t is None else t.requires_grad_() for t in (a, scores, A, B)]
     rest = ([p.weight], "", groups, routing.experts, 0.5, "torch")
-    torch.library.opcheck(lora_experts_sum_op, (*trained, p.bias, *rest, adapters))
+    torch.library.opcheck(lora_experts_combine_op, (*trained, p.bias, *rest, adapters))
     a, scores, A, B = (None if t is None else t.detach() for t in trained)
     g, h = (torch.randn(n, c, device=device) for n, c in ((6, 5), (12, 2)))
     arguments = (g, a, scores, A, B, p.bias, h if adapters else None, *rest, True, True, adapters)
-    torch.library.opcheck(lora_experts_sum_backward_op, arguments)
+    torch.library.opcheck(lora_experts_combine_backward_op, arguments)

@@ -8,12 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("transformers")
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-from transformers.models.gpt_oss import GptOssConfig
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-
-from fused_lora import disable_adapter, inject, merge_and_unload, quantize_mxfp4
+from fused_lora import QuantizedWeight, disable_adapter, inject, merge_and_unload, quantize_mxfp4
 from fused_lora.mxfp4 import MAGNITUDES
 
 assert_close = functools.partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4)
@@ -23,7 +18,8 @@ def _as_gpt_oss_has_it(E, N, K, dtype=torch.bfloat16):
     """Weights [E, K, N] that transformers makes of a checkpoint's codes."""
     blocks = torch.randint(0, 256, (E, N, K // 32, 16), dtype=torch.uint8)
     scales = torch.randint(115, 122, (E, N, K // 32), dtype=torch.uint8)
-    return convert_moe_packed_tensors(blocks, scales, dtype=dtype)
+    integration = pytest.importorskip("transformers.integrations.mxfp4")
+    return integration.convert_moe_packed_tensors(blocks, scales, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -54,6 +50,14 @@ def test_rounded_to_the_nearest(shape):
     assert found == expected
 
 
+@pytest.mark.parametrize("changed", [{"block": (1, 64)}, {"nested_scales": None}], ids=str)
+def test_another_layout_is_refused(changed):
+    given = dict(quantize_mxfp4(torch.randn(2, 64)).named_parameters())
+    given |= {"shape": (2, 64), "dtype": torch.float32, "block": (1, 32)} | changed
+    with pytest.raises(ValueError, match=r"block: got .*, wanted \(1, 32\) and nested scales"):
+        QuantizedWeight("mxfp4", **given)
+
+
 def test_zeros():
     assert not quantize_mxfp4(torch.zeros(2, 64)).dequantize().any()
 
@@ -64,13 +68,13 @@ class Model(nn.Module):
     def __init__(self):
         super().__init__()
         sizes = {"hidden_size": 64, "intermediate_size": 32, "num_local_experts": 4}
-        self.experts = GptOssExperts(GptOssConfig(**sizes))
-        for name, parameter in self.experts.named_parameters():
+        gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+        self.experts = gpt_oss.GptOssExperts(gpt_oss.GptOssConfig(**sizes))
+        for parameter in self.experts.parameters():
             nn.init.normal_(parameter)
             if parameter.ndim == 3:
                 E, K, N = parameter.shape
                 parameter.data = _as_gpt_oss_has_it(E, N, K, torch.float32)
-                assert name.endswith("_proj")
 
     def forward(self, x, index, weights):
         return self.experts(x, index, weights)

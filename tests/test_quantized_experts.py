@@ -56,13 +56,13 @@ def test_a_stack(name, shape):
     assert f"shape={list(shape)}" in repr(stack)
     values = stack.dequantize()
     alone = [make(of_expert) for of_expert in W]
-    if name in ("nf4", "nf4 single 32", "fp4", "int8"):
+    if "fp8" not in name:
         flat = make(W.flatten(0, 1))
         for part, own in flat._parameters.items():
             found = getattr(stack, part)
             assert own is found or torch.equal(own.view(-1), found.view(-1)), part
         assert torch.equal(values.flatten(0, 1), flat.dequantize())
-    if "f" not in name or "fp8" in name:
+    if name == "int8" or "fp8" in name:
         assert torch.equal(values, torch.stack([each.dequantize() for each in alone]))
         assert torch.equal(stack.scales.view(-1), torch.cat([e.scales.view(-1) for e in alone]))
     for chosen in (slice(1, 2), slice(0, 0), slice(None), slice(-1, None)):
@@ -282,7 +282,6 @@ def test_codes_changed_before_the_backward():
     p = _problem((12, 2), 3, 16, 64, 4)
     codes = quantize_int8(p.weight)
     y = _call(replace(p, weight=codes, x=p.x.requires_grad_()))
-    codes.scales.data.mul_(1)  # past autograd
     codes.scales.mul_(2)
     with pytest.raises(RuntimeError, match="changed in place"):
         y.sum().backward()

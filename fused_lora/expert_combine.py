@@ -21,7 +21,7 @@ from .products import WITHOUT_INSTRUCTIONS, mm, slices
 _CHUNK = 1 << 24  # elements whose products are there at a time
 
 
-def project_sum(
+def project_combined(
     path: Path, a: Tensor, p: Tensor, layer: Experts, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """y [T, N] in a's dtype, and h [M, r], for p [T, k] and a [T k, K]."""
@@ -37,7 +37,7 @@ class Passed(NamedTuple):
     back: Callable[[], Tensor] | None  # gives what is passed on of p o da, once a is not needed
 
 
-class SumGradients(NamedTuple):
+class CombineGradients(NamedTuple):
     """Those that were asked for."""
 
     passed: Tensor | None
@@ -46,7 +46,7 @@ class SumGradients(NamedTuple):
     dB: Tensor | None
 
 
-def sum_backward(
+def combine_backward(
     path: Path,
     g: Tensor,
     p: Tensor,
@@ -58,7 +58,7 @@ def sum_backward(
     *,
     need_da: bool,
     need_dA: bool,
-) -> SumGradients:
+) -> CombineGradients:
     """For g = dL/dy [T, N]; dB if h is given. experts [M] is each row's.
 
     ``middle`` is called with da [M, K], whose memory it may take, and p's rows [M, 1].
@@ -80,7 +80,7 @@ def sum_backward(
     del a, dh
     if h is not None:
         dB = grad_B(path, g, (h * p_rows).to(g.dtype), layer)
-    return SumGradients(None if back is None else back(), dp, dA, dB)
+    return CombineGradients(None if back is None else back(), dp, dA, dB)
 
 
 def _combined(out: Tensor, p: Tensor) -> Tensor:
