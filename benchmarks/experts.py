@@ -37,7 +37,8 @@ from torch import Tensor, nn
 
 from fused_lora import QuantizedWeight, quantize_nf4
 from fused_lora.expert_middle import Middle
-from fused_lora.expert_mlp import ExpertAdapter, Projection, run_projections
+from fused_lora.expert_mlp import run_projections
+from fused_lora.expert_stack import ExpertAdapter, Projection
 from fused_lora.tune import in_processes
 
 from . import csv_rows, measure, rows
@@ -114,7 +115,7 @@ class Mixture:
 
     def _fused(self, weights: Sequence[Tensor | QuantizedWeight]) -> Tensor:
         both = zip(weights, self.adapters(), strict=True)
-        first, last = (Projection(W, None, adapter) for W, adapter in both)
+        first, last = (Projection(W, None, *adapter) for W, adapter in both)
         return run_projections(self.x, self.index, self.p, first, last, Middle("silu", act))
 
     def by_peft(self) -> Tensor:

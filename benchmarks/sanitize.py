@@ -38,7 +38,8 @@ from fused_lora import (
 )
 from fused_lora.dispatch import Plan
 from fused_lora.expert_middle import Middle
-from fused_lora.expert_mlp import ExpertAdapter, Projection, run_projections
+from fused_lora.expert_mlp import run_projections
+from fused_lora.expert_stack import Projection
 from fused_lora.group import LoRALinearGroupFunction
 from fused_lora.kernels.configs import MAX_SKINNY_M, TileConfig, rows_obstacle
 from fused_lora.kernels.copy import aligned_copy
@@ -297,8 +298,8 @@ def _mixture(
     """x [M, K] by experts whose projections are [N, K] and half of that the other way round."""
     half = len(weights[0]) // 2
     W, A, B = map(torch.stack, (weights, As, Bs))
-    first = Projection(W[:, : 2 * half], None, ExpertAdapter(A, B[:, : 2 * half], 1.0))
-    last = Projection(W[:, :half].mT, None, ExpertAdapter(B[:, :half].mT, A.mT, 1.0))
+    first = Projection(W[:, : 2 * half], None, A, B[:, : 2 * half])
+    last = Projection(W[:, :half].mT, None, B[:, :half].mT, A.mT)
     p = torch.full(index.shape, 0.5, dtype=x.dtype, device=x.device)
     return run_projections(x, index, p, first, last, Middle("silu", None), backend)
 

@@ -9,58 +9,18 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import expert_torch
 from .autocast import no_autocast
 from .cost_model import decodes_in_loop
+from .expert_stack import Experts
 from .kernels.configs import Kind, TileConfig, cdiv, choose_config
 from .kernels.device import device_info
-from .kernels.dropout import Dropout
-from .kernels.rows import AdapterStack, RowGroups
+from .kernels.rows import RowGroups
 from .quantized_weight import QuantizedWeight
 
 Path = Literal["triton", "torch"]
-
-
-def contiguous(stack: Tensor | None) -> Tensor | None:
-    """A stack of adapters as the products read it; of PEFT's B a copy."""
-    return None if stack is None else stack.contiguous()
-
-
-def in_dtype(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor | QuantizedWeight:
-    """Weights as the products read them, in x's dtype; codes are of any."""
-    return weight.to(dtype) if isinstance(weight, Tensor) else weight
-
-
-class Experts(NamedTuple):
-    """Frozen weights, an adapter for each or none, and which rows of the order take which."""
-
-    weight: Tensor | QuantizedWeight  # [E, N, K]
-    lora_A: Tensor | None  # [E, r, K], contiguous
-    lora_B: Tensor | None  # [E, N, r], contiguous
-    scaling: float
-    dropout: Dropout | None
-    rows: RowGroups
-    fan: int = 1  # how many rows of the order each row of x is
-    gathers: bool = True  # whether x has rows of the order, and not positions, for rows
-    scatters: bool = True  # whether y has
-    fan_g: int = 1  # how many rows of the order each row of y's gradient is
-
-    def stack(self) -> AdapterStack | None:
-        """The adapters as the kernels take them."""
-        if self.lora_A is None or self.lora_B is None:
-            return None
-        return AdapterStack(self.lora_A, self.lora_B, self.scaling)
-
-    def of_x(self) -> RowGroups:
-        """The order that x's rows are found by."""
-        return self.rows if self.gathers else self.rows.sorted
-
-    def of_y(self) -> RowGroups:
-        """Those of y and of its gradient."""
-        return self.rows if self.scatters else self.rows.sorted
 
 
 def project(

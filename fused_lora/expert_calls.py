@@ -12,7 +12,8 @@ from . import checks
 from .autocast import autocast, autocast_enabled
 from .calls import Backend, Call, are_plain
 from .dispatch import takes_kernels
-from .expert_backends import Path, contiguous
+from .expert_backends import Path
+from .expert_stack import Projection
 from .functional import check_options
 from .kernels.dropout import dropout_threshold
 from .kernels.rows import RowGroups, groups_of_indices
@@ -37,36 +38,20 @@ def routing_of(expert_indices: Tensor, num_experts: int) -> Routing:
     return Routing(groups_of_indices(experts, num_experts), expert_indices.shape, experts)
 
 
-def laid_out(stack: Tensor | None) -> Tensor | None:
-    """The adapters as the products read them, of PEFT's strided B a copy.
-
-    On a CPU autograd keeps it for the backward, which else makes another one (5 % of a step of 128
-    tokens). On a GPU a copy is faster than the memory is worth, and left to the launches.
-    """
-    return stack if stack is None or stack.is_cuda else contiguous(stack)
-
-
 class CheckedExperts(NamedTuple):
     """A call whose arguments are right."""
 
     x: Tensor  # this and the bias as autocast would have them
-    bias: Tensor | None
+    layer: Projection
     threshold: int
     fan: int
 
 
 def checked(
-    x: Tensor,
-    weight: Tensor | QuantizedWeight,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    indexed: torch.Size,
-    scaling: float,
-    bias: Tensor | None,
-    dropout_p: float,
-    backend: Backend,
+    x: Tensor, layer: Projection, indexed: torch.Size, dropout_p: float, backend: Backend
 ) -> CheckedExperts:
     """The call, ``indexed`` being the indices' shape; TypeError or ValueError if it is wrong."""
+    weight, bias, lora_A, lora_B, scaling = layer
     check_options(weight, scaling, dropout_p, backend)
     if isinstance(x, Tensor) and isinstance(weight, Tensor) and autocast_enabled(x):
         # It is cast where it is used, and kept as it is: this one is without values.
@@ -74,19 +59,13 @@ def checked(
     x, _, bias = autocast(x, None, bias)
     checks.check_experts(x, weight, lora_A, lora_B, bias, indexed)
     threshold = dropout_threshold(dropout_p) if lora_A is not None else 0
-    return CheckedExperts(x, bias, threshold, 1 if x.shape[:-1] == indexed else indexed[-1])
+    fan = 1 if x.shape[:-1] == indexed else indexed[-1]
+    return CheckedExperts(x, layer._replace(bias=bias), threshold, fan)
 
 
-def call_of(
-    x: Tensor,
-    weight: Tensor | QuantizedWeight,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    bias: Tensor | None,
-    M: int,
-    dropout: bool,
-) -> Call:
+def call_of(x: Tensor, layer: Projection, M: int, *, dropout: bool) -> Call:
     """What the choice of a backend depends on, of a call with M rows of some expert's."""
+    weight, bias, lora_A, lora_B, _ = layer
     tensors = [t for t in (x, weight, lora_A, lora_B, bias) if isinstance(t, Tensor)]
     return Call(
         M=M,

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .expert_backends import Experts, Path, grad_A, grad_B, project, project_back
+from .expert_backends import Path, grad_A, grad_B, project, project_back
+from .expert_stack import Experts
 from .products import WITHOUT_INSTRUCTIONS, mm, slices
 
 _CHUNK = 1 << 24  # elements whose products are there at a time

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from . import checks
 from .calls import Backend
 from .codes import Format
-from .expert_mlp import ExpertAdapter
 from .expert_modules import (
     as_stack,
     explain_experts_module,
@@ -30,6 +29,7 @@ from .expert_modules import (
     run_experts,
     weight_of,
 )
+from .expert_stack import ExpertAdapter
 from .explanation import Explanation
 from .initial import initial_values
 from .linear import FusedLoRALinear

@@ -20,35 +20,20 @@ from .autocast import no_autocast
 from .autograd import Codes, alias, as_saved, raise_second_derivative, to_save
 from .backends import as_gradient
 from .calls import Backend
-from .expert_backends import Experts, Path, backward, contiguous, in_dtype, project
+from .expert_backends import Path, backward, project
 from .expert_calls import (
     Routing,
     call_of,
     check_indices,
     checked,
-    laid_out,
     path_of,
     routing_of,
 )
 from .expert_combine import Passed, combine_backward, dots_of, project_combined
 from .expert_middle import Middle
+from .expert_stack import Experts, Projection, laid_out
 from .functional import check_frozen, is_observed, is_recorded
 from .quantized_weight import QuantizedWeight
-
-
-class ExpertAdapter(NamedTuple):
-    """Of one projection: A [E, r, in], B [E, out, r], any strides."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
-
-    @classmethod
-    def of(cls, A: Tensor, B: Tensor, num_experts: int, scaling: float) -> ExpertAdapter:
-        """Of PEFT's A [E r, in], expert after expert, and B [out, r E], rank after rank: views."""
-        of_A = A.view(num_experts, -1, A.shape[1])
-        of_B = B.view(len(B), -1, num_experts).permute(2, 0, 1)
-        return cls(of_A, of_B, scaling)
 
 
 class ExpertsMLP(NamedTuple):
@@ -61,24 +46,12 @@ class ExpertsMLP(NamedTuple):
     scaling_down: float
 
     def layers(
-        self,
-        dtype: torch.dtype,
-        up: Tensor | QuantizedWeight,
-        down: Tensor | QuantizedWeight,
-        up_A: Tensor | None,
-        up_B: Tensor | None,
-        down_A: Tensor | None,
-        down_B: Tensor | None,
+        self, dtype: torch.dtype, first: Projection, last: Projection
     ) -> tuple[Experts, Experts]:
-        """The two projections, their weights in ``dtype``."""
+        """As the products read them."""
         rows, k = self.routing.groups, self.routing.shape[-1]
-        up, down = in_dtype(up, dtype), in_dtype(down, dtype)
-        # Once for all launches of a pass.
-        up_A, up_B, down_A, down_B = map(contiguous, (up_A, up_B, down_A, down_B))
-        return (
-            Experts(up, up_A, up_B, self.scaling_up, None, rows, fan=k, scatters=False),
-            Experts(down, down_A, down_B, self.scaling_down, None, rows, gathers=False, fan_g=k),
-        )
+        up, down = (Experts.of(layer, dtype, None, rows) for layer in (first, last))
+        return up._replace(fan=k, scatters=False), down._replace(gathers=False, fan_g=k)
 
 
 class LoRAExpertsMLPFunction(torch.autograd.Function):
@@ -106,7 +79,9 @@ class LoRAExpertsMLPFunction(torch.autograd.Function):
         needs_x, needs_p, _, _, needs_up_A, needs_up_B, needs_down_A, needs_down_B = (
             ctx.needs_input_grad[:8]
         )
-        layers = call.layers(x.dtype, up, down, up_A, up_B, down_A, down_B)
+        first = Projection(up, up_bias, up_A, up_B, call.scaling_up)
+        last = Projection(down, down_bias, down_A, down_B, call.scaling_down)
+        layers = call.layers(x.dtype, first, last)
         y, z, (a, acted), h_up, h_down = _forward(x, p, *layers, up_bias, down_bias, call)
         needs_dz = needs_x or needs_up_A or needs_up_B
         ctx.save_for_backward(
@@ -130,13 +105,17 @@ class LoRAExpertsMLPFunction(torch.autograd.Function):
         """Gradients in the order of forward's arguments."""
         if torch.is_grad_enabled():
             raise_second_derivative("a fused mixture of experts", "lora_linear_experts")
-        x, p, *weights, down_bias, z, acted, a, h_up, h_down = ctx.saved_tensors
+        x, p, *weights, up_A, up_B, down_A, down_B, down_bias, z, acted, a, h_up, h_down = (
+            ctx.saved_tensors
+        )
         needs_x, needs_p, _, _, _, _, needs_down_A, _ = ctx.needs_input_grad[:8]
         call: ExpertsMLP = ctx.call
         path, experts = call.path, call.routing.experts
         g = as_gradient(g, path)
-        weights[:2] = map(as_saved, weights, ctx.codes)
-        up, down = call.layers(g.dtype, *weights)
+        up_weight, down_weight = map(as_saved, weights, ctx.codes)
+        first = Projection(up_weight, None, up_A, up_B, call.scaling_up)
+        last = Projection(down_weight, down_bias, down_A, down_B, call.scaling_down)
+        up, down = call.layers(g.dtype, first, last)
         dx = dA_up = dB_up = None
 
         def middle(da: Tensor | None, p_rows: Tensor) -> Passed:
@@ -174,14 +153,6 @@ def _forward(
     return y, z, (a, acted), h_up, h_down
 
 
-class Projection(NamedTuple):
-    """Of all experts."""
-
-    weight: Tensor | QuantizedWeight  # [E, out, in]
-    bias: Tensor | None  # [E, out]
-    adapter: ExpertAdapter | None
-
-
 def run_projections(
     x: Tensor,
     top_k_index: Tensor,
@@ -195,52 +166,33 @@ def run_projections(
 
     Raises what `lora_linear_experts` does.
     """
-    up_A, up_B, scaling_up = first.adapter or (None, None, 1.0)
-    down_A, down_B, scaling_down = last.adapter or (None, None, 1.0)
     check_indices(x, top_k_index)
-    weights, indexed = (first.weight, last.weight), top_k_index.shape
-    rest = (scaling_up, first.bias, 0.0, backend)
-    cast, up_bias, _, k = checked(x, weights[0], up_A, up_B, indexed, *rest)
-    a = cast.new_empty(1).expand(*indexed, weights[1].shape[2])  # like it
-    rest = (scaling_down, last.bias, 0.0, backend)
-    _, down_bias, _, _ = checked(a, weights[1], down_A, down_B, indexed, *rest)
-    of_first, of_last = (weight.shape[0] for weight in weights)
+    indexed, M = top_k_index.shape, top_k_index.numel()
+    cast, first, _, k = checked(x, first, indexed, 0.0, backend)
+    a = cast.new_empty(1).expand(*indexed, last.weight.shape[2])  # like it
+    _, last, _, _ = checked(a, last, indexed, 0.0, backend)
+    of_first, of_last = (layer.weight.shape[0] for layer in (first, last))
     if of_first != of_last:
         got = f"weights of {of_first} and {of_last} experts"
         raise ValueError(f"first, last: got {got}, wanted as many of both")
     routing = routing_of(top_k_index, of_first)
     if is_observed():
-        for weight in weights:
-            check_frozen(weight)
-        z = expert_ops.call(
-            cast,
-            weights[0],
-            up_A,
-            up_B,
-            routing,
-            scaling_up,
-            up_bias,
-            None,
-            0,
-            backend,
-            fan=k,
-            scatters=False,
-        )
-        operands = (middle.traced(z), top_k_weights, weights[1], down_A, down_B)
-        y = expert_ops.call_combine(*operands, routing, scaling_down, down_bias, backend)
+        check_frozen(first.weight)
+        check_frozen(last.weight)
+        z = expert_ops.call(cast, first, routing, backend, fan=k, scatters=False)
+        y = expert_ops.call_combine(middle.traced(z), top_k_weights, last, routing, backend)
         return y.to(x.dtype)
-    calls = (
-        call_of(cast, weights[0], up_A, up_B, up_bias, indexed.numel(), dropout=False),
-        call_of(a, weights[1], down_A, down_B, down_bias, indexed.numel(), dropout=False),
-    )
+    calls = (call_of(cast, first, M, dropout=False), call_of(a, last, M, dropout=False))
     paths = [path_of(call, backend) for call in calls]
     path: Path = "triton" if paths == ["triton", "triton"] else "torch"
-    how = ExpertsMLP(path, routing, middle, float(scaling_up), float(scaling_down))
-    adapted = tuple(laid_out(t) for t in (up_A, up_B, down_A, down_B))
+    first, last = laid_out(first), laid_out(last)
+    how = ExpertsMLP(path, routing, middle, first.scaling, last.scaling)
     if is_recorded():
         apply: Any = LoRAExpertsMLPFunction.apply
-        y = apply(cast, top_k_weights, *weights, *adapted, up_bias, down_bias, how)
+        adapters = (first.lora_A, first.lora_B, last.lora_A, last.lora_B)
+        tensors = (first.weight, last.weight, *adapters, first.bias, last.bias)
+        y = apply(cast, top_k_weights, *tensors, how)
     else:
-        layers = how.layers(cast.dtype, *weights, *adapted)
-        y = _forward(cast, top_k_weights, *layers, up_bias, down_bias, how)[0]
+        layers = how.layers(cast.dtype, first, last)
+        y = _forward(cast, top_k_weights, *layers, first.bias, last.bias, how)[0]
     return y.to(x.dtype)

@@ -22,7 +22,8 @@ from .autocast import autocast_enabled, no_autocast
 from .calls import Backend, are_plain
 from .codes import Format
 from .expert_middle import Middle
-from .expert_mlp import ExpertAdapter, Projection, run_projections
+from .expert_mlp import run_projections
+from .expert_stack import ExpertAdapter, Projection
 from .experts import explain_experts
 from .explanation import Explanation
 from .functional import is_observed
@@ -123,9 +124,7 @@ def run_experts(
     x [T, hidden], top_k_index and top_k_weights [T, k]. Under autocast only the experts' "eager"
     implementation multiplies in its dtype, as in transformers; the others do in their weights'.
     """
-    first, last = (
-        Projection(*_frozen(experts, name), adapters.get(name)) for name in projections(experts)
-    )
+    first, last = (_projection(experts, name, adapters) for name in projections(experts))
     how = (top_k_index, top_k_weights, first, last, _middle(experts), backend)
     with _casting(experts, x):
         return run_projections(_as_cast(experts, x), *how).to(x.dtype)
@@ -182,9 +181,9 @@ def in_codes(experts: Any, format: Format | Quantizer) -> Any:
     return other
 
 
-def _frozen(experts: Any, name: str) -> tuple[Tensor | QuantizedWeight, Tensor | None]:
+def _projection(experts: Any, name: str, adapters: Mapping[str, ExpertAdapter]) -> Projection:
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
-    return weight_of(experts, name), bias
+    return Projection(weight_of(experts, name), bias, *adapters.get(name, ()))
 
 
 def routed(*args: Any, **kwargs: Any) -> tuple[Any, Any] | None:
@@ -233,8 +232,7 @@ def explain_experts_module(
 ) -> Explanation:
     """How `run_experts` computes the projection that x goes to."""
     name, _ = projections(experts)
-    weight, bias = _frozen(experts, name)
-    A, B, scaling = adapters.get(name) or (None, None, 1.0)
+    weight, bias, A, B, scaling = _projection(experts, name, adapters)
     options: Any = {"scaling": scaling, "bias": bias, "backend": backend}
     with _casting(experts, x):
         x = _as_cast(experts, x)

@@ -17,14 +17,14 @@ from torch import Tensor
 from .backends import as_gradient
 from .calls import Backend
 from .differentiable import differentiable
-from .expert_backends import Experts, Path, backward, contiguous, in_dtype, project
+from .expert_backends import Path, backward, project
 from .expert_calls import Routing, call_of, path_of
 from .expert_combine import Passed, combine_backward, dots_of, project_combined
+from .expert_stack import Experts, Projection
 from .functional import fold_scaling, is_trained
 from .kernels.dropout import dropout_of
 from .kernels.rows import RowGroups
 from .packing import pack, unpack
-from .quantized_weight import QuantizedWeight
 
 
 def _layer(
@@ -42,12 +42,10 @@ def _layer(
 ) -> tuple[Path, Experts]:
     order, adapters, offsets = groups
     rows = RowGroups(len(order), order, adapters, offsets, on_host=None)
-    W = unpack(weight, spec)[0]
-    call = call_of(like_x, W, lora_A, lora_B, bias, rows.M, threshold > 0)
-    dropout = dropout_of(seed, threshold)
-    W = in_dtype(W, like_x.dtype)
-    layer = Experts(W, contiguous(lora_A), contiguous(lora_B), scaling, dropout, rows)
-    return path_of(call, cast(Backend, backend)), layer
+    layer = Projection(unpack(weight, spec)[0], bias, lora_A, lora_B, scaling)
+    call = call_of(like_x, layer, rows.M, dropout=threshold > 0)
+    experts = Experts.of(layer, like_x.dtype, dropout_of(seed, threshold), rows)
+    return path_of(call, cast(Backend, backend)), experts
 
 
 @torch.library.custom_op("fused_lora::lora_linear_experts", mutates_args=())
@@ -343,54 +341,43 @@ _CombineFunction: Any = differentiable(
 
 def call(
     x: Tensor,
-    weight: Tensor | QuantizedWeight,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
+    layer: Projection,
     routing: Routing,
-    scaling: float,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    threshold: int,
     backend: Backend,
     *,
     fan: int,
+    seed: Tensor | None = None,
+    threshold: int = 0,
     scatters: bool = True,
 ) -> Tensor:
     """y [M, N] of x [M / fan, K], as an operator."""
-    lora_B, scaling, need_h = _adapter(lora_B, scaling)
+    layer, need_h = _folded(layer)
     compiling = torch.compiler.is_compiling()
     apply: Any = lora_linear_experts_op if compiling else _ExpertsFunction.apply
-    rest = (_groups(routing), scaling, seed, threshold, fan, scatters, backend, need_h)
-    y: Tensor = apply(x, lora_A, lora_B, bias, *pack(weight), *rest)[0]
+    numbers = (layer.scaling, seed, threshold, fan, scatters, backend, need_h)
+    operands = (x, layer.lora_A, layer.lora_B, layer.bias)
+    y: Tensor = apply(*operands, *pack(layer.weight), _groups(routing), *numbers)[0]
     return y
 
 
 def call_combine(
-    a: Tensor,
-    p: Tensor,
-    weight: Tensor | QuantizedWeight,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    routing: Routing,
-    scaling: float,
-    bias: Tensor | None,
-    backend: Backend,
+    a: Tensor, p: Tensor, layer: Projection, routing: Routing, backend: Backend
 ) -> Tensor:
-    """`expert_combine.project_combined`'s y, as an operator."""
-    lora_B, scaling, need_h = _adapter(lora_B, scaling)
+    """`project_combined`'s y, as an operator."""
+    layer, need_h = _folded(layer)
     compiling = torch.compiler.is_compiling()
     apply: Any = lora_experts_combine_op if compiling else _CombineFunction.apply
-    rest = (_groups(routing), routing.experts, scaling, backend, need_h)
-    y: Tensor = apply(a, p, lora_A, lora_B, bias, *pack(weight), *rest)[0]
+    rest = (_groups(routing), routing.experts, layer.scaling, backend, need_h)
+    y: Tensor = apply(a, p, layer.lora_A, layer.lora_B, layer.bias, *pack(layer.weight), *rest)[0]
     return y
 
 
-def _adapter(lora_B: Tensor | None, scaling: float) -> tuple[Tensor | None, float, bool]:
-    """B and the scaling as the operators take them, and whether h is needed."""
-    if lora_B is None:
-        return None, 1.0, False
-    lora_B, scaling = fold_scaling(lora_B, scaling)
-    return lora_B, scaling, is_trained(lora_B)
+def _folded(layer: Projection) -> tuple[Projection, bool]:
+    """With its scaling as the operators take it, and whether h is needed."""
+    if layer.lora_B is None:
+        return layer._replace(scaling=1.0), False
+    lora_B, scaling = fold_scaling(layer.lora_B, layer.scaling)
+    return layer._replace(lora_B=lora_B, scaling=scaling), is_trained(lora_B)
 
 
 def _groups(routing: Routing) -> list[Tensor]:

@@ -7,21 +7,19 @@ weights in codes a tile of one expert's values is there at a time, and no expert
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .expert_stack import Experts
 from .kernels.configs import rows_obstacle
 from .kernels.rows import RowGroups
 from .products import WITHOUT_INSTRUCTIONS, addmm_, mm
 from .quantized_weight import QuantizedWeight
 from .reference import keep_mask
 from .torch_backend import add_base_dx, base_product, masked
-
-if TYPE_CHECKING:
-    from .expert_backends import Experts
 
 Index = slice | Tensor
 

@@ -18,16 +18,16 @@ from .autograd import Codes, alias, as_saved, raise_second_derivative, to_save
 from .backends import as_gradient, as_matrix
 from .calls import Backend
 from .dispatch import why_torch
-from .expert_backends import Experts, Path, backward, contiguous, in_dtype, project, reads_codes
+from .expert_backends import Path, backward, project, reads_codes
 from .expert_calls import (
     Routing,
     call_of,
     check_indices,
     checked,
-    laid_out,
     path_of,
     routing_of,
 )
+from .expert_stack import Experts, Projection, laid_out
 from .explanation import Explanation, describe_quantized
 from .functional import check_frozen, draw_seeds, is_observed, is_recorded
 from .kernels.dropout import dropout_of
@@ -54,8 +54,8 @@ class LoRALinearExpertsFunction(torch.autograd.Function):
     ) -> Tensor:
         """``seed``: of the dropout mask."""
         needs_x, _, needs_A, needs_B = ctx.needs_input_grad[:4]
-        layer = call.layer(in_dtype(weight, x.dtype), lora_A, lora_B, seed, threshold)
-        y, h = _forward(x, layer, bias, call)
+        layer = Projection(weight, bias, lora_A, lora_B, call.scaling)
+        y, h = _forward(x, call.experts(layer, x.dtype, seed, threshold), bias, call)
         ctx.save_for_backward(
             x if needs_A else None,
             to_save(weight),
@@ -75,11 +75,11 @@ class LoRALinearExpertsFunction(torch.autograd.Function):
             raise_second_derivative("lora_linear_experts")
         x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
         call, needs_x = ctx.call, ctx.needs_input_grad[0]
-        weight = as_saved(weight, ctx.codes)
-        weight = in_dtype(weight, g.dtype) if needs_x else weight
-        layer = call.layer(weight, lora_A, lora_B, seed, ctx.threshold)
+        layer = Projection(as_saved(weight, ctx.codes), None, lora_A, lora_B, call.scaling)
+        dtype = g.dtype if needs_x else layer.weight.dtype  # else nobody reads a cast one
+        experts = call.experts(layer, dtype, seed, ctx.threshold)
         g2, x2 = as_gradient(g, call.path), None if x is None else as_matrix(x)
-        dx, dA, dB = backward(call.path, g2, x2, h, layer, need_dx=needs_x)
+        dx, dA, dB = backward(call.path, g2, x2, h, experts, need_dx=needs_x)
         return None if dx is None else dx.view(ctx.shape), None, dA, dB, *[None] * 4
 
 
@@ -92,18 +92,12 @@ class ExpertsCall:
     scaling: float
     fan: int
 
-    def layer(
-        self,
-        weight: Tensor | QuantizedWeight,
-        lora_A: Tensor | None,
-        lora_B: Tensor | None,
-        seed: Tensor | None,
-        threshold: int,
+    def experts(
+        self, layer: Projection, dtype: torch.dtype, seed: Tensor | None, threshold: int
     ) -> Experts:
-        """What the backends take."""
+        """As the products read it."""
         dropout, rows = dropout_of(seed, threshold), self.routing.groups
-        lora_A, lora_B = contiguous(lora_A), contiguous(lora_B)  # once for all launches of a pass
-        return Experts(weight, lora_A, lora_B, self.scaling, dropout, rows, self.fan)
+        return Experts.of(layer, dtype, dropout, rows)._replace(fan=self.fan)
 
 
 def _forward(
@@ -152,24 +146,23 @@ def lora_linear_experts(
         RuntimeError: ``backend="triton"`` where the kernels cannot run.
     """
     check_indices(x, expert_indices)
-    options = (scaling, bias, dropout_p, backend)
-    found = checked(x, weight, lora_A, lora_B, expert_indices.shape, *options)
-    x, bias, threshold, fan = found
+    layer = Projection(weight, bias, lora_A, lora_B, scaling)
+    x, layer, threshold, fan = checked(x, layer, expert_indices.shape, dropout_p, backend)
     routing = routing_of(expert_indices, weight.shape[0])
     seed = draw_seeds(1, x.device, backend) if threshold else None
     if is_observed():
         check_frozen(weight)
-        how = (scaling, bias, seed, threshold, backend)
-        y2 = expert_ops.call(as_matrix(x), weight, lora_A, lora_B, routing, *how, fan=fan)
+        dropout: Any = {"seed": seed, "threshold": threshold}
+        y2 = expert_ops.call(as_matrix(x), layer, routing, backend, fan=fan, **dropout)
         return y2.view(*expert_indices.shape, y2.shape[1])
-    call = call_of(x, weight, lora_A, lora_B, bias, expert_indices.numel(), threshold > 0)
+    call = call_of(x, layer, expert_indices.numel(), dropout=threshold > 0)
     decided = ExpertsCall(path_of(call, backend), routing, float(scaling), fan)
-    lora_A, lora_B = laid_out(lora_A), laid_out(lora_B)
+    layer = laid_out(layer)
     if not is_recorded():
-        layer = decided.layer(in_dtype(weight, x.dtype), lora_A, lora_B, seed, threshold)
-        return _forward(x, layer, bias, decided)[0]
+        return _forward(x, decided.experts(layer, x.dtype, seed, threshold), layer.bias, decided)[0]
     apply: Any = LoRALinearExpertsFunction.apply
-    y: Tensor = apply(x, weight, lora_A, lora_B, bias, seed, threshold, decided)
+    operands = (x, weight, layer.lora_A, layer.lora_B, layer.bias)
+    y: Tensor = apply(*operands, seed, threshold, decided)
     return y
 
 
@@ -190,10 +183,10 @@ def explain_experts(
     Takes and raises what it does; computes nothing.
     """
     check_indices(x, expert_indices)
-    options = (scaling, bias, dropout_p, backend)
-    found = checked(x, weight, lora_A, lora_B, expert_indices.shape, *options)
-    rows, dropout = expert_indices.numel(), found.threshold > 0
-    call = call_of(found.x, weight, lora_A, lora_B, found.bias, rows, dropout)
+    layer = Projection(weight, bias, lora_A, lora_B, scaling)
+    found = checked(x, layer, expert_indices.shape, dropout_p, backend)
+    rows = expert_indices.numel()
+    call = call_of(found.x, found.layer, rows, dropout=found.threshold > 0)
     path = path_of(call, backend)
     if path == "torch":
         reasons = {

@@ -17,7 +17,6 @@ from torch.autograd import forward_ad
 
 from . import checks, expert_modules
 from .calls import Backend
-from .expert_mlp import ExpertAdapter
 from .expert_modules import (
     explain_experts_module,
     is_taken,
@@ -26,6 +25,7 @@ from .expert_modules import (
     routed,
     run_experts,
 )
+from .expert_stack import ExpertAdapter
 from .explanation import Explanation
 
 

@@ -17,7 +17,8 @@ from triton.runtime.jit import JITFunction
 from benchmarks import launch_overhead
 from fused_lora import lora_linear_multi, quantize_int8, quantize_nf4
 from fused_lora.expert_middle import Middle
-from fused_lora.expert_mlp import ExpertAdapter, Projection, run_projections
+from fused_lora.expert_mlp import run_projections
+from fused_lora.expert_stack import ExpertAdapter, Projection
 from fused_lora.kernels import expand, gemm, persistent
 from fused_lora.kernels.dropout import Dropout
 from fused_lora.kernels.launch import Launcher, Tiled
@@ -211,8 +212,8 @@ def check_experts_compile(weights):
 
     up = ExpertAdapter(torch.randn(E, 4, side), torch.randn(E, side, 4), 2.0)
     down = ExpertAdapter(torch.randn(E, 16, side // 2), torch.randn(E, side, 16), 2.0)
-    first = Projection(weights(normal(E, side, side)), None, up)
-    last = Projection(weights(normal(E, side // 2, side).mT), normal(E, side), down)
+    first = Projection(weights(normal(E, side, side)), None, *up)
+    last = Projection(weights(normal(E, side // 2, side).mT), normal(E, side), *down)
     leaves = [normal(6, side), normal(6, 2), up.lora_A, up.lora_B, down.lora_A, down.lora_B]
     for leaf in leaves:
         leaf.requires_grad_()
