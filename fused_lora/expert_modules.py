@@ -60,6 +60,8 @@ def obstacle(experts: Any) -> str | None:
     act = getattr(experts, "act_fn", None)
     if isinstance(act, nn.Module) and (checks.is_hooked(act) or any(act.parameters())):
         return f"the activation of {name} has hooks or parameters"
+    if getattr(act, "inplace", False):  # what it changes is kept for the backward
+        return f"the activation of {name} works in place"
     return _weights_obstacle(experts)
 
 
@@ -69,7 +71,7 @@ def _weights_obstacle(experts: Any) -> str | None:
         weight = experts._parameters.get(name)
         if weight is None or weight.ndim != 3 or len(weight) != experts.num_experts:
             return f"its {name} is not one parameter for all experts"
-        if weight.dtype not in checks.DTYPES or not are_plain(weight):
+        if weight.dtype not in checks.DTYPES or not is_taken(weight):
             return f"its {name} is a {type(weight).__name__} of {weight.dtype}"
         bias = experts._parameters.get(f"{name}_bias")
         if experts.has_bias and (bias is None or bias.shape != weight_of(experts, name).shape[:2]):
@@ -211,14 +213,20 @@ def misfit(experts: Any, x: Any, index: Any, weights: Any) -> str | None:
     if not matrices or index.shape != weights.shape or rows[0] != rows[1]:
         got = ", ".join(str(list(t.shape)) for t in (x, index, weights))
         return f"x, top_k_index, top_k_weights: got {got}, wanted [T, hidden], [T, k] and [T, k]"
-    if index.dtype != torch.int64 or index.device != x.device or index.shape[1] == 0:
+    if index.dtype != torch.int64 or index.device != x.device:
         return f"top_k_index: got {index.dtype} on {index.device}, wanted int64 on x's device"
+    if index.shape[1] == 0:
+        return f"top_k_index: got shape {list(index.shape)}, wanted an expert for each token"
+    if not weights.is_floating_point() or weights.device != x.device:
+        got = f"got {weights.dtype} on {weights.device}"
+        return f"top_k_weights: {got}, wanted a floating dtype on x's device"
     weight: Any = experts.down_proj
     if not isinstance(weight, QuantizedWeight) and not is_taken(weight):
         return f"the experts' weights are {type(weight).__name__}s"
-    if x.device != weight.device or x.dtype not in checks.DTYPES:
-        return f"x: got {x.dtype} on {x.device}, the experts are on {weight.device}"
-    if x.dtype != weight.dtype and not autocast_enabled(x):
+    if x.device != weight.device:
+        return f"x: is on {x.device}, the experts are on {weight.device}"
+    cast = x.dtype in checks.DTYPES and autocast_enabled(x)
+    if x.dtype != weight.dtype and not cast:
         return f"x: got {x.dtype}, wanted the experts' dtype, {weight.dtype}"
     return None
 

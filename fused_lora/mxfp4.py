@@ -21,8 +21,13 @@ _EXPONENT_OF_MAX = 2  # 6 = 1.5 * 2^2
 @functools.cache
 def scale_codebook() -> Tensor:
     """2^(code - 127) for each of the 256 codes, the last of which is no number's."""
-    exponents = torch.arange(256, device="cpu") - _BIAS
-    return torch.ldexp(torch.ones(256, device="cpu"), exponents)
+    return _power_of_two(torch.arange(256, device="cpu") - _BIAS)
+
+
+def _power_of_two(exponents: Tensor) -> Tensor:
+    """2^exponents in fp32, from -127 to 127; exact on any device."""
+    bits = (exponents.int() + _BIAS) << 23
+    return torch.where(bits == 0, 1 << 22, bits).view(torch.float32)  # 2^-127 is subnormal
 
 
 def in_codes(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,7 +40,7 @@ def in_codes(matrix: Tensor) -> tuple[Tensor, Tensor]:
     blocks = F.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
     _, exponents = torch.frexp(blocks.abs().amax(dim=1))  # absmax = m 2^e, m in [0.5, 1); or e = 0
     exponents = (exponents - 1 - _EXPONENT_OF_MAX).clamp_(min=-_BIAS)
-    scaled = torch.ldexp(blocks, -exponents[:, None]).flatten()
+    scaled = (blocks * _power_of_two(-exponents)[:, None]).flatten()
     places = torch.bucketize(scaled.abs(), _bounds().to(flat.device), out_int32=True)
     codes = (places | torch.signbit(scaled).int() << 3)[: flat.numel() + flat.numel() % 2]
     codes = codes.to(torch.uint8)
@@ -45,7 +50,7 @@ def in_codes(matrix: Tensor) -> tuple[Tensor, Tensor]:
 @functools.cache
 def _bounds() -> Tensor:
     """The last float that is rounded down, between each two magnitudes."""
-    values = torch.tensor(MAGNITUDES, device="cpu")
+    values = torch.tensor(MAGNITUDES, dtype=torch.float32, device="cpu")
     middles = (values[:-1] + values[1:]) / 2
     below = torch.nextafter(middles, middles.new_zeros(()))
     odd = torch.arange(len(middles), device="cpu") % 2 == 1  # a tie goes up from an odd code

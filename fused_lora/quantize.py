@@ -65,6 +65,7 @@ def quantize_mxfp4(weight: Tensor) -> QuantizedWeight:
     matrices = _with_whole_blocks(weight, mxfp4.BLOCK)
     codes, scales = zip(*map(mxfp4.in_codes, matrices), strict=True)
     exponents, device = torch.cat(scales), weight.device
+    fp32: Any = {"dtype": torch.float32, "device": device}
     return QuantizedWeight(
         "mxfp4",
         torch.cat(codes),
@@ -75,8 +76,8 @@ def quantize_mxfp4(weight: Tensor) -> QuantizedWeight:
         codebook=codebook_of("mxfp4", device),
         # A copy: transformers saves no model whose tensors share memory.
         nested_codebook=mxfp4.scale_codebook().to(device, copy=True),
-        nested_scales=torch.ones(blocks_of(len(exponents), NESTED_BLOCK), device=device),
-        nested_offset=torch.zeros(1, device=device),
+        nested_scales=torch.ones(blocks_of(len(exponents), NESTED_BLOCK), **fp32),
+        nested_offset=torch.zeros(1, **fp32),
     )
 
 

@@ -199,6 +199,8 @@ class QuantizedWeight(nn.Module):
             raise TypeError(f"dtype: got {dtype}, wanted a floating dtype")
         if experts is not None and len(self.shape) != 3:
             raise ValueError(f"experts: got {experts} of a weight {list(self.shape)}, wanted None")
+        if not isinstance(experts, slice | None):
+            raise TypeError(f"experts: got {type(experts).__name__}, wanted a slice or None")
         if experts is None and self.device.type == "cuda" and self.layout.tiled:
             from .strategies import device_obstacle
 
@@ -207,7 +209,7 @@ class QuantizedWeight(nn.Module):
 
                 return dequantize(self.matrix(), dtype, *self.shape[:-2])
         if len(self.shape) == 3:
-            wanted = range(self.shape[0])[experts or slice(None)]
+            wanted = range(self.shape[0])[slice(None) if experts is None else experts]
             values = self.codes.new_empty((len(wanted), *self.shape[1:]), dtype=dtype)
             for expert, out in zip(wanted, values, strict=True):
                 out.copy_(self._matrix(torch.float32, expert))

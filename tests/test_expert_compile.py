@@ -65,12 +65,17 @@ def test_on_the_kernels(device, launches):
         assert_close(ours, theirs)
 
 
-def test_exported():
-    block, _ = _injected()
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("fused", ["peft", "inject"])
+def test_exported(fused, strict):
+    block = _adapted().base_model.model if fused == "peft" else _injected()[0]
+    if fused == "peft":
+        fused_lora.peft.fuse(block)
     block.eval().requires_grad_(False)
     example = _routed(7)
-    tokens = torch.export.Dim("tokens")
-    exported = torch.export.export(block, example, dynamic_shapes=({0: tokens},) * 3)
+    shapes = ({0: torch.export.Dim("tokens")},) * 3
+    exported = torch.export.export(block, example, dynamic_shapes=shapes, strict=strict)
+    assert "lora_experts_combine" in str(exported.graph)
     for T in (7, 31):
         inputs = _routed(T)
         assert_close(exported.module()(*inputs), block(*inputs))

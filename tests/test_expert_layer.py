@@ -398,6 +398,16 @@ def test_bad_arguments_of_forward():
             function(x, index[:2], weights)
         with pytest.raises(ValueError, match="wanted int64"):
             function(x, index.int(), weights)
+        with pytest.raises(ValueError, match=r"top_k_index: got shape \[30, 0\], wanted an expert"):
+            function(x, index[:, :0], weights[:, :0])
+        with pytest.raises(ValueError, match="top_k_weights: got torch.float32 on meta, wanted"):
+            function(x, index, weights.to("meta"))
+        with pytest.raises(ValueError, match="x: got torch.int64, wanted the experts' dtype"):
+            function(x.long(), index, weights)
+    in_place = Block("nemotron_h")
+    in_place.experts.act_fn = torch.nn.ReLU(inplace=True)
+    with pytest.raises(ValueError, match="activation of NemotronHExperts works in place"):
+        FusedLoRAExperts(in_place.experts, {"up_proj": 2}, {"up_proj": 2})
 
 
 def test_files_that_do_not_fit(tmp_path):

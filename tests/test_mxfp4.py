@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from fused_lora import QuantizedWeight, disable_adapter, inject, merge_and_unload, quantize_mxfp4
+from fused_lora import (
+    QuantizedWeight,
+    disable_adapter,
+    inject,
+    merge_and_unload,
+    mxfp4,
+    quantize_mxfp4,
+)
 from fused_lora.mxfp4 import MAGNITUDES
 
 assert_close = functools.partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4)
@@ -56,6 +63,20 @@ def test_another_layout_is_refused(changed):
     given |= {"shape": (2, 64), "dtype": torch.float32, "block": (1, 32)} | changed
     with pytest.raises(ValueError, match=r"block: got .*, wanted \(1, 32\) and nested scales"):
         QuantizedWeight("mxfp4", **given)
+
+
+def test_under_another_default_dtype():
+    """As models are built under; the tables are made once for all."""
+    weight = torch.randn(2, 64)
+    expected = quantize_mxfp4(weight).state_dict()
+    for cached in (mxfp4.scale_codebook, mxfp4._bounds):
+        cached.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = quantize_mxfp4(weight).state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_zeros():

@@ -119,6 +119,8 @@ def test_stacks_that_do_not_fit():
             quantize_int8(torch.ones(shape))
     with pytest.raises(ValueError, match="experts: got slice"):
         quantize_int8(torch.ones(3, 4)).dequantize(experts=slice(0, 1))
+    with pytest.raises(TypeError, match="experts: got int, wanted a slice or None"):
+        quantize_int8(torch.ones(2, 3, 4)).dequantize(experts=0)
 
 
 def test_layers_of_one_weight_refuse_a_stack():
