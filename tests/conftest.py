@@ -30,6 +30,10 @@ def pytest_configure() -> None:
             "Triton 3.6's interpreter makes numbers of arrays of one element, which NumPy refuses "
             "from 2.4 on: install numpy<2.4, or a later Triton"
         )
+    if INTERPRETED and importlib.util.find_spec("triton"):
+        from quick_interpreter import make_quick
+
+        make_quick()
 
 
 def _interpreter_fails() -> bool:
