@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pairs import pairs
 
 from fused_lora import reference
 from fused_lora.kernels import persistent
@@ -80,13 +81,12 @@ def test_second(device, dtype, tolerance, tile, p, r):
 
 
 @pytest.mark.parametrize("r", [24, 96])  # one tile of h and several
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
-def test_produced(device, dtype, tolerance, tile, transposed, p, r):
-    """Twice over one sync buffer: the second launch finds the first one's flags and tickets."""
-    for drop_x in (True, False):
+def test_produced(device, dtype, tolerance, tile, r):
+    """Over one sync buffer: each launch finds the flags and tickets of the one before."""
+    options = {"transposed": [False, True], "p": [0.0, 0.3], "drop_x": [True, False]}
+    for transposed, p, drop_x in pairs(**options):
         o = Operands(device, dtype, transposed=transposed, r=r, p=p)
         y, h = persistent_produced(
             tile, o.x, o.w, o.a, o.b, bias=o.bias, scale=0.5, dropout=o.dropout, drop_x=drop_x

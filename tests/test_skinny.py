@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pairs import pairs
 from test_persistent import DTYPES, Operands, _assert_close
 
 from fused_lora.kernels import configs, skinny
@@ -22,19 +23,17 @@ def many_sms(monkeypatch):
 
 
 @pytest.mark.usefixtures("many_sms")
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("m", "k", "r"), [(1, 512, 24), (17, 300, 72), (64, 40, 5)])
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
-def test_values(device, dtype, tolerance, transposed, p, m, k, r):
-    for drop_x in (True, False):
+def test_values(device, dtype, tolerance, m, k, r):
+    options = {"config": _configs(m, dtype), "transposed": [False, True], "p": [0.0, 0.3]}
+    for config, transposed, p, drop_x in pairs(**options, drop_x=[True, False]):
         o = Operands(device, dtype, transposed=transposed, m=m, k=k, r=r, p=p)
-        for config in _configs(m, dtype):
-            y, h = skinny.skinny(
-                config, o.x, o.w, o.a, o.b, bias=o.bias, scale=0.5, dropout=o.dropout, drop_x=drop_x
-            )
-            _assert_close(h, o.h(o.keep_k if drop_x else 1.0), tolerance)
-            _assert_close(y, o.y(h, 1.0 if drop_x else o.keep_n), tolerance)
+        y, h = skinny.skinny(
+            config, o.x, o.w, o.a, o.b, bias=o.bias, scale=0.5, dropout=o.dropout, drop_x=drop_x
+        )
+        _assert_close(h, o.h(o.keep_k if drop_x else 1.0), tolerance)
+        _assert_close(y, o.y(h, 1.0 if drop_x else o.keep_n), tolerance)
 
 
 @pytest.mark.parametrize(("m", "k"), [(0, 8), (3, 0)])
