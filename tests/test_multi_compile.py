@@ -2,9 +2,11 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from pairs import pairs
 from test_multi import STRADDLING, batch, check, multi_launches, run
 from torch import nn
 
@@ -40,18 +42,20 @@ def compiled_call(b, compiler="aot_eager", dynamic=None, weight=None, **kwargs):
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("named", ["segments", "indices", "list"])
-def test_multi_compiled(device, multi_launches, compiler, dynamic, backend, named):
+def test_multi_compiled(device, multi_launches, compiler):
     b = batch(STRADDLING, device=device)
-    rows = {
-        "segments": {"segments": STRADDLING},
-        "indices": {"adapter_indices": b.indices},
-        "list": {"adapter_indices": b.indices.tolist()},
-    }[named]
-    check(run(lambda b: compiled_call(b, compiler, dynamic, backend=backend, **rows), b), b)
-    assert ("multi_grads" in multi_launches) == (backend == "triton")
+    named = [
+        {"segments": STRADDLING},
+        {"adapter_indices": b.indices},
+        {"adapter_indices": b.indices.tolist()},
+    ]
+    options = {"dynamic": [False, True], "backend": ["triton", "torch"], "rows": named}
+    for dynamic, backend, rows in pairs(**options):
+        torch._dynamo.reset()
+        multi_launches.clear()
+        call = partial(compiled_call, compiler=compiler, dynamic=dynamic, backend=backend, **rows)
+        check(run(call, b), b)
+        assert ("multi_grads" in multi_launches) == (backend == "triton")
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
