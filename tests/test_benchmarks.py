@@ -581,6 +581,13 @@ def test_base_product_needs_a_gpu(capsys):
         assert why in capsys.readouterr().err
 
 
+@pytest.fixture
+def few_rounds(monkeypatch):
+    """The times do not matter, and CPU time alone takes 400 calls a round."""
+    monkeypatch.setattr(measure, "_MIN_ROUNDS", 2)
+
+
+@pytest.mark.usefixtures("few_rounds")
 def test_groups_are_measured_against_their_layers(monkeypatch, tmp_path, capsys):
     # Tiny layers: a CPU without bf16 instructions takes three minutes for SmolLM2's.
     monkeypatch.setitem(groups.MODELS, "tiny", (48, 32, 64))
@@ -609,6 +616,7 @@ def test_groups_that_are_wrong_are_not_measured(monkeypatch, tmp_path, capsys):
     assert "wrong by" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("few_rounds")
 def test_groups_that_fail_do_not_end_the_others(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(groups.MODELS, "tiny", (48, 32, 64))
     right = groups.lora_linear_group
