@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,13 +62,14 @@ class Resources:
     problem: str  # empty if there is none
 
 
+def resource_usage(kernel: Any) -> str:
+    """A compiled kernel's resources, as cuobjdump writes them."""
+    return _cuobjdump("--dump-resource-usage", kernel)
+
+
 def disassembled(kernel: Any) -> tuple[str, str]:
-    """A compiled kernel's resources and its machine code, as cuobjdump writes them."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        usage = _cuobjdump("--dump-resource-usage", cubin.name)
-        return usage, _cuobjdump("--dump-sass", cubin.name)
+    """Those and its machine code."""
+    return resource_usage(kernel), _cuobjdump("--dump-sass", kernel)
 
 
 def used(usage: str, what: str) -> int:
@@ -122,10 +124,12 @@ def spills(sass: str) -> int:
     return sum(comes_again(address) for address, text in code if re.search(r"\b(STL|LDL)\b", text))
 
 
-def _cuobjdump(option: str, path: str) -> str:
-    return subprocess.run(
-        [str(CUOBJDUMP), option, path], check=True, capture_output=True, text=True
-    ).stdout
+def _cuobjdump(option: str, kernel: Any) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        command = [str(CUOBJDUMP), option, cubin.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _problem(
@@ -203,6 +207,18 @@ def predicted(case: Case) -> dict[str, float]:
     }
 
 
+def sampled(todo: list[Case], size: int) -> list[Case]:
+    """So many by chance: one of every form of a kernel before a second one of any."""
+    seen: Counter[object] = Counter()
+
+    def before(case: Case) -> int:
+        form = case.arch, case.kind, case.form, case.codes, case.sums, case.dora
+        seen[form] += 1
+        return seen[form]
+
+    return sorted(random.sample(todo, len(todo)), key=before)[:size]
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -212,7 +228,7 @@ def main() -> None:
     parser.add_argument(
         "--heaviest", action="store_true", help="of each tile the operands that take the most only"
     )
-    parser.add_argument("--sample", type=int, metavar="N", help="N cases by chance, of these")
+    parser.add_argument("--sample", type=int, metavar="N", help="N cases by chance, of many forms")
     parser.add_argument("--json", metavar="FILE", help="also write the rows there")
     args = parser.parse_args()
     archs = [int(arch.removeprefix("sm_")) for arch in args.arch.split(",")]
@@ -222,7 +238,7 @@ def main() -> None:
     kinds = args.kind.split(",")
     todo = [case for case in cases(archs, args.dtype.split(",")) if case.kind in kinds]
     todo = heaviest(todo) if args.heaviest else todo
-    todo = random.sample(todo, min(args.sample, len(todo))) if args.sample else todo
+    todo = sampled(todo, args.sample) if args.sample else todo
     rows = []
     with ProcessPoolExecutor() as pool:
         for case, found in zip(todo, pool.map(resources, todo, chunksize=4), strict=True):

@@ -398,7 +398,7 @@ def test_rounding_compiles_to_a_conversion_without_spills():
     program = """
 import triton
 from triton.backends.compiler import GPUTarget
-from benchmarks.compile_report import disassembled
+from benchmarks.compile_report import resource_usage
 from benchmarks.sources import specialised
 from fused_lora.kernels.quantized import FP8_INPUT_TILE, fp8_input_kernel
 constants = {"BLOCK_M": FP8_INPUT_TILE["BLOCK_M"], "stride_xk": 1}
@@ -414,7 +414,7 @@ for arch in (80, 89, 90, 100):
         assert "cvt.rn.satfinite.e4m3x2.f32" in ptx, arch
     assert str((127 - 6) << 23) in ptx, arch  # _round_to_e4m3, before it
     assert "fma." not in ptx, arch  # x * s is rounded before it
-    usage, _ = disassembled(compiled)
+    usage = resource_usage(compiled)
     assert "STACK:0" in usage, usage
 """
     run_outside("-c", program)

@@ -418,6 +418,8 @@ def test_backward_with_factors_and_dots(device, activation, dtype):
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_what_the_kernels_compile_to(arch):
     """No stack, offsets of 64 bits, and 16 bytes at a time."""
+    # On Hopper with all activations, elsewhere with one by chance: half a second for each kernel.
+    by_chance = ACTIVATIONS[int(torch.randint(len(ACTIVATIONS), ()))]
     program = f"""
 import re
 import triton
@@ -436,7 +438,7 @@ kernels = [
     (gated.gated_backward_kernel, (*backward, "scale_ptr", "dots_ptr"), {{"KEEP_X": True}}),
 ]
 for kernel, names, more in kernels:
-    for activation in {ACTIVATIONS}:
+    for activation in {ACTIVATIONS if arch == 90 else [by_chance]}:
         for dtype in ("*bf16", "*fp32"):
             constants = {{"ACTIVATION": activation, "BLOCK_K": tile["BLOCK_K"]}}
             constants |= {{"stride_ek": 1, "stride_uk": 1}} | more

@@ -72,12 +72,13 @@ def test_split_in_every_configuration(device, dtype, tolerance, p):
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 def test_adding_to_a_product_in_every_configuration(device, dtype, tolerance, p, r):
-    h, b = _normal(device, dtype, M, r + 3)[:, 3:], _normal(device, dtype, r, N)
-    wide = _normal(device, dtype, M, N + 5)
+    m, n = 45, 133  # more than one tile of 32 x 128, and a rest: 16 s for all, with M and N 88
+    h, b = _normal(device, dtype, m, r + 3)[:, 3:], _normal(device, dtype, r, n)
+    wide = _normal(device, dtype, m, n + 5)
     dropout, keep = None, 1.0
     if p:
         dropout = Dropout(torch.tensor([5], device=device), round(p * 65536))
-        keep = reference.keep_mask(*dropout, M, N).double() * dropout.keep_scale
+        keep = reference.keep_mask(*dropout, m, n).double() * dropout.keep_scale
     y64 = wide[:, 2:-3].double() + keep * (h.double() @ b.double())
     for config in _configs("expand", dtype.itemsize, p > 0):
         for of_b in (b, b.t().contiguous().t(), b.float()):
@@ -167,15 +168,28 @@ def test_choice_of_a_tile():
         choose(8192, 4096, r=65)
 
 
-# New ones in each run: compiling and disassembling one takes two seconds, on a slow machine four.
-# `make kernels` compiles every case for every architecture.
-@pytest.mark.parametrize(("arch", "sample"), [("sm_80", 12), ("sm_90", 80), ("sm_100", 12)])
-def test_what_ships_fits_and_keeps_its_tensor_cores(arch, sample, tmp_path):
+BY_COPIES = {*get_args(configs.TmaKind), *get_args(configs.SpecializedKind)}
+ELSEWHERE = {"quantized", "fp8"}  # in test_quantize.py and test_fp8.py
+OTHERS = {*get_args(configs.Kind)} - BY_COPIES - ELSEWHERE
+
+
+# New ones in each run, on Hopper of every form of a kernel: compiling and disassembling one takes
+# two seconds, on a slow machine four. `make kernels` compiles every case for every architecture.
+@pytest.mark.parametrize(
+    ("arch", "kinds", "sample"),
+    [
+        ("sm_80", OTHERS, 7),
+        ("sm_90", OTHERS, 19),
+        ("sm_90", BY_COPIES, 8),
+        ("sm_100", OTHERS | BY_COPIES, 7),
+    ],
+    ids=["sm_80", "sm_90", "sm_90 by copies", "sm_100"],
+)
+def test_what_ships_fits_and_keeps_its_tensor_cores(arch, kinds, sample, tmp_path):
     rows_file = tmp_path / "rows.json"
-    kinds = {kind for kind in get_args(configs.Kind) if kind != "quantized"}  # in test_quantize.py
     by_hand = set(get_args(configs.SpecializedKind))
     if gluon_problem():
-        kinds -= by_hand
+        kinds = kinds - by_hand
     options = ["--arch", arch, "--heaviest", "--dtype", "bf16", "--kind", ",".join(kinds)]
     options += ["--sample", str(sample)]
     run_outside("-m", "benchmarks.compile_report", *options, "--json", str(rows_file))
@@ -213,25 +227,23 @@ assert spills(sass(*wait)) == 0
     run_outside("-c", program)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["one_pass", "second", "grad", "group", "skinny", "expand", "expand_group", "tma_second"],
-)
-def test_offsets_are_64_bit(kind):
+def test_offsets_are_64_bit():
     """No 32-bit product of an index and a stride: it would wrap beyond 2^31 elements."""
+    kinds = ["one_pass", "second", "grad", "group", "skinny", "expand", "expand_group"]
+    kinds += ["tma_second"]  # all in one process: 47 s in one for each
     program = f"""
 import re
 from benchmarks.cases import cases
 from benchmarks.sources import source
 import triton
 from triton.backends.compiler import GPUTarget
-of_kind = [c for c in cases([90], ["bf16"]) if c.kind == {kind!r} and not c.sums]
-case = min(of_kind, key=lambda c: c.dropout)
-ttir = triton.compile(source(case), target=GPUTarget("cuda", 90, 32)).asm["ttir"]
-# Every offset that reaches a pointer must have been computed in 64 bits.
-offsets = re.findall(r"tt.addptr [^:]*: [^,]*, (\\S+)", ttir)
-assert offsets, ttir
-print(sorted(set(offsets)))
-assert all("i64" in offset for offset in offsets), sorted(set(offsets))
+for kind in {kinds}:
+    of_kind = [c for c in cases([90], ["bf16"]) if c.kind == kind and not c.sums]
+    case = min(of_kind, key=lambda c: c.dropout)
+    ttir = triton.compile(source(case), target=GPUTarget("cuda", 90, 32)).asm["ttir"]
+    # Every offset that reaches a pointer must have been computed in 64 bits.
+    offsets = re.findall(r"tt.addptr [^:]*: [^,]*, (\\S+)", ttir)
+    assert offsets, ttir
+    assert all("i64" in offset for offset in offsets), (kind, sorted(set(offsets)))
 """
     run_outside("-c", program)
