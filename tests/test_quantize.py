@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from oracle import Made, check, fused, problem, run
 from outside import run_outside
+from pairs import pairs
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -132,31 +133,33 @@ def test_kernels_make_the_same_values(device, name):
     )
 
 
-@every_quantizer
-@pytest.mark.parametrize("transposed", [False, True])
-def test_product_in_every_configuration(device, name, transposed):
-    w = QUANTIZERS[name](torch.randn(192, 128).to(device))
-    matrix, full = w.matrix(), w.dequantize(torch.float64)
-    if transposed:
-        matrix, full = matrix.t(), full.t()
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 2e-3)):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 2e-3)])
+def test_product_in_every_configuration(device, dtype, tolerance):
+    """And over every format, as the forward reads W0 and as dx does: not all in every one."""
+    tiles = configs.ship("quantized", 5, dtype.itemsize, False, INTERPRETED)
+    for name, config, turned in pairs(name=[*QUANTIZERS], config=tiles, turned=[False, True]):
+        w = QUANTIZERS[name](torch.randn(192, 128).to(device))
+        matrix, full = w.matrix(), w.dequantize(torch.float64)
+        if turned:
+            matrix, full = matrix.t(), full.t()
         x = torch.randn(37, full.shape[0]).to(device, dtype)
         h = torch.randn(37, 5).to(device, dtype)
         b = torch.randn(5, full.shape[1]).to(device, dtype)
         exact = x.double() @ full + h.double() @ b.double()
-        for config in configs.ship("quantized", 5, dtype.itemsize, False, INTERPRETED):
-            y = gemm_add_lora(config, x, matrix, h, b)
-            assert ((y.double() - exact).norm() / exact.norm()).item() < tolerance
+        y = gemm_add_lora(config, x, matrix, h, b)
+        assert ((y.double() - exact).norm() / exact.norm()).item() < tolerance
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100"])
-def test_nf4_int8_and_fp8_kernels_compile_without_spills(arch, tmp_path):
+@pytest.mark.parametrize(
+    ("arch", "sample"), [("sm_80", 2), ("sm_89", 2), ("sm_90", 9), ("sm_100", 2)]
+)
+def test_nf4_int8_and_fp8_kernels_compile_without_spills(arch, sample, tmp_path):
     rows_file = tmp_path / "rows.json"
-    # New cases in each run; `make kernels` compiles all.
-    options = ["--arch", arch, "--kind", "quantized", "--dtype", "bf16", "--sample", "6"]
+    # New cases in each run, on Hopper of each format and form; `make kernels` compiles all.
+    options = ["--arch", arch, "--kind", "quantized", "--dtype", "bf16", "--sample", str(sample)]
     run_outside("-m", "benchmarks.compile_report", *options, "--json", str(rows_file))
     rows = json.loads(rows_file.read_text())
-    assert len(rows) == 6
+    assert len(rows) == sample
     assert not any(row["problem"] for row in rows)
 
 
@@ -455,16 +458,17 @@ def _close(got, expected):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
 
 
-@every_quantizer
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_as_eager(device, name, backend, dynamic, launches):
-    module, p = _projection(device, name, backend)
-    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    same = _close if dynamic else _equal  # alpha is on lora_B in a dynamic graph
-    same(_outcome(compiled, module, p), _outcome(module, module, p))
-    assert bool(launches) == (backend == "triton")
+def test_compiled_as_eager(device, launches):
+    options = {"backend": ["triton", "torch"], "dynamic": [False, True]}
+    for name, backend, dynamic in pairs(name=[*QUANTIZERS], **options):
+        torch._dynamo.reset()
+        launches.clear()
+        module, p = _projection(device, name, backend)
+        compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+        same = _close if dynamic else _equal  # alpha is on lora_B in a dynamic graph
+        same(_outcome(compiled, module, p), _outcome(module, module, p))
+        assert bool(launches) == (backend == "triton")
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
@@ -515,12 +519,22 @@ def test_int8_is_refused_while_tracing():
         compiled(torch.randn(3, 64).half())
 
 
-def _exported(device, name):
-    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).to(device)
+class Branches(nn.ModuleList):
+    """Models of one x."""
+
+    def forward(self, x):
+        return [branch(x) for branch in self]
+
+
+def _exported(device, *names):
+    """Two layers over each format."""
+    parts = [(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)) for _ in names]
+    model = Branches(nn.Sequential(*layers) for layers in parts).to(device)
     inject(model, 2, 4, "all-linear")
-    for layer in (model[0], model[2]):
-        nn.init.normal_(layer.lora_B)
-        layer.weight = QUANTIZERS[name](layer._parameters.pop("weight").data)
+    for branch, name in zip(model, names, strict=True):
+        for layer in (branch[0], branch[2]):
+            nn.init.normal_(layer.lora_B)
+            layer.weight = QUANTIZERS[name](layer._parameters.pop("weight").data)
     model.eval().requires_grad_(False)
     example = torch.randn(5, 64, device=device)
     batch = torch.export.Dim("batch")
@@ -539,9 +553,9 @@ def test_export(device, name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["nf4", "int8", "fp8"])
-def test_aot_inductor_package(device, name, tmp_path):
-    model, program = _exported(device, name)
+def test_aot_inductor_package(device, tmp_path):
+    """One of all formats: a compiler of C++ takes seven seconds for each."""
+    model, program = _exported(device, "nf4", "int8", "fp8")
     file = torch._inductor.aoti_compile_and_package(program, package_path=f"{tmp_path}/model.pt2")
     x = torch.randn(9, 64, device=device)
     torch.testing.assert_close(torch._inductor.aoti_load_package(file)(x), model(x))
