@@ -25,6 +25,7 @@ import triton.compiler  # noqa: E402
 import triton.compiler.compiler as compiler  # noqa: E402
 from triton._C.libtriton import ir  # noqa: E402
 from triton.compiler import CompiledKernel  # noqa: E402
+from triton.compiler.compiler import LazyDict  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
 from benchmarks.launch_overhead import StandIn  # noqa: E402
@@ -37,10 +38,11 @@ _compile = compiler.compile
 class _NeverRun(CompiledKernel):  # type: ignore[misc]
     def __init__(self, source: Any) -> None:
         self.src, self.function, self.packed_metadata, self.module = source, 0, (4, 1, 0), object()
-        self._run = lambda *_: None
+        self._run = StandIn.launcher_cls(source, None)
 
-    def launch_metadata(self, *_: object) -> None:
-        """What Triton's hooks would hear of."""
+    def launch_metadata(self, *_: object) -> LazyDict:
+        """What Triton's hooks hear of."""
+        return LazyDict({"name": self.src.fn.__name__})
 
 
 def _front_end(source: Any, target: Any, options: Any) -> CompiledKernel:
@@ -68,6 +70,12 @@ def _counted(source: Any, target: Any = None, options: Any = None, **rest: Any) 
         raise
 
 
+def compile_so_far() -> None:
+    """As far as STOP says, from now on: a stand-in for the GPU launches what comes of it."""
+    driver.set_active(StandIn())
+    compiler.compile = triton.compiler.compile = _counted
+
+
 def pytest_configure() -> None:
     """A GPU that is not there, for Triton and for the dispatcher."""
     from pretending import pretend
@@ -75,8 +83,7 @@ def pytest_configure() -> None:
     from fused_lora import strategies
     from fused_lora.kernels import device, quantized
 
-    driver.set_active(StandIn())
-    compiler.compile = triton.compiler.compile = _counted
+    compile_so_far()
     obstacle, gluon_problem = strategies.kernel_obstacle, strategies.gluon_problem
 
     def without_interpreter(call: Any) -> Exception | None:

@@ -1,4 +1,4 @@
-"""What test_launch.py runs in a process of its own: what is compiled for odd operands.
+"""What test_launch.py runs in a process of its own: what is compiled for odd operands, of a rank.
 
 Rows that do not begin at multiples of 16 elements are loaded element by element, and what spills
 then can be miscompiled where it multiplies by wgmma: on an H200, ptxas of Triton 3.6. So nothing of
@@ -6,6 +6,8 @@ the kind may spill. A stand-in for the GPU takes the launches.
 """
 
 import itertools
+import random
+import sys
 
 import torch
 import triton.compiler
@@ -39,9 +41,14 @@ def _kept(*args, **kwargs):
 
 
 def largest(kind, r, dropout=False):
-    """The two largest tiles: smaller ones have fewer elements a thread. And those on trial."""
+    """The largest tile, since smaller ones have fewer elements a thread; each third time one more.
+
+    By chance, of the next one and those on trial: all of them took two minutes more.
+    """
     shipped = configs.ship(kind, r, 2, dropout, HOPPER)
-    return shipped[:2] + configs.tunable(kind, r, 2, dropout, HOPPER)[len(shipped) :]
+    others = shipped[1:2] + configs.tunable(kind, r, 2, dropout, HOPPER)[len(shipped) :]
+    more = others and random.random() < 1 / 3
+    return shipped[:1] + ((random.choice(others),) if more else ())
 
 
 def launch_all(r):
@@ -86,7 +93,7 @@ def launch_all(r):
     for config in largest("plain", r):
         multi.shrink(config, x, rows, table, use_A=True)
         multi.shrink(config, g, rows, table, use_A=False)
-    (config,) = largest("multi_grad", r)
+    config = largest("multi_grad", r)[0]
     multi.multi_grads(config, x, h, rows, table, use_A=True)
     multi.multi_grads(config, g, h, rows, table, use_A=False)
     config = configs.ship("skinny", r, 2, False, HOPPER)[-1]
@@ -113,16 +120,19 @@ def launch_codes(r):
 if __name__ == "__main__":
     driver.set_active(launch_overhead.StandIn())
     compiler.compile = triton.compiler.compile = _kept
-    for rank in (8, 40, 64):
-        launch_all(rank)
-        launch_codes(rank)
+    rank = int(sys.argv[1])
+    launch_all(rank)
+    launch_codes(rank)
     bad = []
     for kernel in compiled:
-        usage, sass = compile_report.disassembled(kernel)
-        stack, spilled = compile_report.used(usage, "STACK"), compile_report.spills(sass)
+        usage = compile_report.resource_usage(kernel)
+        if not (stack := compile_report.used(usage, "STACK")):
+            continue  # nothing is on it: machine code takes half a second to disassemble
+        sass = compile_report.disassembled(kernel)[1]
+        spilled = compile_report.spills(sass)
         if "HGMMA" in sass and (spilled or stack > compile_report.ASIDE):
             bad.append(
                 f"{kernel.metadata.name}: {stack} bytes, {spilled} in loops {kernel.src.constants}"
             )
-    assert len(compiled) > 20
+    assert len(compiled) > 10
     assert not bad, "\n".join(bad)

@@ -9,12 +9,12 @@ from functools import partial
 from itertools import product
 from unittest import mock
 
+import front_end
 import pytest
 import torch
 from launch_checks import launches_of
 from pretending import pretend
 from triton import knobs
-from triton.runtime import driver
 
 from benchmarks import launch_overhead
 from fused_lora import (
@@ -419,7 +419,7 @@ def check_nothing_is_kept_alive():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    driver.set_active(launch_overhead.StandIn())
+    front_end.compile_so_far()  # what is replayed, not what of: 109 s with machine code
     if gluon_problem() is None:
         pretend(setattr, specialized_obstacle=lambda *_: None)
         STRATEGIES += "ws_split", "ws_one_launch"
