@@ -81,6 +81,14 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Dynamo without the graphs of other tests."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def device() -> torch.device:
     """Where the kernels run here: a GPU, or the CPU under the interpreter."""
     return torch.device("cuda", 0) if CUDA else torch.device("cpu")

@@ -14,12 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fused_lora
 
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 WITH_INDUCTOR = pytest.param("gpt_oss", "inductor", marks=pytest.mark.slow)

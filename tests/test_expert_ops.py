@@ -15,12 +15,7 @@ from fused_lora.expert_ops import (
     lora_linear_experts_op,
 )
 
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def _graphs():

@@ -372,13 +372,6 @@ def test_autocast(device):
 COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_compile(device, launches, fresh_compiler, compiler):
     options = {"backend": ["triton", "torch"], "dynamic": [False, True], "skip": [(), (1,)]}

@@ -439,13 +439,6 @@ def _outcome(call, module, p):
     return {"y": y.detach()} | dict(zip(trained, grads, strict=True))
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def _equal(got, expected):
     assert got.keys() == expected.keys()
     for key, value in expected.items():
