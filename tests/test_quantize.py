@@ -915,7 +915,9 @@ def test_other_arguments_of_nf4_int8_and_fp8():
         quantize_fp8(w, block_size=64)
     with pytest.raises(ValueError, match="beyond 65504"):
         quantize_int8(w * 1e6)
-    with pytest.raises(ValueError, match="quantize: got 'nf3', wanted one of nf4, fp4, int8, fp8"):
+    with pytest.raises(
+        ValueError, match="quantize: got 'nf3', wanted one of nf4, fp4, mxfp4, int8, fp8"
+    ):
         inject(nn.Sequential(nn.Linear(64, 4)), 2, 4, ["0"], quantize="nf3")
     with pytest.raises(ValueError, match="requantize: the layer's weight is not quantised"):
         FusedLoRALinear(4, 4).merge(requantize=True)
