@@ -34,6 +34,7 @@ from .files import write_atomically
 from .functional import explain
 from .inject import inject
 from .linear import FusedLoRALinear
+from .matching import find_experts, mixtures_of_experts
 from .models import load_model, load_tokenizer
 from .processes import Processes
 from .quantized_weight import QuantizedWeight
@@ -128,6 +129,11 @@ class Run:
     def _attach(self, model: nn.Module) -> nn.Module:
         s = self.settings
         torch.manual_seed(s.seed)
+        unknown = find_experts(model, s.target_parameters).skipped
+        if unknown and not s.peft:  # PEFT adapts other parameters too
+            why = "; ".join(f"{name} {reason}" for name, reason in unknown.items())
+            there = ", ".join(mixtures_of_experts(model)) or "none"
+            raise ValueError(f"target_parameters: {why}; the model's mixtures of experts: {there}")
         if not s.peft:
             report = inject(
                 model,

@@ -141,6 +141,9 @@ def inject(
         for path in mixtures_of_experts(model):
             if all_linear or path in skipped:
                 skipped[path] = "is a mixture of experts, for target_parameters to name"
+        if mixtures_of_experts(model):
+            for name in [name for name, why in skipped.items() if why == "matches no module"]:
+                skipped[name] += "; experts are for target_parameters to name"
     # Built first and put in last, so that a failure leaves the model as it was. A module that is
     # used at several paths stays one module.
     adapted_paths = layers + mixtures.paths()

@@ -205,6 +205,12 @@ def test_experts_among_target_modules_say_where_they_belong():
     assert report.skipped == {f"model.layers.{i}.mlp.experts": why for i in (0, 1)}
 
 
+def test_names_of_experts_say_where_they_belong():
+    model = _language_model()
+    report = inject(model, **NUMBERS, target_modules=["q_proj", "gate_proj"])
+    assert report.skipped["gate_proj"].endswith("; experts are for target_parameters to name")
+
+
 def test_all_linear_says_what_it_leaves():
     model = _language_model()
     report = inject(model, **NUMBERS, target_modules="all-linear")

@@ -133,6 +133,12 @@ def test_a_mixture_of_experts(settings, model_dir, tmp_path, peft, quantize):
     experts = {"target_modules": ("q_proj",), "target_parameters": names}
     how = {"peft": peft, "quantize": quantize}
     settings = replace(settings, model=str(tmp_path / "moe"), **experts, **how)
+    if not peft:
+        wrong = replace(settings, target_parameters=(*names, "mlp.experts.gate_proj"))
+        with pytest.raises(
+            ValueError, match="gate_proj matches no parameter; the model's mixtures"
+        ):
+            _train(wrong, tmp_path / "wrong")
     run = _train(settings, tmp_path / "out")
     assert run.evaluate() < run.history.held_out_before - 0.1
     assert sum("experts" in name for name in run.trained) == 8
