@@ -167,7 +167,7 @@ def _mixtures_table(found: list[dict[str, str]]) -> Iterator[str]:
     names = [name, "grouped_mm", "frozen", *["nf4"] * over_codes]
     columns = ["forward, us", *names, "both, us", *names, "both, over frozen"]
     columns += [f"over {name}", "over grouped_mm", f"memory of {name}'s", "of grouped_mm's"]
-    columns += ["memory over nf4"] * over_codes
+    columns += ["nf4's memory, of ours"] * over_codes
     yield "| experts | tokens | " + " | ".join(columns) + " |"
     yield "|---|" + "---:|" * (1 + len(columns))
     cases: dict[tuple[str, str], dict[str, list[float]]] = {}

@@ -48,7 +48,7 @@ def project_back(
         adapters = layer.stack()
         if adapters is None or not need_dh:
             return None, None
-        config = _config("plain", layer, adapters.max_rank, adapters.max_rank, False, g)
+        config = _config("plain", *layer.sizes, adapters.max_rank, adapters.max_rank, False, g)
         fan = layer.fan_g
         return None, shrink(config, g, layer.of_y(), adapters, use_A=False, fan=fan)
 
@@ -92,17 +92,20 @@ def reads_codes(weight: QuantizedWeight, M: int, x: Tensor) -> bool:
     M rows of some expert's, of x's dtype.
     """
     E, N, _ = weight.shape
-    groups, device = min(E, M), device_info(x.device)
-    rows = cdiv(M, max(groups, 1))
-    of_kind = ("quantized", rows, N, 16, x.dtype.itemsize, False)
-    tiles = groups * cdiv(rows, choose_config(*of_kind, device, groups=groups).BLOCK_M)
-    return decodes_in_loop(weight.shape, weight.layout, tiles, x.dtype, device)
+    groups, rows = _groups(E, M)
+    tiles = groups * cdiv(rows, _config("quantized", E, M, N, 16, False, x).BLOCK_M)
+    return decodes_in_loop(weight.shape, weight.layout, tiles, x.dtype, device_info(x.device))
 
 
-def _config(kind: Kind, layer: Experts, N: int, r: int, dropout: bool, x: Tensor) -> TileConfig:
-    """Of a launch whose tiles are of one expert each, for as many rows of all of them."""
-    groups = min(layer.weight.shape[0], layer.rows.M)
-    rows, device = cdiv(layer.rows.M, max(groups, 1)), device_info(x.device)
+def _groups(E: int, M: int) -> tuple[int, int]:
+    """How many of E experts M rows can have, and rows of each if all have as many."""
+    groups = min(E, M)
+    return groups, cdiv(M, max(groups, 1))
+
+
+def _config(kind: Kind, E: int, M: int, N: int, r: int, dropout: bool, x: Tensor) -> TileConfig:
+    """Of a launch whose tiles are of one expert each."""
+    (groups, rows), device = _groups(E, M), device_info(x.device)
     itemsize = x.dtype.itemsize
     return choose_config(kind, rows, N, max(r, 1), itemsize, dropout, device, groups=groups)
 
@@ -131,9 +134,9 @@ def _launch(
     N, r = w.shape[-1], adapters.max_rank if adapters else 0
     h = None
     if adapters:
-        config = _config("plain", layer, r, r, drop_x is not None, x)
+        config = _config("plain", *layer.sizes, r, r, drop_x is not None, x)
         h = shrink(config, x, of_x, adapters, use_A=forward, dropout=drop_x, fan=fan)
-    config = _config(kind, layer, N, r, drop_y is not None, x)
+    config = _config(kind, *layer.sizes, N, r, drop_y is not None, x)
     y = gemm_experts(
         config,
         x,
@@ -160,7 +163,9 @@ def _launch_grads(
     adapters = layer.stack()
     assert adapters is not None
     dropout = layer.dropout if use_A else None
-    config = _config("multi_grad", layer, q.shape[1], adapters.max_rank, dropout is not None, q)
+    config = _config(
+        "multi_grad", *layer.sizes, q.shape[1], adapters.max_rank, dropout is not None, q
+    )
     gradient: Tensor = multi_grads(
         config, q, l, rows, adapters, use_A=use_A, dropout=dropout, fan=fan
     )

@@ -60,6 +60,11 @@ class Experts(NamedTuple):
         A, B = contiguous(layer.lora_A), contiguous(layer.lora_B)  # once for a pass's launches
         return cls(weight, A, B, float(layer.scaling), dropout, rows)
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Experts, and rows of the order."""
+        return self.weight.shape[0], self.rows.M
+
     def stack(self) -> AdapterStack | None:
         """The adapters as the kernels take them."""
         if self.lora_A is None or self.lora_B is None:

@@ -129,7 +129,8 @@ def lora_linear_experts(
             that I's last dimension lists for it (a router's top k), and D is one mask for them.
         weight: frozen base weights [E, N, K] in x's dtype, any strides; transformers' layers with
             ``is_transposed`` pass theirs as ``weight.mT``. Or a `QuantizedWeight` [E, N, K], of
-            which tiles of values are there at a time, and the gradient of x is made by the same.
+            which tiles of values are there at a time; on a GPU, where its experts have many rows,
+            all of them, in a scratch tensor that the call drops again.
         lora_A, lora_B: the experts' adapters [E, r, K] and [E, N, r], in any floating dtype, or
             both None: the frozen layer. Not contiguous ones are copied.
         expert_indices: integers [*I] on x's device. Any but 0 to E - 1 is no expert, and its row of

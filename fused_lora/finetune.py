@@ -129,12 +129,12 @@ class Run:
     def _attach(self, model: nn.Module) -> nn.Module:
         s = self.settings
         torch.manual_seed(s.seed)
-        unknown = find_experts(model, s.target_parameters).skipped
-        if unknown and not s.peft:  # PEFT adapts other parameters too
-            why = "; ".join(f"{name} {reason}" for name, reason in unknown.items())
-            there = ", ".join(mixtures_of_experts(model)) or "none"
-            raise ValueError(f"target_parameters: {why}; the model's mixtures of experts: {there}")
         if not s.peft:
+            unknown = find_experts(model, s.target_parameters).skipped
+            if unknown:
+                why = "; ".join(f"{name} {reason}" for name, reason in unknown.items())
+                there = ", ".join(mixtures_of_experts(model)) or "none"
+                raise ValueError(f"target_parameters: {why}; the model's mixtures: {there}")
             report = inject(
                 model,
                 s.r,

@@ -138,10 +138,11 @@ def inject(
     skipped |= mixtures.skipped
     if not mixtures.projections:
         all_linear = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
-        for path in mixtures_of_experts(model):
+        unnamed = mixtures_of_experts(model)
+        for path in unnamed:
             if all_linear or path in skipped:
                 skipped[path] = "is a mixture of experts, for target_parameters to name"
-        if mixtures_of_experts(model):
+        if unnamed:
             for name in [name for name, why in skipped.items() if why == "matches no module"]:
                 skipped[name] += "; experts are for target_parameters to name"
     # Built first and put in last, so that a failure leaves the model as it was. A module that is

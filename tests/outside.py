@@ -18,3 +18,25 @@ def run_outside(*arguments: str, timeout: float | None = None) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+_OFFSETS = """
+import re, sys
+from benchmarks.cases import cases
+from benchmarks.sources import source
+import triton
+from triton.backends.compiler import GPUTarget
+form, *kinds = sys.argv[1:]
+for kind in kinds:
+    found = (c for c in cases([90], ["bf16"]) if c.kind == kind and not c.dropout)
+    case = next(c for c in found if c.form == form)
+    ttir = triton.compile(source(case), target=GPUTarget("cuda", 90, 32)).asm["ttir"]
+    offsets = re.findall(r"tt.addptr [^:]*: tensor<[^>]*ptr<(?:bf16|f32)>+, tensor<(\\S+)>", ttir)
+    assert offsets, ttir
+    assert all("i64" in offset for offset in offsets), (kind, sorted(set(offsets)))
+"""
+
+
+def check_offsets(form: str, *kinds: str) -> None:
+    """That those which make tensors of pointers have 64 bits; tables, which are small, may not."""
+    run_outside("-c", _OFFSETS, form, *kinds)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from oracle import Problem, check, run
-from outside import run_outside
+from outside import check_offsets
 from torch.func import grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -360,21 +360,7 @@ def test_bad_input(message):
 
 
 def test_offsets_are_of_64_bits():
-    program = """
-import re
-from benchmarks.cases import cases
-from benchmarks.sources import source
-import triton
-from triton.backends.compiler import GPUTarget
-for kind in ("second", "plain", "multi_grad"):
-    found = (c for c in cases([90], ["bf16"]) if c.kind == kind and not c.dropout)
-    case = next(c for c in found if c.form == "experts")
-    ttir = triton.compile(source(case), target=GPUTarget("cuda", 90, 32)).asm["ttir"]
-    offsets = re.findall(r"tt.addptr [^:]*: tensor<[^>]*ptr<(?:bf16|f32)>+, tensor<(\\S+)>", ttir)
-    assert offsets, ttir
-    assert all("i64" in offset for offset in offsets), (kind, sorted(set(offsets)))
-"""
-    run_outside("-c", program)
+    check_offsets("experts", "second", "plain", "multi_grad")
 
 
 def test_pieces_are_every_row_once():

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from oracle import FORWARD_FACTOR, GRADIENT_FACTOR
-from outside import run_outside
+from outside import check_offsets
 from torch import nn
 
 from fused_lora import (
@@ -803,22 +803,7 @@ def test_multi_ranks_beyond_the_kernels_go_to_torch(multi_launches):
 
 
 def test_multi_offsets_are_64_bit():
-    """Those that make tensors of pointers; the tables are small."""
-    program = """
-import re
-from benchmarks.cases import cases
-from benchmarks.sources import source
-import triton
-from triton.backends.compiler import GPUTarget
-for kind in ("plain", "expand", "multi_grad", "second"):
-    found = (c for c in cases([90], ["bf16"]) if c.kind == kind and not c.dropout)
-    case = next(c for c in found if c.form == "multi")
-    ttir = triton.compile(source(case), target=GPUTarget("cuda", 90, 32)).asm["ttir"]
-    offsets = re.findall(r"tt.addptr [^:]*: tensor<[^>]*ptr<(?:bf16|f32)>+, tensor<(\\S+)>", ttir)
-    assert offsets, ttir
-    assert all("i64" in offset for offset in offsets), (kind, sorted(set(offsets)))
-"""
-    run_outside("-c", program)
+    check_offsets("multi", "plain", "expand", "multi_grad", "second")
 
 
 def _layer(device="cpu", **kwargs):
