@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, trained_over
 from .adapter_config import CONFIG_NAME, read_config
-from .codes import Format
 from .expert_layer import ExpertsAdapter, FusedLoRAExperts, nested
 from .expert_modules import weight_of
 from .files import write_atomically
@@ -39,7 +38,7 @@ from .matching import (
 )
 from .multi_linear import FusedMultiLoRALinear
 from .multi_model import add_adapter, can_adapt, layers_with
-from .quantize import Quantizer
+from .quantize import Quantize
 from .quantized_weight import QuantizedWeight
 from .sharded import fill, is_sharded, reshard, whole, writes_files
 
@@ -109,9 +108,8 @@ def save_adapter(
         return
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        folder / WEIGHTS_NAME, lambda to: save_file(tensors, to, metadata={"format": "pt"})
-    )
+    said = trained_over.metadata(model, layers)
+    write_atomically(folder / WEIGHTS_NAME, lambda to: save_file(tensors, to, metadata=said))
     write_atomically(folder / CONFIG_NAME, lambda to: Path(to).write_text(text))
 
 
@@ -120,7 +118,7 @@ def load_adapter(
     directory: str | os.PathLike[str],
     *,
     adapter_name: str | None = None,
-    quantize: Format | Quantizer | None = None,
+    quantize: Quantize = None,
 ) -> None:
     """Loads what `save_adapter` or PEFT saved.
 
@@ -133,7 +131,8 @@ def load_adapter(
 
     ``quantize``: as for `inject` or `add_adapter`, the format of weights that the adapter was
     trained over. One saved after "pissa", "olora" or "loftq" was trained over the codes of a
-    residual, which those of the whole weight are not.
+    residual, which those of the whole weight are not. Files of `save_adapter` say what it was, and
+    a warning when it is something else here.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -144,7 +143,8 @@ def load_adapter(
     folder = _folder(directory)
     model = _inner(model)
     if adapter_name is not None:
-        _load_named(model, folder, adapter_name, quantize)
+        given = _load_named(model, folder, adapter_name, quantize)
+        trained_over.warn_if_other(folder / WEIGHTS_NAME, model, given)
         return
     layers = _layers(model)
     named = _adapter_names(model)
@@ -204,6 +204,7 @@ def load_adapter(
             key = _key(places[path], name)
             if key in tensors:
                 fill(getattr(layer, name), tensors[key])
+    trained_over.warn_if_other(folder / WEIGHTS_NAME, model, layers)
 
 
 class _Sides(NamedTuple):
@@ -271,8 +272,9 @@ def _check_finite(
 
 
 def _load_named(
-    model: nn.Module, folder: Path, adapter_name: str, quantize: Format | Quantizer | None
-) -> None:
+    model: nn.Module, folder: Path, adapter_name: str, quantize: Quantize
+) -> dict[str, FusedMultiLoRALinear]:
+    """The layers that have it now, by path."""
     layers = _layers(model)
     if layers:
         raise ValueError(
@@ -302,9 +304,11 @@ def _load_named(
     numbers = (config["r"], config["lora_alpha"], config["target_modules"])
     options = {name: config[name] for name in names}
     add_adapter(model, adapter_name, *numbers, quantize=quantize, **options)
-    for path, layer in layers_with(model, adapter_name).items():
+    given = layers_with(model, adapter_name)
+    for path, layer in given.items():
         fill(layer.lora_A[adapter_name], tensors[_key(path, "lora_A")])
         fill(layer.lora_B[adapter_name], tensors[_key(path, "lora_B")])
+    return {own_path(path): layer for path, layer in given.items()}
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,10 @@ def finetune(
     ] = _DEFAULT.dtype,
     quantize: Annotated[
         str,
-        typer.Option(help="Codes of the frozen weights: none, nf4 (QLoRA), fp4, mxfp4, int8, fp8."),
+        typer.Option(
+            help="Codes of the frozen weights: none, nf4 (QLoRA), fp4, mxfp4, int8, fp8; or of "
+            "some: nf4,mlp.experts=mxfp4."
+        ),
     ] = _DEFAULT.quantize,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = _DEFAULT.device,
     backend: Annotated[str, typer.Option(help="auto, triton, torch.")] = _DEFAULT.backend,
@@ -129,18 +132,16 @@ def merge(
     ] = None,
 ) -> None:
     """Write an adapter's model with the adapter merged into its weights, as safetensors."""
-    from .merge import merge_adapter, trained_over
+    from .merge import merge_adapter
 
     try:
-        base = merge_adapter(adapter, out, model)
+        with warnings.catch_warnings(record=True) as caught:
+            base = merge_adapter(adapter, out, model)
     except (ValueError, TypeError, OSError) as error:
         raise _failed(error) from None
     _say(f"merged: {adapter} into {base}, saved in {out}")
-    if (codes := trained_over(adapter)) is not None:
-        _say(
-            f"warning: it was trained over weights in {codes} and is now in unquantised ones: the "
-            f"model's results differ from those it was trained for by what {codes} rounds"
-        )
+    for warning in caught:
+        _say(f"warning: {warning.message}")
 
 
 @app.command()

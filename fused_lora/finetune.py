@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from .adapter_config import CONFIG_NAME
 from .adapters import WEIGHTS_NAME, save_adapter
-from .codes import Format
 from .expert_layer import FusedLoRAExperts
 from .expert_modules import in_order, plain_weight, projections, weight_of
 from .files import write_atomically
@@ -112,9 +111,6 @@ class Run:
             if settings.dtype != "auto"
             else (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         )
-        self.quantize: Format | None = None
-        if settings.quantize != "none":
-            self.quantize = cast(Format, settings.quantize)
         self.model = self._attach(load_model(settings.model, self.dtype, self.device))
         if settings.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(  # type: ignore[operator]
@@ -144,9 +140,9 @@ class Run:
                 lora_dropout=s.lora_dropout,
                 use_rslora=s.use_rslora,
                 backend=s.backend,
-                quantize=self.quantize,
+                quantize=s.codes(),
             )
-            codes = f", the adapted weights in {s.quantize}" if self.quantize else ""
+            codes = f", the adapted weights in {s.quantize}" if s.quantize != "none" else ""
             self.say(f"model: {s.model} in {self.dtype}{codes}, {report}")
             return model
         from peft import LoraConfig, get_peft_model

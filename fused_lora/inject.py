@@ -9,7 +9,6 @@ from torch import nn
 
 from . import checks, sharing
 from .calls import Backend
-from .codes import Format
 from .expert_layer import FusedLoRAExperts
 from .expert_modules import in_order, plain_weight, weight_of
 from .frozen import FrozenLinear
@@ -26,6 +25,7 @@ from .matching import (
     alphas_of,
     find_experts,
     find_targets,
+    formats_of,
     has_peft_layers,
     is_linear,
     match_paths,
@@ -33,7 +33,7 @@ from .matching import (
     ranks_of,
     unmatched,
 )
-from .quantize import Quantizer, check_format
+from .quantize import Quantize
 
 
 def inject(
@@ -53,7 +53,7 @@ def inject(
     use_dora: bool = False,
     backend: Backend = "auto",
     groups: bool = True,
-    quantize: Format | Quantizer | None = None,
+    quantize: Quantize = None,
 ) -> InjectReport:
     """Replaces matching `nn.Linear`s with `FusedLoRALinear`s in place and freezes everything else.
 
@@ -77,7 +77,9 @@ def inject(
             act(gate) * up with down, in models where that is known: see `fused_lora.peft.fuse`.
         quantize: "nf4" (QLoRA), "fp4", "mxfp4", "int8" or "fp8": the adapted layers get their
             weights in codes, a mixture of experts all that it has. Or a function, such as
-            ``functools.partial(quantize_fp8, activations="fp8")``, which experts do not take.
+            ``functools.partial(quantize_fp8, activations="fp8")``, which experts do not take. Or a
+            mapping, {"mlp.experts": "mxfp4", ".*_proj": "nf4"}, with keys as of ``rank_pattern``
+            for the paths of layers and of whole mixtures; what no key matches keeps its weight.
             Layers that bitsandbytes or torchao quantised are taken as they are, without it.
             With "pissa" (QPiSSA), "olora" or "loftq" the codes are those of the residual; the
             report says by how much W0 changes in all.
@@ -108,8 +110,6 @@ def inject(
     checks.check_flag("use_dora", use_dora)
     checks.check_backend(backend)
     checks.check_flag("groups", groups)
-    if quantize is not None:
-        check_format(quantize)
     kinds = (FrozenLinear, FusedLoRAExperts)
     adapted = [path for path, m in model.named_modules() if isinstance(m, kinds)]
     if adapted:
@@ -151,6 +151,9 @@ def inject(
     ranks = ranks_of(rank_pattern, r, adapted_paths)
     alphas = alphas_of(alpha_pattern, lora_alpha, adapted_paths)
     skipped |= unmatched(adapted_paths, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
+    with_codes = [*layers, *mixtures.projections]
+    formats = formats_of(quantize, with_codes)
+    skipped |= unmatched(with_codes, quantize=quantize)
     replacements: dict[nn.Module, FusedLoRALinear] = {}
     changes: list[tuple[float, float]] = []
     for path in layers:
@@ -166,7 +169,7 @@ def inject(
                 init_lora_weights=init_lora_weights,
                 use_dora=use_dora,
                 backend=backend,
-                quantize=quantize,
+                quantize=formats[path],
             )
             layer, start = replacements[linear], None
             if layer.lora_A_init is not None and layer.lora_B_init is not None:
@@ -185,7 +188,7 @@ def inject(
             adapter_dtype=adapter_dtype,
             init_lora_weights=bool(init_lora_weights),
             backend=backend,
-            quantize=quantize,
+            quantize=formats[path],
         )
         for name in in_order(experts):
             codes = weight_of(of_experts[experts].base_layer, name)

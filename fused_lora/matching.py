@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from . import checks, expert_modules, foreign
+from .codes import Format
 from .multi_linear import FusedMultiLoRALinear
+from .quantize import Quantize, Quantizer, check_format
 
 
 class Targets(NamedTuple):
@@ -202,7 +204,7 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or foreign.is_quantized(module)
 
 
-Number = TypeVar("Number", int, float)
+Value = TypeVar("Value")
 
 
 def ranks_of(pattern: Mapping[str, int] | None, r: int, paths: list[str]) -> dict[str, int]:
@@ -223,18 +225,35 @@ def alphas_of(
     return _per_layer("alpha_pattern", alphas, lora_alpha, paths)
 
 
-def _checked_pattern(name: str, pattern: Mapping[str, Number] | None) -> Mapping[str, Number]:
+def formats_of(quantize: Quantize, paths: list[str]) -> dict[str, Format | Quantizer | None]:
+    """What makes each path's codes, or None; a mapping goes by the rule of `ranks_of`.
+
+    TypeError or ValueError unless it is what `inject` takes.
+    """
+    if not isinstance(quantize, Mapping):
+        if quantize is not None:
+            check_format(quantize)
+        return dict.fromkeys(paths, quantize)
+    for format in _checked_pattern("quantize", quantize, "formats").values():
+        if format is not None:
+            check_format(format)
+    return _per_layer("quantize", quantize, None, paths)
+
+
+def _checked_pattern(
+    name: str, pattern: Mapping[str, Value] | None, values: str = "numbers"
+) -> Mapping[str, Value]:
     """The pattern; TypeError unless it is a mapping from strings, or None."""
     if pattern is None:
         return {}
     if not isinstance(pattern, Mapping) or not all(isinstance(key, str) for key in pattern):
-        raise TypeError(f"{name}: got {pattern!r}, wanted a mapping from layers' names to numbers")
+        raise TypeError(f"{name}: got {pattern!r}, wanted a mapping from layers' names to {values}")
     return pattern
 
 
 def _per_layer(
-    name: str, pattern: Mapping[str, Number], default: Number, paths: list[str]
-) -> dict[str, Number]:
+    name: str, pattern: Mapping[str, Value], default: Value, paths: list[str]
+) -> dict[str, Value]:
     values = dict.fromkeys(paths, default)
     for key, value in reversed(list(pattern.items())):  # the first match counts, so it comes last
         for path in match_paths(name, _ending(key), paths):
@@ -242,12 +261,13 @@ def _per_layer(
     return values
 
 
-def unmatched(paths: list[str], **patterns: Mapping[str, float] | None) -> dict[str, str]:
-    """The keys of rank_pattern and alpha_pattern that are for none of the paths, for a report."""
+def unmatched(paths: list[str], **patterns: object) -> dict[str, str]:
+    """The keys of mappings such as rank_pattern that are for none of the paths, for a report."""
     return {
         f"{key} of {name}": "matches no layer that gets an adapter"
         for name, pattern in patterns.items()
-        for key in pattern or {}
+        if isinstance(pattern, Mapping)
+        for key in pattern
         if not match_paths(name, _ending(key), paths)
     }
 

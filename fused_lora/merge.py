@@ -80,26 +80,13 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     return model
 
 
-def trained_over(adapter: Path) -> str | None:
-    """The format of the quantised weights that `fused-lora finetune` trained the adapter over.
-
-    None if they were not quantised, or if the folder does not say.
-    """
-    from .finetune import saved_settings
-
-    try:
-        quantize = saved_settings(adapter).quantize
-    except (OSError, ValueError):  # another program's, or of a run that was deleted
-        return None
-    return None if quantize == "none" else quantize
-
-
 def merge_adapter(adapter: Path, out: Path, base: str | None = None) -> str:
     """Writes the model of the adapter in folder ``adapter``, merged, to the new folder ``out``.
 
     ``base``: the base model (see `models.load_model`); None takes the one that the adapter's config
     names. Weights keep their dtype; the folder has safetensors, config and tokenizer, and appears
-    whole or not at all. Returns the base model's name.
+    whole or not at all. Returns the base model's name. Warns of an adapter that was trained over
+    codes, whose rounding the merged model has not.
 
     Raises FileExistsError if ``out`` is there already, ValueError if no base model is named, and
     what loading either raises.

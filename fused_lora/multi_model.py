@@ -28,13 +28,14 @@ from .linear import FusedLoRALinear
 from .matching import (
     alphas_of,
     find_targets,
+    formats_of,
     is_linear,
     is_peft_layer,
     ranks_of,
     unmatched,
 )
 from .multi_linear import FusedMultiLoRALinear, check_name
-from .quantize import Quantizer, check_format
+from .quantize import Quantize, Quantizer
 from .quantized_weight import QuantizedWeight
 
 
@@ -63,7 +64,7 @@ def add_adapter(
     alpha_pattern: Mapping[str, float] | None = None,
     adapter_dtype: torch.dtype | None = None,
     backend: Backend = "auto",
-    quantize: Format | Quantizer | None = None,
+    quantize: Quantize = None,
 ) -> InjectReport:
     """Gives the matched layers of ``model`` an adapter of this name, beside those they have.
 
@@ -107,12 +108,12 @@ def add_adapter(
     ranks = ranks_of(rank_pattern, r, layers)
     alphas = alphas_of(alpha_pattern, lora_alpha, layers)
     skipped |= unmatched(layers, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
-    if quantize is not None:
-        check_format(quantize)
-        for path in layers:
-            module = modules[path]
-            if isinstance(module, FusedMultiLoRALinear):
-                _check_same_codes(path, module.weight, quantize)
+    formats = formats_of(quantize, layers)
+    skipped |= unmatched(layers, quantize=quantize)
+    for path, format in formats.items():
+        module = modules[path]
+        if format is not None and isinstance(module, FusedMultiLoRALinear):
+            _check_same_codes(path, module.weight, format)
 
     # Made first and put in last, so that a failure leaves the model as it was.
     multi: dict[nn.Module, FusedMultiLoRALinear] = {}
@@ -126,7 +127,7 @@ def add_adapter(
                 module,
                 lora_dropout=lora_dropout,
                 backend=backend,
-                quantize=quantize,
+                quantize=formats[path],
             )
             changes += norms_of_change(module, multi[module].weight)
     for path in layers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ from .codes import (
 from .quantized_weight import QuantizedWeight, check_activations
 
 Quantizer = Callable[[Tensor], QuantizedWeight]
+# Of a whole model: for all layers, or for those whose paths a pattern matches.
+Quantize = Format | Quantizer | Mapping[str, Format | Quantizer | None] | None
 _FP8_BLOCK = 128
 
 

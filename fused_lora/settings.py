@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
 from . import checks
 from .calls import Backend
-from .codes import FORMATS
+from .codes import FORMATS, Format
 from .models import SMOLLM2
+from .quantize import Quantize
 from .text import PYTHON_DOCS
 
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -35,7 +37,9 @@ class Settings:
     held_out: int = 8  # rows that are measured and not trained on
     seed: int = 0
     dtype: str = "auto"  # of the frozen weights: bfloat16 on a GPU, float32 without
-    quantize: str = "none"  # codes of the adapted layers' frozen weights: nf4, fp4, mxfp4, ...
+    # Codes of the adapted layers' frozen weights: nf4, fp4, ..., or of those with such paths:
+    # "nf4,mlp.experts=mxfp4".
+    quantize: str = "none"
     device: str = "auto"
     backend: Backend = "auto"
     peft: bool = False  # train through PEFT's own model, with its layers fused
@@ -60,17 +64,22 @@ class Settings:
                 raise ValueError(f"{name}: got {value}, wanted more than 0")
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise ValueError(f"dtype: got {self.dtype!r}, wanted auto or one of {list(DTYPES)}")
-        if self.quantize not in ("none", *FORMATS):
-            raise ValueError(f"quantize: got {self.quantize!r}, wanted none or one of {FORMATS}")
+        for name in ("model", "data", "device", "quantize"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name}: got {getattr(self, name)!r}, wanted a string")
+        formats = self._formats()
+        for _, format in formats:
+            if format not in ("none", *FORMATS) or len(dict(formats)) < len(formats):
+                raise ValueError(
+                    f"quantize: got {self.quantize!r}, wanted none or one of {', '.join(FORMATS)}, "
+                    "or PATTERN=FORMAT,... for the layers whose paths it matches"
+                )
         if self.quantize != "none" and self.peft:
             raise ValueError(
                 "quantize: got peft too, but PEFT's model takes no codes of ours; wanted one of "
                 "them. Adapters are saved in PEFT's format without peft, too; and what PEFT trains "
                 "over bitsandbytes' layers (BitsAndBytesConfig) fused_lora.peft.fuse takes"
             )
-        for name in ("model", "data", "device"):
-            if not isinstance(getattr(self, name), str):
-                raise TypeError(f"{name}: got {getattr(self, name)!r}, wanted a string")
         for name in ("target_modules", "target_parameters"):
             targets = getattr(self, name)
             if not all(isinstance(target, str) for target in targets):
@@ -79,3 +88,17 @@ class Settings:
             raise TypeError(f"target_modules: got {self.target_modules!r}, wanted names")
         if self.device.partition(":")[0] not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device: got {self.device!r}, wanted auto, cpu, cuda or cuda:N")
+
+    def _formats(self) -> list[tuple[str, str]]:
+        """Patterns, the last one for all other layers if it is "", and what they get."""
+        pairs = (part.rpartition("=") for part in self.quantize.split(","))
+        formats = [(pattern.strip(), format.strip()) for pattern, _, format in pairs]
+        return sorted(formats, key=lambda pair: pair[0] == "")
+
+    def codes(self) -> Quantize:
+        """``quantize`` as `inject` takes it."""
+        formats = {
+            pattern or ".*": None if format == "none" else cast(Format, format)
+            for pattern, format in self._formats()
+        }
+        return formats if formats.keys() != {".*"} else formats[".*"]

@@ -109,7 +109,9 @@ def test_learns_and_saves_what_peft_loads(settings, tmp_path, peft):
 
 
 @pytest.mark.parametrize(
-    ("peft", "quantize"), [(False, "none"), (True, "none"), (False, "nf4")], ids=str
+    ("peft", "quantize"),
+    [(False, "none"), (True, "none"), (False, "nf4,mlp.experts=mxfp4")],
+    ids=str,
 )
 def test_a_mixture_of_experts(settings, model_dir, tmp_path, peft, quantize):
     """Trained, resumed, merged and loaded by PEFT, experts and attention."""
