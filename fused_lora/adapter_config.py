@@ -23,6 +23,7 @@ _USED = {
     "target_modules",
     "target_parameters",
     "exclude_modules",
+    "modules_to_save",
     "use_rslora",
     "use_dora",
     "rank_pattern",
@@ -90,6 +91,7 @@ def read_config(path: Path) -> dict[str, Any]:
         "use_rslora": False,
         "use_dora": False,
         "exclude_modules": None,
+        "modules_to_save": None,
         "target_modules": None,
         "target_parameters": None,
         "rank_pattern": {},
@@ -111,9 +113,10 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config[field], dict):
             raise ValueError(f"{path}: {field}: got {config[field]!r}, wanted an object")
-    for field in ("target_modules", "target_parameters", "exclude_modules"):
+    lists = ("target_parameters", "modules_to_save")
+    for field in ("target_modules", "exclude_modules", *lists):
         value = config[field]
-        if isinstance(value, str) and field != "target_parameters":
+        if isinstance(value, str) and field not in lists:
             _check_pattern(path, value)
         elif value is not None and not (
             isinstance(value, list) and all(isinstance(name, str) for name in value)

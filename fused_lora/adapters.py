@@ -11,7 +11,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,12 +30,14 @@ from .matching import (
     alphas_of,
     find_experts,
     has_peft_layers,
+    is_at,
     is_linear,
     match_modules,
     match_paths,
     own_path,
     ranks_of,
 )
+from .modules_to_save import find_modules_to_save, tensors_of, trained_copies
 from .multi_linear import FusedMultiLoRALinear
 from .multi_model import add_adapter, can_adapt, layers_with
 from .quantize import Quantize
@@ -99,11 +101,14 @@ def save_adapter(
             break
     saved = {path: _saved(layer) for path, layer in layers.items()}
     config = _config(model, layers, saved)
-    places, tensors = _places(model, layers), {}
+    places = _places(model, layers)
+    found: dict[str, Tensor] = {}
     for path, layer in saved.items():
-        for name, tensor in layer.tensors().items():
-            # Copies: of tensors that share memory safetensors writes none.
-            tensors[_key(places[path], name)] = tensor.to("cpu", copy=True).contiguous()
+        found |= {_key(places[path], name): each for name, each in layer.tensors().items()}
+    for name, tensor in _whole_modules(trained_copies(model)).items():
+        found[name] = whole(tensor)
+    # Copies: of tensors that share memory safetensors writes none.
+    tensors = {name: each.to("cpu", copy=True).contiguous() for name, each in found.items()}
     if not writes_files() and any(is_sharded(layer.lora_A) for layer in layers.values()):
         return
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -175,12 +180,15 @@ def load_adapter(
     config = read_config(folder / CONFIG_NAME)
     tensors = _read_weights(folder)
     options = {k: config[k] for k in ("exclude_modules", "rank_pattern", "alpha_pattern")}
+    to_save: Mapping[str, nn.Module]
     if layers:
         places = _places(model, layers)
         expected = {places[path]: _Sides.of(layer) for path, layer in layers.items()}
+        to_save = trained_copies(model)
     else:
-        expected = _expected(model, config)
-    _check_tensors(tensors, expected, config["use_dora"])
+        to_save, _ = find_modules_to_save(model, config["modules_to_save"])
+        expected = _expected(model, config, to_save)
+    _check_tensors(tensors, expected, config["use_dora"], _whole_modules(to_save))
     if layers:
         _check_computation(layers, config)
         _check_finite(tensors, layers, places)
@@ -191,6 +199,7 @@ def load_adapter(
             config["lora_alpha"],
             config["target_modules"],
             target_parameters=config["target_parameters"],
+            modules_to_save=config["modules_to_save"],
             lora_dropout=config["lora_dropout"],
             use_rslora=config["use_rslora"],
             use_dora=config["use_dora"],
@@ -204,6 +213,8 @@ def load_adapter(
             key = _key(places[path], name)
             if key in tensors:
                 fill(getattr(layer, name), tensors[key])
+    for name, tensor in _whole_modules(trained_copies(model)).items():
+        fill(tensor, tensors[name])
     trained_over.warn_if_other(folder / WEIGHTS_NAME, model, layers)
 
 
@@ -219,12 +230,23 @@ class _Sides(NamedTuple):
         return cls(layer.lora_A.shape[0], layer.in_features, layer.out_features)
 
 
-def _expected(model: nn.Module, config: dict[str, Any]) -> dict[str, _Sides]:
+def _whole_modules(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The tensors of ``modules_to_save``, by their names in the files."""
+    return {
+        _PREFIX + name: tensor
+        for path, module in modules.items()
+        for name, tensor in tensors_of(own_path(path), module)
+    }
+
+
+def _expected(
+    model: nn.Module, config: dict[str, Any], to_save: Collection[str]
+) -> dict[str, _Sides]:
     """By their paths in the files, the adapters that ``config`` gives a plain model."""
     linears: dict[str, Any] = {path: m for path, m in model.named_modules() if is_linear(m)}
     targets = config["target_modules"] or []
     matched = match_modules(model, targets, config["exclude_modules"])
-    paths = [path for path in matched if path in linears]
+    paths = [path for path in matched if path in linears and not is_at(path, to_save)]
     mixtures = find_experts(model, config["target_parameters"])
     if targets and not paths:
         names = sorted({path.rpartition(".")[2] for path in linears})
@@ -292,6 +314,11 @@ def _load_named(
             f"{folder / CONFIG_NAME}: target_parameters: got {config['target_parameters']!r}, "
             "wanted none: a mixture of experts has one adapter"
         )
+    if config["modules_to_save"]:
+        raise ValueError(
+            f"{folder / CONFIG_NAME}: modules_to_save: got {config['modules_to_save']!r}, wanted "
+            "none: of several adapters none has whole modules"
+        )
     tensors = _read_weights(folder)
     modules: dict[str, Any] = dict(model.named_modules())
     matched = match_modules(model, config["target_modules"], config["exclude_modules"])
@@ -299,7 +326,7 @@ def _load_named(
     _check_one_path(model, [modules[path] for path in paths])
     ranks = ranks_of(config["rank_pattern"], config["r"], paths)
     sides = {p: _Sides(ranks[p], modules[p].in_features, modules[p].out_features) for p in paths}
-    _check_tensors(tensors, sides, False)
+    _check_tensors(tensors, sides, False, {})
     names = ("exclude_modules", "rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora")
     numbers = (config["r"], config["lora_alpha"], config["target_modules"])
     options = {name: config[name] for name in names}
@@ -464,6 +491,7 @@ def _config(
         "use_dora": _only("use_dora", layers),
         "target_modules": _target_modules(model, layers.keys() - experts),
         "target_parameters": _target_parameters(model, experts) or None,
+        "modules_to_save": list(trained_copies(model)) or None,
         # Without the anchor "q" would be every "....q" too.
         "rank_pattern": {f"^{re.escape(p)}": n for p, n in ranks.items() if n != r},
         "alpha_pattern": {f"^{re.escape(p)}": n for p, n in alphas.items() if n != lora_alpha},
@@ -525,8 +553,9 @@ def _check_tensors(
     tensors: dict[str, Tensor],
     expected: dict[str, _Sides],
     use_dora: bool,
+    whole_modules: dict[str, Tensor],
 ) -> None:
-    shapes: dict[str, list[int]] = {}
+    shapes = {name: list(tensor.shape) for name, tensor in whole_modules.items()}
     for path, (r, in_features, out_features) in expected.items():
         shapes[_key(path, "lora_A")] = [r, in_features]
         shapes[_key(path, "lora_B")] = [out_features, r]
@@ -544,9 +573,15 @@ def _check_tensors(
             raise ValueError(
                 f"{WEIGHTS_NAME}: {key}: got shape {list(tensor.shape)}, wanted {shapes[key]}"
             )
+        there = whole_modules.get(key)
+        if there is not None and not there.is_floating_point():  # BatchNorm's counter
+            if tensor.dtype != there.dtype:
+                raise ValueError(f"{WEIGHTS_NAME}: {key}: got {tensor.dtype}, wanted {there.dtype}")
+            continue
         if tensor.dtype not in checks.DTYPES:
             raise ValueError(f"{WEIGHTS_NAME}: {key}: got {tensor.dtype}, wanted floating point")
-        if not torch.isfinite(tensor).all():
+        values = tensor if there is None else tensor.to(there.dtype)
+        if not torch.isfinite(values).all():
             raise ValueError(f"{WEIGHTS_NAME}: {key}: has values that are not finite")
 
 

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from . import __version__
 from .finetune import History, Run, saved_settings
 from .plots import plot_losses
-from .settings import ALL_PROJECTIONS, DTYPES, Settings
+from .settings import ALL_PROJECTIONS, DTYPES, NAMES, Settings
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(soft_wrap=True, highlight=False)
@@ -69,6 +69,9 @@ def finetune(
     target_parameters: Annotated[
         str, typer.Option(help="Of mixtures of experts: mlp.experts.gate_up_proj,...")
     ] = "",
+    modules_to_save: Annotated[
+        str, typer.Option(help="Trained in whole and saved with the adapter: lm_head,...")
+    ] = "",
     use_rslora: Annotated[
         bool, typer.Option("--use-rslora", help="scaling = alpha / sqrt(r).")
     ] = False,
@@ -101,7 +104,7 @@ def finetune(
 ) -> None:
     """Fine-tune a causal language model; the adapter is saved in PEFT's format."""
     options = {f.name: context.params[f.name] for f in fields(Settings)}
-    for name in ("target_modules", "target_parameters"):
+    for name in NAMES:
         names = map(str.strip, options[name].split(","))
         options[name] = tuple(target for target in names if target)
     for name in ("model", "data"):  # resuming and merging find them from any folder

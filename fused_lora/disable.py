@@ -11,6 +11,7 @@ from torch import nn
 from . import checks
 from .expert_layer import FusedLoRAExperts
 from .frozen import FrozenLinear
+from .modules_to_save import ModuleToSave
 
 _lock = threading.Lock()
 
@@ -18,6 +19,8 @@ _lock = threading.Lock()
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Inside, the model's layers are their frozen base layers: as `PeftModel.disable_adapter`.
+
+    And of ``modules_to_save`` the original modules.
 
     For what needs the model before and after training at once (DPO's reference), or a comparison:
 
@@ -32,7 +35,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     Raises TypeError if model is no module, ValueError if it has no adapters of ours or merged ones.
     """
     checks.check_module("model", model)
-    kinds = (FrozenLinear, FusedLoRAExperts)
+    kinds = (FrozenLinear, FusedLoRAExperts, ModuleToSave)
     layers = {path: m for path, m in model.named_modules() if isinstance(m, kinds)}
     if not layers:
         raise ValueError("model: has no adapters of fused_lora's; PEFT's models have their own")
@@ -46,7 +49,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         _count(layers.values(), -1)
 
 
-def _count(layers: Iterable[FrozenLinear | FusedLoRAExperts], more: int) -> None:
+def _count(layers: Iterable[FrozenLinear | FusedLoRAExperts | ModuleToSave], more: int) -> None:
     with _lock:
         for layer in layers:
             layer.disabled += more

@@ -35,9 +35,10 @@ from .inject import inject
 from .linear import FusedLoRALinear
 from .matching import find_experts, mixtures_of_experts
 from .models import load_model, load_tokenizer
+from .modules_to_save import find_modules_to_save
 from .processes import Processes
 from .quantized_weight import QuantizedWeight
-from .settings import DTYPES, Settings
+from .settings import DTYPES, NAMES, Settings
 from .text import counted, next_token_loss, read_documents, split_held_out, token_blocks
 
 STATE_NAME = "training_state.safetensors"
@@ -125,6 +126,9 @@ class Run:
     def _attach(self, model: nn.Module) -> nn.Module:
         s = self.settings
         torch.manual_seed(s.seed)
+        _, missing = find_modules_to_save(model, s.modules_to_save)
+        if missing:
+            raise ValueError(f"modules_to_save: the model has no module called {missing[0]}")
         if not s.peft:
             unknown = find_experts(model, s.target_parameters).skipped
             if unknown:
@@ -137,6 +141,7 @@ class Run:
                 s.lora_alpha,
                 self._targets(),
                 target_parameters=s.target_parameters,
+                modules_to_save=s.modules_to_save,
                 lora_dropout=s.lora_dropout,
                 use_rslora=s.use_rslora,
                 backend=s.backend,
@@ -156,6 +161,7 @@ class Run:
             use_rslora=s.use_rslora,
             target_modules=self._targets(),
             target_parameters=list(s.target_parameters) or None,
+            modules_to_save=list(s.modules_to_save) or None,
             task_type="CAUSAL_LM",
         )
         wrapped: nn.Module = get_peft_model(model, config)
@@ -420,9 +426,8 @@ def saved_settings(out: Path) -> Settings:
 def _settings_of(path: Path, state: dict[str, Any]) -> Settings:
     try:
         saved = dict(state["settings"])
-        saved.setdefault("target_parameters", ())  # of a run from before there were any
-        names = ("target_modules", "target_parameters")
-        return Settings(**saved | {name: tuple(saved[name]) for name in names})
+        # Some are not in a run from before there were any.
+        return Settings(**saved | {name: tuple(saved.get(name, ())) for name in NAMES})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its settings are damaged: {error}") from None
 

@@ -22,17 +22,20 @@ from .inject_report import (
 )
 from .linear import FusedLoRALinear
 from .matching import (
+    IN_SAVED,
     alphas_of,
     find_experts,
     find_targets,
     formats_of,
     has_peft_layers,
+    is_at,
     is_linear,
     match_paths,
     mixtures_of_experts,
     ranks_of,
     unmatched,
 )
+from .modules_to_save import ModuleToSave, find_modules_to_save, warn_of_ties
 from .quantize import Quantize
 
 
@@ -43,6 +46,7 @@ def inject(
     target_modules: str | Collection[str] | None = None,
     *,
     target_parameters: Collection[str] | None = None,
+    modules_to_save: Collection[str] | None = None,
     exclude_modules: str | Collection[str] | None = None,
     lora_dropout: float = 0.0,
     use_rslora: bool = False,
@@ -68,6 +72,9 @@ def inject(
             experts, ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]: each such module becomes
             a `FusedLoRAExperts`. As in PEFT without dropout and DoRA, and whatever
             ``exclude_modules`` says.
+        modules_to_save: PEFT's: names, or ends of paths, of modules of any type of which a copy is
+            trained in whole and saved with the adapters ("score", "lm_head"). Neither they nor what
+            is in them get an adapter.
         exclude_modules: matched in the same way, and left out. The report has what matches nothing.
         rank_pattern, alpha_pattern: other r and lora_alpha for the layers whose path, or the end
             of it after a dot, is matched by the key, a regular expression; the first match counts.
@@ -90,7 +97,8 @@ def inject(
     Raises:
         ValueError: nothing matched (the message lists what there is to match), the model is itself
             an `nn.Linear` or already has adapters, a pattern is no regular expression, a number is
-            out of range, a matched layer has hooks, or what it is in is known to read
+            out of range, a matched layer has hooks, one of ``modules_to_save`` is in another or at
+            several paths, or what it is in is known to read
             its weight instead of calling it (`nn.TransformerEncoderLayer`'s fast path, Mamba's
             kernels, WavLM's attention). The model is unchanged then.
         TypeError: an argument is of the wrong type.
@@ -118,7 +126,11 @@ def inject(
             f"model: has adapters already, at {adapted[0]}{more}; wanted a plain model "
             "(merge_and_unload makes one of it), or add_adapter for all of several"
         )
+    to_save, missing = find_modules_to_save(model, modules_to_save)
     mixtures = find_experts(model, target_parameters)
+    for path in [path for path in mixtures.projections if is_at(path, to_save)]:
+        del mixtures.projections[path]
+        mixtures.skipped[path] = IN_SAVED
     if target_parameters:
         _check_experts_options(lora_dropout, use_dora, init_lora_weights)
     if target_parameters and not target_modules:
@@ -131,11 +143,12 @@ def inject(
         match_paths("exclude_modules", exclude_modules or [], [])  # the check of its type
     if target_modules or not mixtures.projections:
         modules, layers, skipped = find_targets(
-            model, target_modules or [], exclude_modules, is_linear
+            model, target_modules or [], exclude_modules, is_linear, to_save
         )
     else:
         modules, layers, skipped = {}, [], {}
     skipped |= mixtures.skipped
+    skipped |= {f"{name} of modules_to_save": "matches no module" for name in missing}
     if not mixtures.projections:
         all_linear = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
         unnamed = mixtures_of_experts(model)
@@ -193,7 +206,12 @@ def inject(
         for name in in_order(experts):
             codes = weight_of(of_experts[experts].base_layer, name)
             changes += norms_of_experts(plain_weight(experts, name), codes)
+    copies = {path: ModuleToSave(module) for path, module in to_save.items()}
+    warn_of_ties(model, to_save)
     model.requires_grad_(False)
+    for path, trained in copies.items():
+        trained.start_training()
+        model.set_submodule(path, trained)
     for path in layers:
         model.set_submodule(path, replacements[modules[path]])
     placed = {path: of_experts[model.get_submodule(path)] for path in mixtures.projections}
@@ -215,12 +233,14 @@ def inject(
             weight.numel()
             for weights in (
                 [layer.weight for layer in replacements.values()],
+                *(each.trained_module.parameters() for each in copies.values()),
                 *(mixture.weights().values() for mixture in of_experts.values()),
             )
             for weight in weights
         ),
         groups=found,
         gated=mlps,
+        modules_to_save=tuple(copies),
         quantization_error=relative_norm(changes) if changes else None,
     )
 

@@ -21,9 +21,10 @@ class InjectReport:
     skipped: dict[str, str]  # paths, targets and patterns that got no adapter -> why
     trainable: int  # parameters of the adapters that were put in
     total: int  # all parameters, the adapters' included, shared ones counted once
-    adapted: int  # parameters of the replaced weights: what full fine-tuning of them would train
+    adapted: int  # parameters of what was replaced: what full fine-tuning of it would train
     groups: tuple[tuple[str, ...], ...] = ()  # paths of layers that are computed together
     gated: tuple[str, ...] = ()  # paths of MLPs whose last layer makes act(gate) * up
+    modules_to_save: tuple[str, ...] = ()  # paths of modules of which a copy is trained in whole
     # ||W - W0|| / ||W|| over all weights W that were put into codes W0, or W0 + scaling * B A where
     # the adapter starts with a part of them; None if there are none.
     quantization_error: float | None = None
@@ -46,6 +47,7 @@ class InjectReport:
                 f"  quantised: the weights, with what adapters start with of them, differ from the "
                 f"original ones by {self.quantization_error:.2%} of their norm"
             )
+        lines += [f"  trained in whole: {path}" for path in self.modules_to_save]
         lines += [f"  skipped {path}: {why}" for path, why in self.skipped.items()]
         lines += sharing.describe_groups(self.groups) + describe_mlps(self.gated)
         return "\n".join(lines)

@@ -28,8 +28,9 @@ def find_targets(
     target_modules: str | Collection[str],
     exclude_modules: str | Collection[str] | None,
     adaptable: Callable[[nn.Module], bool],
+    saved: Collection[str] = (),
 ) -> Targets:
-    """The modules that match and are ``adaptable``.
+    """The modules that match and are ``adaptable``, but for those of ``modules_to_save``.
 
     Raises ValueError if there are none, or if one that is to be replaced has hooks, or is in a
     module that reads its weight and does not call it.
@@ -37,8 +38,10 @@ def find_targets(
     modules = dict(model.named_modules(remove_duplicate=False))
     targets = match_modules(model, target_modules, None)
     matched = _without_excluded(targets, exclude_modules)
+    in_saved = dict.fromkeys((path for path in matched if is_at(path, saved)), IN_SAVED)
+    matched = [path for path in matched if path not in in_saved]
     layers = [path for path in matched if adaptable(modules[path])]
-    skipped = _why_skipped(modules, matched, layers, target_modules)
+    skipped = _why_skipped(modules, matched, layers, target_modules) | in_saved
     skipped |= _excluding_nothing(exclude_modules, targets)
     if not layers:
         names = sorted({p.rpartition(".")[2] for p, m in modules.items() if adaptable(m)})
@@ -56,6 +59,14 @@ def find_targets(
             checks.check_unhooked(f"model: {path}", modules[path])
         _check_called(modules[path.rpartition(".")[0]], path)
     return Targets(modules, layers, skipped)
+
+
+IN_SAVED = "is trained in whole, by modules_to_save"
+
+
+def is_at(path: str, others: Collection[str]) -> bool:
+    """Whether a module is at one of these paths, or in what is there."""
+    return any(path == other or path.startswith(f"{other}.") for other in others)
 
 
 class MatchedExperts(NamedTuple):

@@ -16,6 +16,7 @@ from .expert_layer import FusedLoRAExperts
 from .gated_mlp import ungate_mlps
 from .linear import FusedLoRALinear
 from .matching import has_peft_layers
+from .modules_to_save import unload
 from .multi_linear import FusedMultiLoRALinear
 from .quantized_weight import QuantizedWeight
 from .sharded import is_sharded
@@ -24,7 +25,8 @@ from .sharded import is_sharded
 def merge_and_unload(model: nn.Module) -> nn.Module:
     """Merges every `FusedLoRALinear` of ``model`` and puts a plain `nn.Linear` in its place.
 
-    And every `FusedLoRAExperts`, in whose place the module of experts comes again.
+    And every `FusedLoRAExperts`, in whose place the module of experts comes again. Of
+    ``modules_to_save`` the trained copies stay.
 
     As PEFT's method of that name. Returns ``model``, whose weights stay frozen. A layer that is
     used at several paths stays one layer.
@@ -76,6 +78,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         plain.train(layer.training)
         for path in places:
             model.set_submodule(path, plain)
+    unload(model)
     ungate_mlps(model)
     return model
 

@@ -15,6 +15,7 @@ from .quantize import Quantize
 from .text import PYTHON_DOCS
 
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+NAMES = ("target_modules", "target_parameters", "modules_to_save")  # settings that are names
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -29,6 +30,7 @@ class Settings:
     lora_dropout: float = 0.0
     target_modules: tuple[str, ...] = ALL_PROJECTIONS
     target_parameters: tuple[str, ...] = ()  # of mixtures of experts
+    modules_to_save: tuple[str, ...] = ()  # trained in whole
     use_rslora: bool = False
     steps: int = 60
     batch_size: int = 1  # rows of seq_len tokens a step, over all processes
@@ -80,7 +82,7 @@ class Settings:
                 "them. Adapters are saved in PEFT's format without peft, too; and what PEFT trains "
                 "over bitsandbytes' layers (BitsAndBytesConfig) fused_lora.peft.fuse takes"
             )
-        for name in ("target_modules", "target_parameters"):
+        for name in NAMES:
             targets = getattr(self, name)
             if not all(isinstance(target, str) for target in targets):
                 raise TypeError(f"{name}: got {targets!r}, wanted names")

@@ -1,0 +1,269 @@
+"""PEFT's modules_to_save in `inject`: trained copies of whole modules, on disk beside adapters."""
+
+import copy
+import json
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("peft")
+
+import peft
+import transformers
+from safetensors.torch import load_file, save_file
+from small_models import SMALL, adapted, assert_same, base
+
+from fused_lora import (
+    FusedLoRALinear,
+    add_adapter,
+    disable_adapter,
+    inject,
+    load_adapter,
+    merge_and_unload,
+    save_adapter,
+)
+from fused_lora.modules_to_save import ModuleToSave
+
+NUMBERS = {"r": 3, "lora_alpha": 6}
+TARGETS = ["q_proj", "down_proj"]
+IDS = torch.arange(12).view(2, 6)
+
+
+def classifier():
+    """With a head that is no part of what it is taken from."""
+    config = transformers.LlamaConfig(**SMALL, num_labels=3)
+    return transformers.LlamaForSequenceClassification(config).double().eval()
+
+
+def vision():
+    """A head with a BatchNorm: buffers, one of which counts."""
+    head = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    return nn.ModuleDict({"body": nn.Linear(8, 8), "head": head})
+
+
+def _injected(model, modules_to_save, **options):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fused_lora: modules_to_save")  # ties
+        return inject(model, **NUMBERS, modules_to_save=modules_to_save, **options)
+
+
+def _move(model):
+    """As a step of training would."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn_like(parameter)
+
+
+def _logits(model, ids=IDS):
+    return model(input_ids=ids).logits.detach()
+
+
+def _grads(model, names):
+    """Of the trained parameters, by their names in PEFT's files."""
+    model.zero_grad()
+    _loss(model).backward()
+    return {
+        name: p.grad.clone() for key, p in model.named_parameters()
+        if p.grad is not None and (name := names(key))
+    }  # fmt: skip
+
+
+def _loss(model):
+    if isinstance(model, peft.PeftModel) or hasattr(model, "score"):
+        return model(input_ids=IDS).logits.square().sum()
+    return model(input_ids=IDS, labels=IDS).loss
+
+
+def test_a_classifier_is_pefts(tmp_path):
+    """Loss, gradients, and files, both ways, of a head beside adapters."""
+    plain = classifier()
+    theirs = adapted(
+        copy.deepcopy(plain), TARGETS, modules_to_save=["classifier", "score"], task_type="SEQ_CLS"
+    ).eval()
+    _move(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = copy.deepcopy(plain)
+    load_adapter(ours, tmp_path / "theirs")
+    assert isinstance(ours.score, ModuleToSave)
+    torch.testing.assert_close(_logits(ours), _logits(theirs))
+    expected = _grads(
+        theirs, lambda name: name.replace(".default", "").replace("base_model.model.", "")
+    )
+    got = _grads(ours, lambda name: name)
+    rename = {"score.trained_module.weight": "score.modules_to_save.weight"}
+    got = {rename.get(name, name + ".weight" * ("lora_" in name)): g for name, g in got.items()}
+    assert_same(got, expected, rtol=1e-6, atol=1e-9)
+
+    _move(ours)
+    save_adapter(ours, tmp_path / "ours")
+    written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert written["modules_to_save"] == ["score"]
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours").eval()
+    torch.testing.assert_close(_logits(back), _logits(ours))
+    again = copy.deepcopy(plain)
+    load_adapter(again, tmp_path / "ours")
+    assert torch.equal(_logits(again), _logits(ours))
+    load_adapter(ours, tmp_path / "theirs")  # into the layers and the copy that there are
+    torch.testing.assert_close(_logits(ours), _logits(theirs))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_tokens(tied, tmp_path):
+    """Embeddings and head of a language model, resized before; merged, saved and loaded again."""
+    model = base(tie_word_embeddings=tied).eval()
+    model.resize_token_embeddings(44)
+    before = copy.deepcopy(model)
+    names = ["embed_tokens", "lm_head"]
+    if tied:
+        with pytest.warns(UserWarning, match=r"embed_tokens\.weight is lm_head\.weight too"):
+            report = inject(model, **NUMBERS, target_modules=TARGETS, modules_to_save=names)
+    else:
+        report = inject(model, **NUMBERS, target_modules="all-linear", modules_to_save=names)
+    assert report.modules_to_save == ("model.embed_tokens", "lm_head")
+    assert "trained in whole: model.embed_tokens\n" in str(report)
+    trained = {
+        name for name, p in model.named_parameters() if p.requires_grad and "lora" not in name
+    }
+    assert trained == {"model.embed_tokens.trained_module.weight", "lm_head.trained_module.weight"}
+    assert report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    _move(model)
+    ids = torch.tensor([[1, 41, 43]])
+    with disable_adapter(model):
+        assert torch.equal(_logits(model, ids), _logits(before, ids))
+        assert model.get_output_embeddings().weight is model.lm_head.original_module.weight
+    expected = _logits(model, ids)
+    assert model.get_input_embeddings().weight is model.model.embed_tokens.trained_module.weight
+    with pytest.raises(AttributeError, match="nothing"):
+        model.lm_head.nothing  # noqa: B018
+    for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(_logits(same, ids), expected)
+
+    save_adapter(model, tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = copy.deepcopy(before)
+        load_adapter(loaded, tmp_path / "adapter")
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(before), tmp_path / "adapter").eval()
+    assert torch.equal(_logits(loaded, ids), expected)
+    torch.testing.assert_close(_logits(theirs, ids), expected, rtol=1e-4, atol=1e-4)
+
+    merged = merge_and_unload(model)
+    assert not [m for m in merged.modules() if isinstance(m, (ModuleToSave, FusedLoRALinear))]
+    assert not [p for p in merged.parameters() if p.requires_grad]
+    torch.testing.assert_close(_logits(merged, ids), expected, rtol=1e-4, atol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(_logits(again, ids), _logits(merged, ids))
+    with pytest.raises(
+        ValueError, match=r"weight: got shape \[44, 16\], wanted \[40"
+    ):
+        load_adapter(base(), tmp_path / "adapter")
+
+
+def test_compiled_and_copied_state(tmp_path):
+    model = base().eval()
+    inject(model, **NUMBERS, target_modules=TARGETS, modules_to_save=["lm_head"])
+    _move(model)
+    torch.testing.assert_close(
+        _logits(torch.compile(model, backend="aot_eager")), _logits(model), rtol=1e-4, atol=1e-4
+    )
+    other = base().eval()
+    inject(other, **NUMBERS, target_modules=TARGETS, modules_to_save=["lm_head"])
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(_logits(other), _logits(model))
+
+
+def test_buffers_and_counters(tmp_path):
+    plain = vision()
+    model = copy.deepcopy(plain)
+    inject(model, **NUMBERS, target_modules=["body"], modules_to_save=["head"])
+    model.train()
+    model.head(torch.randn(5, 8))
+    save_adapter(model, tmp_path)
+    loaded = copy.deepcopy(plain)
+    load_adapter(loaded, tmp_path)
+    for name, tensor in model.head.trained_module.state_dict().items():
+        assert torch.equal(loaded.head.trained_module.state_dict()[name], tensor)
+    assert loaded.head.trained_module[1].num_batches_tracked == 1
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    counter = "base_model.model.head.1.num_batches_tracked"
+    for key, value, message in (
+        (counter, torch.tensor(1.0), "num_batches_tracked: got torch.float32, wanted torch.int64"),
+        ("base_model.model.head.0.bias", torch.ones(6, dtype=torch.int8), "wanted floating point"),
+        ("base_model.model.head.0.bias", torch.full((6,), torch.inf), "are not finite"),
+        ("base_model.model.head.0.bias", torch.ones(5), r"got shape \[5\], wanted \[6\]"),
+    ):
+        save_file(tensors | {key: value}, file)
+        with pytest.raises(ValueError, match=message):
+            load_adapter(copy.deepcopy(plain), tmp_path)
+    del tensors[counter]
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="1 tensors are missing"):
+        load_adapter(copy.deepcopy(plain), tmp_path)
+
+
+def test_what_is_in_them_gets_no_adapter():
+    model = base("qwen3_moe")
+    names = ["layers.0.mlp", "lm_head"]
+    report = inject(
+        model, **NUMBERS, target_modules=r".*(gate|lm_head|q_proj)", modules_to_save=names,
+        target_parameters=["mlp.experts.down_proj"],
+    )  # fmt: skip
+    why = "is trained in whole, by modules_to_save"
+    assert report.skipped["lm_head"] == why
+    assert report.skipped["model.layers.0.mlp.gate"] == why
+    assert report.skipped["model.layers.0.mlp.experts"] == why
+    assert [path for path in report.layers if "layers.0.mlp" in path] == []
+    assert "model.layers.1.mlp.experts.down_proj" in report.layers
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("lm_head", "modules_to_save: got 'lm_head', wanted a list of names"),
+        ([""], "modules_to_save: got [''], wanted a list of names"),
+        (["layers"], "modules_to_save: model.layers is a ModuleList, which no one calls"),
+        (["mlp", "0.mlp.act_fn"], "model.layers.0.mlp.act_fn is in model.layers.0.mlp, which"),
+        (["twin"], "modules_to_save: twin and other_twin are one module"),
+        (["hooked"], "modules_to_save: hooked"),
+    ],
+)
+def test_what_cannot_be_saved(names, message):
+    model = base()
+    model.twin = model.other_twin = nn.Linear(2, 2)
+    model.hooked = nn.Linear(2, 2)
+    model.hooked.register_forward_hook(lambda *a: None)
+    before = [(type(m), id(m)) for m in model.modules()]
+    with pytest.raises((TypeError, ValueError)) as error:
+        inject(model, **NUMBERS, target_modules=TARGETS, modules_to_save=names)
+    assert message in str(error.value)
+    assert [(type(m), id(m)) for m in model.modules()] == before
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_names_that_match_nothing_are_reported():
+    report = inject(base(), **NUMBERS, target_modules=TARGETS, modules_to_save=["score"])
+    assert report.skipped == {"score of modules_to_save": "matches no module"}
+    assert report.modules_to_save == ()
+
+
+def test_several_adapters_have_none(tmp_path):
+    model = base()
+    inject(model, **NUMBERS, target_modules=TARGETS, modules_to_save=["lm_head"])
+    save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match=r"modules_to_save: got \['lm_head'\], wanted none"):
+        load_adapter(base(), tmp_path, adapter_name="a")
+    with pytest.raises(ValueError, match="has adapters already"):
+        add_adapter(model, "a", **NUMBERS, target_modules=TARGETS)
+    without = base()
+    inject(without, **NUMBERS, target_modules=TARGETS)
+    with pytest.raises(ValueError, match=r"1 unexpected \['base_model.model.lm_head.weight'\]"):
+        load_adapter(without, tmp_path)
+    save_adapter(without, tmp_path / "without")
+    with pytest.raises(ValueError, match=r"missing \['base_model.model.lm_head.weight'\]"):
+        load_adapter(model, tmp_path / "without")
