@@ -323,13 +323,18 @@ def fsdp_merge():
         assert_close(whole(x), single(x))
 
 
-def _adapted(**options):
-    """A whole model, its adapters trained a little."""
+def _plain():
+    """Two layers for adapters, and one that is trained in whole."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
-    inject(model, R, 2 * R, ["0", "1"], **options)
-    for layer in model:
-        nn.init.normal_(layer.lora_B)
+    return nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 5))
+
+
+def _adapted(**options):
+    """A whole model, trained a little."""
+    model = _plain()
+    inject(model, R, 2 * R, ["0", "1"], modules_to_save=["2"], **options)
+    for parameter in (model[0].lora_B, model[1].lora_B, model[2].trained_module.weight):
+        nn.init.normal_(parameter)
     return model
 
 
@@ -359,8 +364,7 @@ def adapters_of_sharded_models():
         expected = single(x).detach()
         save_adapter(model, folder)
         dist.barrier()
-        torch.manual_seed(0)
-        loaded = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+        loaded = _plain()
         load_adapter(loaded, folder)
         assert_close(loaded(x), expected)
         if single[0].lora_A_init is None:  # a residual's adapter goes into the original model

@@ -444,11 +444,17 @@ def _options(settings):
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_command(settings, tmp_path, quantize):
     out = str(tmp_path / "out")
-    options = [*_options(settings), "--quantize", quantize]
+    options = [*_options(settings), "--quantize", quantize, "--modules-to-save", "model.norm"]
     result = CliRunner().invoke(app, ["finetune", *options, "--out", out])
     assert result.exit_code == 0, result.output
     assert ("that is over the weights in nf4" in result.output) == (quantize == "nf4")
-    for part in ("14 layers adapted", "held-out loss before", "step 6/6", "kernels: 14 layers:"):
+    for part in (
+        "14 layers adapted",
+        "trained in whole: model.norm",
+        "held-out loss before",
+        "step 6/6",
+        "kernels: 14 layers:",
+    ):
         assert part in result.output
     assert "largest difference of the logits" in result.output
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -468,6 +474,7 @@ def test_command(settings, tmp_path, quantize):
         (["--data", "/"], "error: data: /: is a folder, wanted a file"),
         (["--model", "/nowhere/model.gguf"], "error: model: /nowhere/model.gguf: there is no"),
         (["--target-modules", "nope"], "error: target_modules:"),
+        (["--modules-to-save", "nope"], "error: modules_to_save: the model has no module called"),
         (["--model", "/nowhere"], "error: model: /nowhere: there is no such folder"),
         (["--resume"], "error: resume: wanted --out"),
         (["--resume", "--out", "/nowhere"], "error: /nowhere/training_state.safetensors"),

@@ -158,9 +158,7 @@ def test_new_tokens(tied, tmp_path):
     merged.save_pretrained(tmp_path / "merged")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(_logits(again, ids), _logits(merged, ids))
-    with pytest.raises(
-        ValueError, match=r"weight: got shape \[44, 16\], wanted \[40"
-    ):
+    with pytest.raises(ValueError, match=r"weight: got shape \[44, 16\], wanted \[40"):
         load_adapter(base(), tmp_path / "adapter")
 
 
