@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import checks
-from .matching import alphas_of, ranks_of
+from .matching import LayerNumbers, alphas_of, ranks_of
 
 CONFIG_NAME = "adapter_config.json"
 _MAX_CONFIG_BYTES = 1 << 20
@@ -23,6 +23,8 @@ _USED = {
     "target_modules",
     "target_parameters",
     "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
     "modules_to_save",
     "use_rslora",
     "use_dora",
@@ -91,6 +93,8 @@ def read_config(path: Path) -> dict[str, Any]:
         "use_rslora": False,
         "use_dora": False,
         "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
         "modules_to_save": None,
         "target_modules": None,
         "target_parameters": None,
@@ -100,6 +104,12 @@ def read_config(path: Path) -> dict[str, Any]:
     config = defaults | {k: v for k, v in config.items() if v is not None}
     _check_config(path, config)
     return config
+
+
+def numbers_of(config: dict[str, Any]) -> LayerNumbers:
+    """Of the blocks that its names are for."""
+    fields = ("target_modules", "layers_to_transform", "layers_pattern")
+    return LayerNumbers.of(*(config[field] for field in fields))
 
 
 def _check_config(path: Path, config: dict[str, Any]) -> None:
@@ -114,7 +124,7 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
         if not isinstance(config[field], dict):
             raise ValueError(f"{path}: {field}: got {config[field]!r}, wanted an object")
     lists = ("target_parameters", "modules_to_save")
-    for field in ("target_modules", "exclude_modules", *lists):
+    for field in ("target_modules", "exclude_modules", "layers_pattern", *lists):
         value = config[field]
         if isinstance(value, str) and field not in lists:
             _check_pattern(path, value)
@@ -122,9 +132,13 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
             isinstance(value, list) and all(isinstance(name, str) for name in value)
         ):
             raise ValueError(f"{path}: {field}: got {value!r}, wanted a string or a list of them")
-    for pattern in (*config["rank_pattern"], *config["alpha_pattern"]):
+    blocks = config["layers_pattern"] or ()
+    blocks = (blocks,) if isinstance(blocks, str) else blocks
+    before = (f".*{pattern}" for pattern in blocks)  # as it is looked for
+    for pattern in (*config["rank_pattern"], *config["alpha_pattern"], *before):
         _check_pattern(path, pattern)
     try:
+        numbers_of(config)
         checks.check_rank(config["r"])
         checks.check_number("lora_alpha", config["lora_alpha"])
         ranks_of(config["rank_pattern"], config["r"], [])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, trained_over
-from .adapter_config import CONFIG_NAME, read_config
+from .adapter_config import CONFIG_NAME, numbers_of, read_config
 from .expert_layer import ExpertsAdapter, FusedLoRAExperts, nested
 from .expert_modules import weight_of
 from .files import write_atomically
@@ -46,6 +46,14 @@ from .sharded import fill, is_sharded, reshard, whole, writes_files
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+# Fields of the config that `inject` and `add_adapter` take as they are.
+_SAME = (
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+)
 # What a layer's tensors are called, in it and, with what follows, in the files.
 _TENSORS = {"lora_A": ".weight", "lora_B": ".weight", "lora_magnitude_vector": ""}
 
@@ -179,7 +187,7 @@ def load_adapter(
             )
     config = read_config(folder / CONFIG_NAME)
     tensors = _read_weights(folder)
-    options = {k: config[k] for k in ("exclude_modules", "rank_pattern", "alpha_pattern")}
+    options = {name: config[name] for name in _SAME}
     to_save: Mapping[str, nn.Module]
     if layers:
         places = _places(model, layers)
@@ -245,7 +253,7 @@ def _expected(
     """By their paths in the files, the adapters that ``config`` gives a plain model."""
     linears: dict[str, Any] = {path: m for path, m in model.named_modules() if is_linear(m)}
     targets = config["target_modules"] or []
-    matched = match_modules(model, targets, config["exclude_modules"])
+    matched = match_modules(model, targets, config["exclude_modules"], numbers_of(config))
     paths = [path for path in matched if path in linears and not is_at(path, to_save)]
     mixtures = find_experts(model, config["target_parameters"])
     if targets and not paths:
@@ -321,13 +329,14 @@ def _load_named(
         )
     tensors = _read_weights(folder)
     modules: dict[str, Any] = dict(model.named_modules())
-    matched = match_modules(model, config["target_modules"], config["exclude_modules"])
+    targets = (config["target_modules"], config["exclude_modules"])
+    matched = match_modules(model, *targets, numbers_of(config))
     paths = [path for path in matched if path in modules and can_adapt(modules[path])]
     _check_one_path(model, [modules[path] for path in paths])
     ranks = ranks_of(config["rank_pattern"], config["r"], paths)
     sides = {p: _Sides(ranks[p], modules[p].in_features, modules[p].out_features) for p in paths}
     _check_tensors(tensors, sides, False, {})
-    names = ("exclude_modules", "rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora")
+    names = (*_SAME, "lora_dropout", "use_rslora")
     numbers = (config["r"], config["lora_alpha"], config["target_modules"])
     options = {name: config[name] for name in names}
     add_adapter(model, adapter_name, *numbers, quantize=quantize, **options)

@@ -23,6 +23,7 @@ from .inject_report import (
 from .linear import FusedLoRALinear
 from .matching import (
     IN_SAVED,
+    LayerNumbers,
     alphas_of,
     find_experts,
     find_targets,
@@ -48,6 +49,8 @@ def inject(
     target_parameters: Collection[str] | None = None,
     modules_to_save: Collection[str] | None = None,
     exclude_modules: str | Collection[str] | None = None,
+    layers_to_transform: int | Collection[int] | None = None,
+    layers_pattern: str | Collection[str] | None = None,
     lora_dropout: float = 0.0,
     use_rslora: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
@@ -76,6 +79,9 @@ def inject(
             trained in whole and saved with the adapters ("score", "lm_head"). Neither they nor what
             is in them get an adapter.
         exclude_modules: matched in the same way, and left out. The report has what matches nothing.
+        layers_to_transform, layers_pattern: of the modules that names in ``target_modules`` match
+            only those in these blocks: by the first number in a path, or the first after one of the
+            patterns ("layers", "h").
         rank_pattern, alpha_pattern: other r and lora_alpha for the layers whose path, or the end
             of it after a dot, is matched by the key, a regular expression; the first match counts.
         r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, init_lora_weights, use_dora,
@@ -126,6 +132,7 @@ def inject(
             f"model: has adapters already, at {adapted[0]}{more}; wanted a plain model "
             "(merge_and_unload makes one of it), or add_adapter for all of several"
         )
+    numbers = LayerNumbers.of(target_modules, layers_to_transform, layers_pattern)
     to_save, missing = find_modules_to_save(model, modules_to_save)
     mixtures = find_experts(model, target_parameters)
     for path in [path for path in mixtures.projections if is_at(path, to_save)]:
@@ -143,7 +150,7 @@ def inject(
         match_paths("exclude_modules", exclude_modules or [], [])  # the check of its type
     if target_modules or not mixtures.projections:
         modules, layers, skipped = find_targets(
-            model, target_modules or [], exclude_modules, is_linear, to_save
+            model, target_modules or [], exclude_modules, is_linear, to_save, numbers
         )
     else:
         modules, layers, skipped = {}, [], {}

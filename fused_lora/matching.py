@@ -15,6 +15,56 @@ from .multi_linear import FusedMultiLoRALinear
 from .quantize import Quantize, Quantizer, check_format
 
 
+class LayerNumbers(NamedTuple):
+    """PEFT's layers_to_transform and layers_pattern: of which blocks of a model a name is meant."""
+
+    numbers: frozenset[int] | None  # None is all
+    patterns: tuple[str, ...]  # of what the blocks are called, or any
+
+    @classmethod
+    def of(
+        cls, target_modules: object, layers_to_transform: object, layers_pattern: object
+    ) -> LayerNumbers:
+        """TypeError or ValueError for what says nothing of the sort."""
+        numbers, patterns = _listed(layers_to_transform), _listed(layers_pattern)
+        got = f"layers_to_transform: got {layers_to_transform!r}"
+        if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+            raise TypeError(f"{got}, wanted the number of a layer, or a list of numbers")
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise TypeError(f"layers_pattern: got {layers_pattern!r}, wanted a string or a list")
+        for pattern in patterns:
+            _compiled("layers_pattern", pattern)
+        if patterns and not numbers:
+            raise ValueError("layers_pattern: wanted layers_to_transform too")
+        if numbers and isinstance(target_modules, str) and target_modules.lower() != "all-linear":
+            raise ValueError(
+                f"{got} and a regular expression for target_modules, which says it all; wanted a "
+                "list of names"
+            )
+        return cls(frozenset(numbers) if numbers else None, tuple(patterns))
+
+    def of_them(self, path: str) -> bool:
+        """Whether the first number in a path, or the first after a pattern, is one of these."""
+        if self.numbers is None:
+            return True
+        ways = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in self.patterns]
+        for way in ways or [r".*?\.[^.]*\.(\d+)\."]:
+            found = re.match(way, own_path(path))
+            if found is not None:
+                return int(found.groups()[-1]) in self.numbers
+        return False
+
+
+_ALL = LayerNumbers(None, ())
+
+
+def _listed(value: object) -> list[Any]:
+    """The values of one, of several or of none."""
+    if isinstance(value, (list, tuple, set, frozenset, range)):
+        return list(value)
+    return [] if value is None or value == "" else [value]
+
+
 class Targets(NamedTuple):
     """What was found in a model."""
 
@@ -29,6 +79,7 @@ def find_targets(
     exclude_modules: str | Collection[str] | None,
     adaptable: Callable[[nn.Module], bool],
     saved: Collection[str] = (),
+    numbers: LayerNumbers = _ALL,
 ) -> Targets:
     """The modules that match and are ``adaptable``, but for those of ``modules_to_save``.
 
@@ -36,7 +87,7 @@ def find_targets(
     module that reads its weight and does not call it.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    targets = match_modules(model, target_modules, None)
+    targets = match_modules(model, target_modules, None, numbers)
     matched = _without_excluded(targets, exclude_modules)
     in_saved = dict.fromkeys((path for path in matched if is_at(path, saved)), IN_SAVED)
     matched = [path for path in matched if path not in in_saved]
@@ -50,6 +101,8 @@ def find_targets(
             why += ' in a list, a regular expression for the whole path, or "all-linear"'
         if exclude_modules is not None:
             why += f", and not all of them in exclude_modules, {exclude_modules!r}"
+        if numbers.numbers is not None:
+            why += f", in layers {sorted(numbers.numbers)} of layers_to_transform"
         if mixtures_of_experts(model):
             why += "; experts are for target_parameters to name"
         others = {path: what for path, what in skipped.items() if path in modules}
@@ -291,13 +344,16 @@ def match_modules(
     model: nn.Module,
     target_modules: str | Collection[str],
     exclude_modules: str | Collection[str] | None,
+    numbers: LayerNumbers = _ALL,
 ) -> list[str]:
     """The paths of the modules that PEFT's rules match, of any type; see `inject`."""
     modules = dict(model.named_modules(remove_duplicate=False))
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
-        matched = _without_output_head(model, modules)
+        matched, named = _without_output_head(model, modules), set[str]()
     else:
         matched = match_paths("target_modules", target_modules, list(modules))
+        named = set(target_modules)  # whole paths are meant wherever they are
+    matched = [p for p in matched if numbers.of_them(p) or own_path(p) in named]
     return _without_excluded(matched, exclude_modules)
 
 
@@ -319,13 +375,17 @@ def own_path(path: str) -> str:
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
+def _compiled(name: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name}: {pattern!r} is no regular expression: {error}") from None
+
+
 def match_paths(name: str, patterns: object, paths: list[str]) -> list[str]:
     """The paths that PEFT would match: a regular expression in full, or a list of suffixes."""
     if isinstance(patterns, str):
-        try:
-            pattern = re.compile(patterns)
-        except re.error as error:
-            raise ValueError(f"{name}: {patterns!r} is no regular expression: {error}") from None
+        pattern = _compiled(name, patterns)
         return [p for p in paths if pattern.fullmatch(own_path(p)) or pattern.fullmatch(p)]
     if not isinstance(patterns, (list, tuple, set, frozenset)) or not all(
         isinstance(suffix, str) for suffix in patterns

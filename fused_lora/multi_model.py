@@ -26,6 +26,7 @@ from .expert_layer import FusedLoRAExperts
 from .inject_report import InjectReport, count_parameters, norms_of_change, relative_norm
 from .linear import FusedLoRALinear
 from .matching import (
+    LayerNumbers,
     alphas_of,
     find_targets,
     formats_of,
@@ -58,6 +59,8 @@ def add_adapter(
     target_modules: str | Collection[str],
     *,
     exclude_modules: str | Collection[str] | None = None,
+    layers_to_transform: int | Collection[int] | None = None,
+    layers_pattern: str | Collection[str] | None = None,
     lora_dropout: float = 0.0,
     use_rslora: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
@@ -104,7 +107,10 @@ def add_adapter(
     checks.check_backend(backend)
     if adapter_dtype is not None:
         checks.check_dtype("adapter_dtype", adapter_dtype)
-    modules, layers, skipped = find_targets(model, target_modules, exclude_modules, can_adapt)
+    numbers = LayerNumbers.of(target_modules, layers_to_transform, layers_pattern)
+    modules, layers, skipped = find_targets(
+        model, target_modules, exclude_modules, can_adapt, numbers=numbers
+    )
     ranks = ranks_of(rank_pattern, r, layers)
     alphas = alphas_of(alpha_pattern, lora_alpha, layers)
     skipped |= unmatched(layers, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
