@@ -7,7 +7,7 @@ be a second copy of them in every forward, kept for the backward, and their whol
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from . import expert_ops
 from .autograd import Codes, alias, as_saved, raise_second_derivative, to_save
 from .backends import as_gradient, as_matrix
 from .calls import Backend
-from .dispatch import why_torch
+from .dispatch import multiplied_in_fp32, why_torch
 from .expert_backends import Path, backward, project, reads_codes
 from .expert_calls import (
     Routing,
@@ -28,7 +28,7 @@ from .expert_calls import (
     routing_of,
 )
 from .expert_stack import Experts, Projection, laid_out
-from .explanation import Explanation, describe_quantized
+from .explanation import Explanation, describe_fp32, describe_quantized
 from .functional import check_frozen, draw_seeds, is_observed, is_recorded
 from .kernels.dropout import dropout_of
 from .quantized_weight import QuantizedWeight
@@ -194,6 +194,8 @@ def explain_experts(
             "triton": f"not taken: {why_torch(call, backend)}",
             "library": "taken: rows of some experts at a time, F.grouped_mm or a product for each",
         }
+        if multiplied_in_fp32(replace(call, M=-(-rows // weight.shape[0]))):  # an expert's rows
+            reasons["fp32"] = describe_fp32(call.dtype)
         chosen = Explanation("torch", "library", "library", reasons)
     else:
         reasons = {

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
+
 from . import tables
 from .calls import Backend, Call, Operands, as_products, rounds_input
 from .cost_model import ceilings, predicted_seconds
@@ -44,8 +46,7 @@ def explain_call(
             reasons["library"] = "taken: F.linear, the adapter's part added in place"
             reasons["autograd"] = f"PyTorch's own nodes: up to {FEW_ROWS} rows they cost less"
         if multiplied_in_fp32(call):
-            dtype = str(call.dtype).removeprefix("torch.")
-            reasons["fp32"] = f"multiplied in it: this CPU has no instructions for {dtype}"
+            reasons["fp32"] = describe_fp32(call.dtype)
         if call.quantized is not None:
             reasons["quantised W0"] = describe_quantized(call, "torch", False)
         if rounds_input(call):
@@ -80,6 +81,12 @@ def explain_call(
         reasons["quantised W0"] = describe_quantized(call, "triton", in_loop)
     reasons["model"] = f"ceilings of {flops / 1e12:.0f} TFLOP/s and {bandwidth / 1e12:.1f} TB/s"
     return Explanation(chosen.backend, taken, taken_dx, reasons)
+
+
+def describe_fp32(dtype: torch.dtype) -> str:
+    """Why PyTorch's path multiplies in fp32: see products.py."""
+    name = str(dtype).removeprefix("torch.")
+    return f"multiplied in it: this CPU has no instructions for {name}"
 
 
 def describe_quantized(call: Call, backend: str, in_loop: bool) -> str:

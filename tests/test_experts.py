@@ -323,6 +323,16 @@ def test_explain(device):
     assert "some experts at a time" in str(found)
 
 
+def test_explain_says_what_is_multiplied_in_fp32(cpu_without):
+    cpu_without(torch.bfloat16)
+    x, weight = torch.randn(200, 64).bfloat16(), torch.randn(3, 80, 64).bfloat16()
+    A, B = torch.randn(3, 4, 64), torch.randn(3, 80, 4)
+    for T, said in ((200, True), (3, False)):  # few rows are not worth the casts
+        index = torch.zeros(T, dtype=torch.int64)
+        found = explain_experts(x[:T], weight, A, B, expert_indices=index, backend="torch")
+        assert ("fp32" in found.reasons) == said
+
+
 _P = _problem((6, 2), 3, 5, 7, 2)
 BAD = {
     "x: got list": {"x": [1.0]},
