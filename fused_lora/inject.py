@@ -247,6 +247,7 @@ def inject(
         ),
         groups=found,
         gated=mlps,
+        mixtures=tuple(placed),
         modules_to_save=tuple(copies),
         quantization_error=relative_norm(changes) if changes else None,
     )

@@ -24,6 +24,7 @@ class InjectReport:
     adapted: int  # parameters of what was replaced: what full fine-tuning of it would train
     groups: tuple[tuple[str, ...], ...] = ()  # paths of layers that are computed together
     gated: tuple[str, ...] = ()  # paths of MLPs whose last layer makes act(gate) * up
+    mixtures: tuple[str, ...] = ()  # paths of mixtures of experts
     modules_to_save: tuple[str, ...] = ()  # paths of modules of which a copy is trained in whole
     # ||W - W0|| / ||W|| over all weights W that were put into codes W0, or W0 + scaling * B A where
     # the adapter starts with a part of them; None if there are none.
@@ -50,6 +51,7 @@ class InjectReport:
         lines += [f"  trained in whole: {path}" for path in self.modules_to_save]
         lines += [f"  skipped {path}: {why}" for path, why in self.skipped.items()]
         lines += sharing.describe_groups(self.groups) + describe_mlps(self.gated)
+        lines += sharing.describe_mixtures(self.mixtures)
         return "\n".join(lines)
 
 

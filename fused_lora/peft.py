@@ -178,6 +178,7 @@ class FuseReport:
     not_fused: dict[str, str]  # path -> why PEFT's own forward runs there
     groups: tuple[tuple[str, ...], ...]  # paths of layers that are computed together
     gated: tuple[str, ...]  # paths of MLPs whose last layer makes act(gate) * up
+    mixtures: tuple[str, ...]  # paths of mixtures of experts
     _model: nn.Module = field(repr=False)
 
     def __str__(self) -> str:
@@ -186,6 +187,7 @@ class FuseReport:
         width = max(map(len, self.not_fused), default=0)
         lines += [f"  {path:{width}}  not fused: {why}" for path, why in self.not_fused.items()]
         lines += sharing.describe_groups(self.groups) + describe_mlps(self.gated)
+        lines += sharing.describe_mixtures(self.mixtures)
         return "\n".join(lines)
 
     def __enter__(self) -> FuseReport:
@@ -300,7 +302,12 @@ def fuse(
             layer.__dict__["fused_lora_group"] = place
     mlps = tuple(gate_mlps(model, _FUSED.values())) if groups else ()
     fused = tuple(path for path in layers if path not in not_fused)
-    return FuseReport(fused, not_fused, found, mlps, model)
+    mixtures = tuple(
+        path
+        for path, layer in layers.items()
+        if isinstance(layer, FusedPeftExperts) and layer not in inner and path not in not_fused
+    )
+    return FuseReport(fused, not_fused, found, mlps, mixtures, model)
 
 
 def unfuse(model: nn.Module) -> None:

@@ -279,6 +279,12 @@ def in_any_layer(path: str) -> str:
     return re.sub(r"\.\d+\.", ".*.", path)
 
 
+def describe_mixtures(paths: Iterable[str]) -> list[str]:
+    """A line for each kind of mixture of experts, for the reports."""
+    kinds = Counter(map(in_any_layer, paths))
+    return [f"  {kind}: all experts in one autograd node, {n} x" for kind, n in kinds.items()]
+
+
 def describe_groups(groups: Iterable[tuple[str, ...]]) -> list[str]:
     """A line for each kind of group, for the reports."""
     kinds = Counter(tuple(map(in_any_layer, paths)) for paths in groups)

@@ -76,6 +76,8 @@ def test_same_as_peft(form, both, tmp_path):
 def test_report_and_parameters():
     block, report = _injected()
     assert report.layers == ("experts.gate_up_proj", "experts.down_proj")
+    assert report.mixtures == ("experts",)
+    assert "experts: all experts in one autograd node, 1 x" in str(report)
     trained = {n for n, p in block.named_parameters() if p.requires_grad}
     assert trained == {
         f"experts.adapters.{name}.lora_{side}"

@@ -100,6 +100,8 @@ def test_same_results(form, both, implementation):
     assert "FusedPeftExperts" in repr(model)
     assert len(report.fused) == 1 + both
     assert f"{1 + both} of {1 + both} LoRA layers fused" in str(report)
+    assert report.mixtures == ("base_model.model.experts",)
+    assert "base_model.model.experts: all experts in one autograd node, 1 x" in str(report)
 
 
 @pytest.mark.parametrize("form", FORMS)
