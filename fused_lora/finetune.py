@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapter_config import CONFIG_NAME
-from .adapters import WEIGHTS_NAME, save_adapter
+from .adapter_weights import WEIGHTS_NAME
+from .adapters import save_adapter
 from .expert_layer import FusedLoRAExperts
 from .expert_modules import in_order, plain_weight, projections, weight_of
 from .files import write_atomically

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from . import checks, sharing
 from .calls import Backend
+from .codes import Format
 from .expert_layer import FusedLoRAExperts
 from .expert_modules import in_order, plain_weight, weight_of
 from .frozen import FrozenLinear
@@ -24,6 +26,7 @@ from .linear import FusedLoRALinear
 from .matching import (
     IN_SAVED,
     LayerNumbers,
+    MatchedExperts,
     alphas_of,
     find_experts,
     find_targets,
@@ -37,7 +40,7 @@ from .matching import (
     unmatched,
 )
 from .modules_to_save import ModuleToSave, find_modules_to_save, warn_of_ties
-from .quantize import Quantize
+from .quantize import Quantize, Quantizer
 
 
 def inject(
@@ -133,30 +136,116 @@ def inject(
             "(merge_and_unload makes one of it), or add_adapter for all of several"
         )
     numbers = LayerNumbers.of(target_modules, layers_to_transform, layers_pattern)
-    to_save, missing = find_modules_to_save(model, modules_to_save)
-    mixtures = find_experts(model, target_parameters)
-    for path in [path for path in mixtures.projections if is_at(path, to_save)]:
-        del mixtures.projections[path]
-        mixtures.skipped[path] = IN_SAVED
+    chosen = _choose(
+        model, target_modules, target_parameters, exclude_modules, modules_to_save, numbers
+    )
     if target_parameters:
         _check_experts_options(lora_dropout, use_dora, init_lora_weights)
+    paths, with_codes = chosen.paths(), [*chosen.layers, *chosen.experts]
+    own = _Own(
+        ranks_of(rank_pattern, r, paths),
+        alphas_of(alpha_pattern, lora_alpha, paths),
+        formats_of(quantize, with_codes),
+    )
+    skipped = chosen.skipped | unmatched(
+        paths, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern
+    )
+    skipped |= unmatched(with_codes, quantize=quantize)
+    # Built first and put in last, so that a failure leaves the model as it was. A module that is
+    # used at several paths stays one module.
+    of_all: Any = {"use_rslora": use_rslora, "adapter_dtype": adapter_dtype, "backend": backend}
+    layers = _adapted_layers(
+        chosen,
+        own,
+        lora_dropout=lora_dropout,
+        init_lora_weights=init_lora_weights,
+        use_dora=use_dora,
+        **of_all,
+    )
+    mixtures = _adapted_experts(chosen, own, init_lora_weights=bool(init_lora_weights), **of_all)
+    copies = {module: ModuleToSave(module) for module in chosen.to_save.values()}
+    changes = [change for pair in layers.items() for change in _changes(*pair)]
+    changes += [change for pair in mixtures.items() for change in _changes_of_experts(*pair)]
+    warn_of_ties(model, chosen.to_save)
+
+    model.requires_grad_(False)
+    for mixture in mixtures.values():
+        mixture.adapters.requires_grad_(True)
+    for trained in copies.values():
+        trained.start_training()
+    for places, new in (
+        (chosen.layers, layers),
+        (chosen.experts, mixtures),
+        (chosen.to_save, copies),
+    ):
+        for path, module in places.items():
+            model.set_submodule(path, new[module])
+    found = _share_inputs(model) if groups else ()
+    return InjectReport(
+        layers=tuple(paths),
+        skipped=skipped,
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total=count_parameters(model),
+        adapted=sum(
+            weight.numel()
+            for weights in (
+                [layer.weight for layer in layers.values()],
+                *(each.trained_module.parameters() for each in copies.values()),
+                *(mixture.weights().values() for mixture in mixtures.values()),
+            )
+            for weight in weights
+        ),
+        groups=found,
+        gated=tuple(gate_mlps(model, (FusedLoRALinear,))) if groups else (),
+        mixtures=tuple(chosen.experts),
+        modules_to_save=tuple(chosen.to_save),
+        quantization_error=relative_norm(changes) if changes else None,
+    )
+
+
+class _Chosen(NamedTuple):
+    """What of a model is adapted or trained, by path."""
+
+    layers: dict[str, Any]  # nn.Linears, or others' quantised ones
+    experts: dict[str, nn.Module]
+    projections: dict[str, list[str]]  # of each module of experts
+    to_save: dict[str, nn.Module]
+    skipped: dict[str, str]  # what was asked for besides -> why it is not
+
+    def paths(self) -> list[str]:
+        """Of all layers and projections of experts."""
+        return [*self.layers, *MatchedExperts(self.projections, {}).paths()]
+
+
+def _choose(
+    model: nn.Module,
+    target_modules: str | Collection[str] | None,
+    target_parameters: Collection[str] | None,
+    exclude_modules: str | Collection[str] | None,
+    modules_to_save: Collection[str] | None,
+    numbers: LayerNumbers,
+) -> _Chosen:
+    to_save, missing = find_modules_to_save(model, modules_to_save)
+    found = find_experts(model, target_parameters)
+    in_saved = [path for path in found.projections if is_at(path, to_save)]
+    projections = {path: names for path, names in found.projections.items() if path not in in_saved}
+    skipped = found.skipped | dict.fromkeys(in_saved, IN_SAVED)
+    layers: dict[str, Any] = {}
     if target_parameters and not target_modules:
-        if not mixtures.projections:
+        if not projections:
             of_all = mixtures_of_experts(model)
             raise ValueError(
                 f"target_parameters: {target_parameters!r} matches no projection of experts "
-                f"({mixtures.skipped}); the model has mixtures at {of_all}"
+                f"({skipped}); the model has mixtures at {of_all}"
             )
         match_paths("exclude_modules", exclude_modules or [], [])  # the check of its type
-    if target_modules or not mixtures.projections:
-        modules, layers, skipped = find_targets(
+    else:
+        targets = find_targets(
             model, target_modules or [], exclude_modules, is_linear, to_save, numbers
         )
-    else:
-        modules, layers, skipped = {}, [], {}
-    skipped |= mixtures.skipped
-    skipped |= {f"{name} of modules_to_save": "matches no module" for name in missing}
-    if not mixtures.projections:
+        layers = {path: targets.modules[path] for path in targets.layers}
+        skipped = targets.skipped | skipped
+    if not projections:
         all_linear = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
         unnamed = mixtures_of_experts(model)
         for path in unnamed:
@@ -165,92 +254,68 @@ def inject(
         if unnamed:
             for name in [name for name, why in skipped.items() if why == "matches no module"]:
                 skipped[name] += "; experts are for target_parameters to name"
-    # Built first and put in last, so that a failure leaves the model as it was. A module that is
-    # used at several paths stays one module.
-    adapted_paths = layers + mixtures.paths()
-    ranks = ranks_of(rank_pattern, r, adapted_paths)
-    alphas = alphas_of(alpha_pattern, lora_alpha, adapted_paths)
-    skipped |= unmatched(adapted_paths, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
-    with_codes = [*layers, *mixtures.projections]
-    formats = formats_of(quantize, with_codes)
-    skipped |= unmatched(with_codes, quantize=quantize)
-    replacements: dict[nn.Module, FusedLoRALinear] = {}
-    changes: list[tuple[float, float]] = []
-    for path in layers:
-        linear = modules[path]
-        if linear not in replacements:
-            replacements[linear] = FusedLoRALinear.from_linear(
-                linear,
-                ranks[path],
-                alphas[path],
-                lora_dropout=lora_dropout,
-                use_rslora=use_rslora,
-                adapter_dtype=adapter_dtype,
-                init_lora_weights=init_lora_weights,
-                use_dora=use_dora,
-                backend=backend,
-                quantize=formats[path],
+    skipped |= {f"{name} of modules_to_save": "matches no module" for name in missing}
+    experts = {path: model.get_submodule(path) for path in projections}
+    return _Chosen(layers, experts, projections, to_save, skipped)
+
+
+class _Own(NamedTuple):
+    """What each layer, projection or mixture has of its own, by path."""
+
+    ranks: dict[str, int]
+    alphas: dict[str, float]
+    formats: dict[str, Format | Quantizer | None]
+
+
+def _adapted_layers(chosen: _Chosen, own: _Own, **options: Any) -> dict[nn.Module, FusedLoRALinear]:
+    made: dict[nn.Module, FusedLoRALinear] = {}
+    for path, linear in chosen.layers.items():
+        if linear not in made:
+            numbers = (own.ranks[path], own.alphas[path])
+            made[linear] = FusedLoRALinear.from_linear(
+                linear, *numbers, quantize=own.formats[path], **options
             )
-            layer, start = replacements[linear], None
-            if layer.lora_A_init is not None and layer.lora_B_init is not None:
-                start = layer._product(layer.lora_A_init, layer.lora_B_init)
-            changes += norms_of_change(linear, layer.weight, start)
-    of_experts: dict[nn.Module, FusedLoRAExperts] = {}
-    for path, names in mixtures.projections.items():
-        experts = model.get_submodule(path)
-        if experts in of_experts:
-            continue
-        of_experts[experts] = FusedLoRAExperts(
-            experts,
-            {name: ranks[f"{path}.{name}"] for name in names},
-            {name: alphas[f"{path}.{name}"] for name in names},
-            use_rslora=use_rslora,
-            adapter_dtype=adapter_dtype,
-            init_lora_weights=bool(init_lora_weights),
-            backend=backend,
-            quantize=formats[path],
-        )
-        for name in in_order(experts):
-            codes = weight_of(of_experts[experts].base_layer, name)
-            changes += norms_of_experts(plain_weight(experts, name), codes)
-    copies = {path: ModuleToSave(module) for path, module in to_save.items()}
-    warn_of_ties(model, to_save)
-    model.requires_grad_(False)
-    for path, trained in copies.items():
-        trained.start_training()
-        model.set_submodule(path, trained)
-    for path in layers:
-        model.set_submodule(path, replacements[modules[path]])
-    placed = {path: of_experts[model.get_submodule(path)] for path in mixtures.projections}
-    for path, mixture in placed.items():
-        mixture.adapters.requires_grad_(True)
-        model.set_submodule(path, mixture)
-    found = tuple(sharing.find_groups(model, (FusedLoRALinear,))) if groups else ()
+    return made
+
+
+def _adapted_experts(
+    chosen: _Chosen, own: _Own, **options: Any
+) -> dict[nn.Module, FusedLoRAExperts]:
+    made: dict[nn.Module, FusedLoRAExperts] = {}
+    for path, experts in chosen.experts.items():
+        if experts not in made:
+            paths = {name: f"{path}.{name}" for name in chosen.projections[path]}
+            ranks = {name: own.ranks[each] for name, each in paths.items()}
+            alphas = {name: own.alphas[each] for name, each in paths.items()}
+            made[experts] = FusedLoRAExperts(
+                experts, ranks, alphas, quantize=own.formats[path], **options
+            )
+    return made
+
+
+def _changes(linear: nn.Module, layer: FusedLoRALinear) -> list[tuple[float, float]]:
+    start = None
+    if layer.lora_A_init is not None and layer.lora_B_init is not None:
+        start = layer._product(layer.lora_A_init, layer.lora_B_init)
+    return norms_of_change(linear, layer.weight, start)
+
+
+def _changes_of_experts(
+    experts: nn.Module, mixture: FusedLoRAExperts
+) -> Iterator[tuple[float, float]]:
+    for name in in_order(experts):
+        codes = weight_of(mixture.base_layer, name)
+        yield from norms_of_experts(plain_weight(experts, name), codes)
+
+
+def _share_inputs(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Has what shares its input computed together."""
+    found = tuple(sharing.find_groups(model, (FusedLoRALinear,)))
     for paths in found:
         group = sharing.SharedInput([model.get_submodule(path) for path in paths])
         for member, place in group.places():
             member.__dict__["shared_input"] = place
-    mlps = tuple(gate_mlps(model, (FusedLoRALinear,))) if groups else ()
-    return InjectReport(
-        layers=tuple(adapted_paths),
-        skipped=skipped,
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total=count_parameters(model),
-        adapted=sum(
-            weight.numel()
-            for weights in (
-                [layer.weight for layer in replacements.values()],
-                *(each.trained_module.parameters() for each in copies.values()),
-                *(mixture.weights().values() for mixture in of_experts.values()),
-            )
-            for weight in weights
-        ),
-        groups=found,
-        gated=mlps,
-        mixtures=tuple(placed),
-        modules_to_save=tuple(copies),
-        quantization_error=relative_norm(changes) if changes else None,
-    )
+    return found
 
 
 def _check_experts_options(
