@@ -29,6 +29,9 @@ class ModuleToSave(nn.Module):
         disabled: how many `disable_adapter` blocks it is in; in one the original one computes.
     """
 
+    # transformers saves no tensors that share memory but those that it knows of, as patterns.
+    _tied_weights_keys = {"original_module": ""}  # noqa: RUF012
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.original_module = module
@@ -116,8 +119,9 @@ def warn_of_ties(model: nn.Module, saved: dict[str, nn.Module]) -> None:
         others = [name for name in shared if name != here[0]] if here else []
         if others:
             warnings.warn(
-                f"fused_lora: modules_to_save: {here[0]} is {others[0]} too, from now on each has "
-                "values of its own, as in PEFT: name both to train both",
+                f"fused_lora: modules_to_save: {here[0]} is {others[0]} too; from now on each has "
+                "values of its own, as in PEFT, and the config's tie_word_embeddings is False. "
+                "Name both to train both",
                 stacklevel=3,
             )
 
@@ -140,13 +144,13 @@ def unload(model: nn.Module) -> None:
     for path, wrapper in list(model.named_modules()):
         if isinstance(wrapper, ModuleToSave):
             model.set_submodule(path, wrapper.trained_module.requires_grad_(False))
-    _untie(model)
 
 
-def _untie(model: Any) -> None:
-    """Lets transformers save both of two embeddings that its config says are one, if they are not.
+def untie(model: Any) -> None:
+    """Tells transformers' config of two embeddings that are no longer one.
 
-    Else the saved model would be loaded with one of them in both places.
+    Else ``tie_weights`` would make them one again, and a merged and saved model would be loaded
+    with one of them in both places.
     """
     config: Any = getattr(model, "config", None)
     if not getattr(config, "tie_word_embeddings", False):

@@ -142,6 +142,10 @@ def test_new_tokens(tied, tmp_path):
     for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(_logits(same, ids), expected)
 
+    assert not model.config.tie_word_embeddings
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "whole")
+    assert torch.equal(_logits(model, ids), expected)
     save_adapter(model, tmp_path / "adapter")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
