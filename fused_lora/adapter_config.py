@@ -129,9 +129,10 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
         if isinstance(value, str) and field not in lists:
             _check_pattern(path, value)
         elif value is not None and not (
-            isinstance(value, list) and all(isinstance(name, str) for name in value)
+            isinstance(value, list) and all(isinstance(name, str) and name for name in value)
         ):
-            raise ValueError(f"{path}: {field}: got {value!r}, wanted a string or a list of them")
+            wanted = "a list of strings" if field in lists else "a string or a list of them"
+            raise ValueError(f"{path}: {field}: got {value!r}, wanted {wanted}")
     blocks = config["layers_pattern"] or ()
     blocks = (blocks,) if isinstance(blocks, str) else blocks
     before = (f".*{pattern}" for pattern in blocks)  # as it is looked for

@@ -92,15 +92,32 @@ def config_of(
 
 
 def _task_type(model: nn.Module) -> str | None:
-    """Without it PEFT's AutoPeftModelForCausalLM does not know the class; it wants `generate`'s."""
-    generates = hasattr(model, "prepare_inputs_for_generation")
-    return "CAUSAL_LM" if generates and type(model).__name__.endswith("ForCausalLM") else None
+    """Without it PEFT's AutoPeftModel does not know the class."""
+    for end, task in _TASKS.items():
+        if type(model).__name__.endswith(end):
+            # Whose PEFT models want `generate`'s.
+            generates = hasattr(model, "prepare_inputs_for_generation")
+            return task if task != "CAUSAL_LM" or generates else None
+    return None
+
+
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+def _plain_path(path: str) -> str:
+    """A path in the model as it was before ``modules_to_save`` wrapped some."""
+    return re.sub(r"\.(original|trained)_module\b", "", own_path(path))
 
 
 def _target_parameters(model: nn.Module, experts: Collection[str]) -> list[str]:
     """The shortest ends by which PEFT matches these parameters and no other."""
     inner = (f".{name}." for name in ("base_layer", "adapters"))
-    paths = [own_path(path) for path, _ in model.named_parameters(remove_duplicate=False)]
+    paths = [_plain_path(path) for path, _ in model.named_parameters(remove_duplicate=False)]
     others = [path for path in paths if not any(part in path for part in inner)]
     for parts in (2, 3):
         ends = sorted({".".join(path.split(".")[-parts:]) for path in experts})
@@ -112,7 +129,7 @@ def _target_parameters(model: nn.Module, experts: Collection[str]) -> list[str]:
 def _target_modules(model: nn.Module, layers: Collection[str]) -> list[str] | str:
     """The shortest form by which PEFT matches these layers and no other module."""
     names = sorted({path.rpartition(".")[2] for path in layers})
-    paths = [own_path(path) for path, _ in model.named_modules(remove_duplicate=False)]
+    paths = [_plain_path(path) for path, _ in model.named_modules(remove_duplicate=False)]
     for targets in (names, sorted(layers)):
         if set(match_paths("target_modules", targets, paths)) == set(layers):
             return targets

@@ -42,6 +42,8 @@ def expected_of(
     matched = match_modules(model, targets, config["exclude_modules"], numbers_of(config))
     paths = [path for path in matched if path in linears and not is_at(path, to_save)]
     mixtures = find_experts(model, config["target_parameters"])
+    for path in [path for path in mixtures.projections if is_at(path, to_save)]:
+        del mixtures.projections[path]
     if targets and not paths:
         names = sorted({path.rpartition(".")[2] for path in linears})
         raise ValueError(

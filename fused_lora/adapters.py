@@ -39,6 +39,7 @@ from .adapter_weights import (
 )
 from .files import write_atomically
 from .inject import inject
+from .inject_report import InjectReport
 from .matching import has_peft_layers, match_modules, own_path, ranks_of
 from .modules_to_save import find_modules_to_save, trained_copies
 from .multi_linear import FusedMultiLoRALinear
@@ -200,7 +201,7 @@ def load_adapter(
         check_computation(layers, config)
         check_finite(tensors, layers, places)
     else:
-        inject(
+        report = inject(
             model,
             config["r"],
             config["lora_alpha"],
@@ -213,6 +214,7 @@ def load_adapter(
             quantize=quantize,
             **options,
         )
+        _warn_of_patterns(report)
         layers = adapted_layers(model)
         places = places_of(model, layers)
     for path, layer in layers.items():
@@ -223,6 +225,15 @@ def load_adapter(
     for name, tensor in whole_modules(trained_copies(model)).items():
         fill(tensor, tensors[name])
     trained_over.warn_if_other(folder / WEIGHTS_NAME, model, layers)
+
+
+def _warn_of_patterns(report: InjectReport) -> None:
+    """Warns of patterns of ``quantize`` that match nothing: nobody sees the report."""
+    for pattern in report.unused_formats():
+        warnings.warn(
+            f"fused_lora: quantize: {pattern!r} matches no layer that gets an adapter",
+            stacklevel=3,
+        )
 
 
 def _folder(directory: object) -> Path:
@@ -271,7 +282,7 @@ def _load_named(
     names = (*_SAME, "lora_dropout", "use_rslora")
     numbers = (config["r"], config["lora_alpha"], config["target_modules"])
     options = {name: config[name] for name in names}
-    add_adapter(model, adapter_name, *numbers, quantize=quantize, **options)
+    _warn_of_patterns(add_adapter(model, adapter_name, *numbers, quantize=quantize, **options))
     given = layers_with(model, adapter_name)
     for path, layer in given.items():
         fill(layer.lora_A[adapter_name], tensors[key_of(path, "lora_A")])

@@ -40,7 +40,8 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     if not layers:
         raise ValueError("model: has no adapters of fused_lora's; PEFT's models have their own")
     for path, layer in layers.items():
-        if getattr(layer, "merged", False):  # one of many adapters is never
+        # One of many adapters is never; a module to save has what its module has.
+        if not isinstance(layer, ModuleToSave) and getattr(layer, "merged", False):
             raise ValueError(f"model: {path or 'the layer'} is merged; call unmerge() first")
     _count(layers.values(), 1)
     try:

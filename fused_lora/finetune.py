@@ -148,6 +148,8 @@ class Run:
                 backend=s.backend,
                 quantize=s.codes(),
             )
+            if unused := report.unused_formats():
+                raise ValueError(f"quantize: {unused[0]!r} matches no layer that gets an adapter")
             codes = f", the adapted weights in {s.quantize}" if s.quantize != "none" else ""
             self.say(f"model: {s.model} in {self.dtype}{codes}, {report}")
             return model

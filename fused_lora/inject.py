@@ -39,7 +39,7 @@ from .matching import (
     ranks_of,
     unmatched,
 )
-from .modules_to_save import ModuleToSave, find_modules_to_save, untie, warn_of_ties
+from .modules_to_save import ModuleToSave, find_modules_to_save, forget_ties, warn_of_ties
 from .quantize import Quantize, Quantizer
 
 
@@ -180,7 +180,7 @@ def inject(
     ):
         for path, module in places.items():
             model.set_submodule(path, new[module])
-    untie(model)
+    forget_ties(model, chosen.to_save)
     found = _share_inputs(model) if groups else ()
     return InjectReport(
         layers=tuple(paths),

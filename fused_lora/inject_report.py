@@ -35,6 +35,11 @@ class InjectReport:
         """Share of the replaced weights' parameters that need not be trained, 0 to 1."""
         return 1.0 - self.trainable / max(self.adapted, 1)
 
+    def unused_formats(self) -> list[str]:
+        """The patterns of ``quantize`` that match no layer."""
+        end = " of quantize"
+        return [name.removesuffix(end) for name in self.skipped if name.endswith(end)]
+
     def __str__(self) -> str:
         share = self.trainable / max(self.total, 1)
         lines = [

@@ -320,6 +320,7 @@ def _per_layer(
 ) -> dict[str, Value]:
     values = dict.fromkeys(paths, default)
     for key, value in reversed(list(pattern.items())):  # the first match counts, so it comes last
+        _compiled(name, key)
         for path in match_paths(name, _ending(key), paths):
             values[path] = value
     return values

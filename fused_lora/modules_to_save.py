@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class ModuleToSave(nn.Module):
         self.original_module = module
         self.trained_module = copy.deepcopy(module)
         self.disabled = 0
-        self.train(module.training)
+        self.training = module.training  # and what is in it keeps its own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy is outside of any `disable_adapter`."""
@@ -64,7 +64,7 @@ class ModuleToSave(nn.Module):
         """The copy's parameters get gradients, the original ones none."""
         self.original_module.requires_grad_(False)
         for parameter in self.trained_module.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
+            parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
 
 
 def find_modules_to_save(
@@ -84,7 +84,9 @@ def find_modules_to_save(
         raise TypeError(f"modules_to_save: got {modules_to_save!r}, wanted a list of names")
     paths: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if own_path(path).endswith(tuple(modules_to_save)):
+        owner = path.rpartition(".")[0]
+        wrapped = own_path(path) == own_path(owner)  # in a wrapper, which is taken
+        if own_path(path).endswith(tuple(modules_to_save)) and not wrapped:
             paths.setdefault(module, []).append(path)
     found = {path: module for module, (path, *_) in paths.items()}
     for module, (path, *others) in paths.items():
@@ -120,8 +122,7 @@ def warn_of_ties(model: nn.Module, saved: dict[str, nn.Module]) -> None:
         if others:
             warnings.warn(
                 f"fused_lora: modules_to_save: {here[0]} is {others[0]} too; from now on each has "
-                "values of its own, as in PEFT, and the config's tie_word_embeddings is False. "
-                "Name both to train both",
+                "values of its own, as in PEFT. Name both to train both",
                 stacklevel=3,
             )
 
@@ -136,26 +137,34 @@ def tensors_of(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What a module to save keeps on disk, by path in the model: of a copy, or still to be one."""
     kept = module.trained_module if isinstance(module, ModuleToSave) else module
     for name, tensor in kept.state_dict().items():
+        if not isinstance(tensor, Tensor):  # of get_extra_state
+            got = f"{path}.{name} is a {type(tensor).__name__}"
+            raise ValueError(f"modules_to_save: {got}, and files have tensors only")
         yield f"{path}.{own_path(name)}", tensor
 
 
 def unload(model: nn.Module) -> None:
     """Puts the trained copies in the places of their wrappers."""
-    for path, wrapper in list(model.named_modules()):
+    for path, wrapper in list(model.named_modules(remove_duplicate=False)):
         if isinstance(wrapper, ModuleToSave):
             model.set_submodule(path, wrapper.trained_module.requires_grad_(False))
 
 
-def untie(model: Any) -> None:
-    """Tells transformers' config of two embeddings that are no longer one.
+def forget_ties(model: nn.Module, saved: Collection[str]) -> None:
+    """Tells transformers' models which of their parameters are no longer one.
 
-    Else ``tie_weights`` would make them one again, and a merged and saved model would be loaded
-    with one of them in both places.
+    Else ``tie_weights`` would make them one again. Of the config's tie_word_embeddings nothing
+    hangs on it: what differs on disk is not tied, and there may be other ties.
     """
-    config: Any = getattr(model, "config", None)
-    if not getattr(config, "tie_word_embeddings", False):
-        return
-    both = model.get_input_embeddings(), model.get_output_embeddings()
-    weights = [getattr(module, "weight", None) for module in both]
-    if None not in weights and weights[0] is not weights[1]:
-        config.tie_word_embeddings = False
+    for prefix, module in model.named_modules():
+        for name in ("_tied_weights_keys", "all_tied_weights_keys"):
+            ties = getattr(module, name, None)
+            if isinstance(ties, dict) and not isinstance(module, ModuleToSave):
+                at = f"{prefix}." * bool(prefix)
+                kept = {
+                    one: other
+                    for one, other in ties.items()
+                    if not is_at(at + one, saved) and not is_at(at + other, saved)
+                }
+                if len(kept) < len(ties):
+                    setattr(module, name, kept)

@@ -11,7 +11,7 @@ from . import checks
 from .calls import Backend
 from .codes import FORMATS, Format
 from .models import SMOLLM2
-from .quantize import Quantize
+from .quantize import Quantize, Quantizer
 from .text import PYTHON_DOCS
 
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -99,8 +99,7 @@ class Settings:
 
     def codes(self) -> Quantize:
         """``quantize`` as `inject` takes it."""
-        formats = {
-            pattern or ".*": None if format == "none" else cast(Format, format)
-            for pattern, format in self._formats()
-        }
+        formats: dict[str, Format | Quantizer | None] = {}
+        for pattern, format in self._formats():
+            formats.setdefault(pattern or ".*", None if format == "none" else cast(Format, format))
         return formats if formats.keys() != {".*"} else formats[".*"]

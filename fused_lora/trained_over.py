@@ -6,6 +6,7 @@ PEFT's format has no place for it, safetensors' metadata has, and PEFT does not 
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,7 +44,7 @@ def warn_if_other(weights: Path, model: nn.Module, layers: Mapping[str, Any]) ->
     if not isinstance(before, dict):
         return
     now = _codes(model, layers)
-    others = [p for p in layers if isinstance(before.get(p), str) and before[p] != now.get(p)]
+    others = [p for p in layers if _is_described(before.get(p)) and before[p] != now.get(p)]
     if others:
         path, more = others[0], f" and {len(others) - 1} more" * (len(others) > 1)
         warnings.warn(
@@ -67,6 +68,11 @@ def _codes(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, str]:
             if isinstance(module.weight, QuantizedWeight):
                 found[at] = _describe(module.weight) + " of a residual" * residual
     return {path: codes for path, codes in found.items() if path in layers}
+
+
+def _is_described(text: object) -> bool:
+    """Whether a file's text could be `_describe`'s, and not something else for the terminal."""
+    return isinstance(text, str) and re.fullmatch(r"[a-z0-9 ,]{1,100}", text) is not None
 
 
 def _describe(weight: QuantizedWeight) -> str:

@@ -92,7 +92,7 @@ def test_of_several_adapters():
     [
         ({"q_proj": "nf5"}, "quantize: got 'nf5', wanted one of nf4"),
         ({1: "nf4"}, "quantize: got {1: 'nf4'}, wanted a mapping from layers' names to formats"),
-        ({"(": "nf4"}, "quantize: .* is no regular expression"),
+        ({"(": "nf4"}, "quantize: '(' is no regular expression"),
         (["nf4"], "quantize: got ['nf4'], wanted"),
     ],
 )
@@ -121,6 +121,7 @@ def test_of_the_command_line():
     assert mixed.codes() == {"mlp.experts": "mxfp4", "q_proj": None, "a(?=b)": "nf4"}
     others = Settings(quantize="nf4,q_proj=int8").codes()
     assert list(others.items()) == [("q_proj", "int8"), (".*", "nf4")]
+    assert Settings(quantize=".*=nf4,int8").codes() == "nf4"  # the first match counts
     for wrong in ("q_proj=nf5", "q_proj=", "nf4,", "nf4,int8", "nf5,q_proj=int8"):
         with pytest.raises(ValueError, match="wanted none or one of nf4, .* or PATTERN=FORMAT"):
             Settings(quantize=wrong)
@@ -169,7 +170,21 @@ def test_other_codes_than_it_was_trained_over(kind, before, now, parts, tmp_path
         assert "_proj and 3 more was trained" in said[0]
 
 
-@pytest.mark.parametrize("said", ["{", "[]", '{"a": 1}', "[" * 100_000, None])
+@pytest.mark.parametrize("adapter_name", [None, "a"])
+def test_patterns_that_match_nothing_warn_where_nobody_sees_a_report(adapter_name, tmp_path):
+    model = base()
+    inject(model, **NUMBERS, target_modules=ATTENTION)
+    save_adapter(model, tmp_path)
+    with pytest.warns(UserWarning, match="quantize: 'qproj' matches no layer that gets an adapter"):
+        load_adapter(base(), tmp_path, adapter_name=adapter_name, quantize={"qproj": "nf4"})
+
+
+_HOSTILE = json.dumps({"model.layers.0.self_attn.q_proj": "\x1b[31m" + "A" * 1_000_000})
+
+
+@pytest.mark.parametrize(
+    "said", ["{", "[]", '{"a": 1}', "[" * 100_000, _HOSTILE, None], ids=map(str, range(6))
+)
 def test_files_that_say_nothing_of_it(said, tmp_path):
     model = base()
     inject(model, **NUMBERS, target_modules=ATTENTION, quantize="nf4")

@@ -15,6 +15,7 @@ import peft
 import transformers
 from safetensors.torch import load_file, save_file
 from small_models import SMALL, adapted, assert_same, base
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from fused_lora import (
     FusedLoRALinear,
@@ -142,7 +143,6 @@ def test_new_tokens(tied, tmp_path):
     for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(_logits(same, ids), expected)
 
-    assert not model.config.tie_word_embeddings
     model.tie_weights()
     model.save_pretrained(tmp_path / "whole")
     assert torch.equal(_logits(model, ids), expected)
@@ -179,6 +179,90 @@ def test_compiled_and_copied_state(tmp_path):
     assert torch.equal(_logits(other), _logits(model))
 
 
+class _Reward(nn.Module):
+    """What holds a language model and its config, and is none."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+
+@pytest.mark.parametrize("names", [None, ["lm_head"]])
+def test_in_a_module_that_is_no_model(names):
+    model = _Reward(base(tie_word_embeddings=True).eval())
+    _injected(model, names, target_modules=TARGETS)
+    _move(model)
+    expected = _logits(model.model)
+    model.model.tie_weights()
+    merge_and_unload(model)
+    torch.testing.assert_close(_logits(model.model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_other_ties_stay(tmp_path):
+    """Of embeddings in three places, two that are still one are not lost on disk."""
+    sizes = dict.fromkeys(("encoder_layers", "decoder_layers"), 1) | {
+        name: 16 for name in ("d_model", "encoder_ffn_dim", "decoder_ffn_dim")
+    }
+    heads = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+    config = transformers.BartConfig(
+        vocab_size=40, **sizes, **heads, max_position_embeddings=32, pad_token_id=0
+    )
+    model = transformers.BartForConditionalGeneration(config).eval()
+    _injected(model, ["lm_head"], target_modules=TARGETS[:1])
+    _move(model)
+    expected = model(input_ids=IDS, decoder_input_ids=IDS).logits
+    merge_and_unload(model).save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    got = again(input_ids=IDS, decoder_input_ids=IDS).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_in_them_keeps_its_mode_and_wrappers(tmp_path):
+    plain = vision()
+    plain["head"][1].eval()
+    inject(plain, **NUMBERS, target_modules=["body"], modules_to_save=["head"])
+    head = plain["head"]
+    assert [head.training, head.trained_module.training] == [True, True]
+    assert not head.trained_module[1].training
+    assert not head.original_module[1].training
+
+    model = base().eval()
+    model.model.norm = checkpoint_wrapper(model.model.norm)
+    inject(model, **NUMBERS, target_modules=TARGETS, modules_to_save=["model.norm"])
+    _move(model)
+    save_adapter(model, tmp_path)
+    assert "base_model.model.model.norm.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    again = copy.deepcopy(model)
+    _move(again)
+    load_adapter(again, tmp_path)
+    assert torch.equal(_logits(again), _logits(model))
+
+
+def test_a_module_at_another_path_later_and_one_with_names_of_ours():
+    model = base().eval()
+    model.lm_head.merged = True  # of its own
+    inject(model, **NUMBERS, target_modules=TARGETS, modules_to_save=["lm_head"])
+    with disable_adapter(model):
+        assert model.lm_head.merged
+    model.twin = model.lm_head
+    merge_and_unload(model)
+    assert type(model.twin) is nn.Linear
+    assert model.twin is model.lm_head
+
+
+@pytest.mark.parametrize("kind", ["SequenceClassification", "TokenClassification"])
+def test_pefts_auto_classes_find_the_model(kind, tmp_path):
+    config = transformers.LlamaConfig(**SMALL, num_labels=3)
+    getattr(transformers, f"LlamaFor{kind}")(config).save_pretrained(tmp_path / "base")
+    model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / "base").eval()
+    inject(model, **NUMBERS, target_modules=TARGETS, modules_to_save=["score"])
+    _move(model)
+    save_adapter(model, tmp_path / "adapter")
+    auto = getattr(peft, f"AutoPeftModelFor{kind}")
+    theirs = auto.from_pretrained(tmp_path / "adapter", num_labels=3).eval()
+    torch.testing.assert_close(_logits(theirs), _logits(model), rtol=1e-4, atol=1e-4)
+
+
 def test_buffers_and_counters(tmp_path):
     plain = vision()
     model = copy.deepcopy(plain)
@@ -209,8 +293,9 @@ def test_buffers_and_counters(tmp_path):
         load_adapter(copy.deepcopy(plain), tmp_path)
 
 
-def test_what_is_in_them_gets_no_adapter():
-    model = base("qwen3_moe")
+def test_what_is_in_them_gets_no_adapter(tmp_path):
+    plain = base("qwen3_moe").eval()
+    model = copy.deepcopy(plain)
     names = ["layers.0.mlp", "lm_head"]
     report = inject(
         model, **NUMBERS, target_modules=r".*(gate|lm_head|q_proj)", modules_to_save=names,
@@ -222,6 +307,13 @@ def test_what_is_in_them_gets_no_adapter():
     assert report.skipped["model.layers.0.mlp.experts"] == why
     assert [path for path in report.layers if "layers.0.mlp" in path] == []
     assert "model.layers.1.mlp.experts.down_proj" in report.layers
+    _move(model)
+    save_adapter(model, tmp_path)
+    again = copy.deepcopy(plain)
+    load_adapter(again, tmp_path)
+    assert torch.equal(_logits(again), _logits(model))
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path).eval()
+    torch.testing.assert_close(_logits(theirs), _logits(model), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
