@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from . import checks
-from .matching import LayerNumbers, alphas_of, ranks_of
+from .layer_numbers import LayerNumbers
+from .patterns import alphas_of, ranks_of
 
 CONFIG_NAME = "adapter_config.json"
 _MAX_CONFIG_BYTES = 1 << 20
+_MAX_BLOCKS = 16  # kinds of a model's blocks
 _MAX_WAYS = 1 << 14  # in which the alternatives of a pattern's groups combine
 
 # Fields that we use, and fields that say nothing about the computation.
@@ -135,6 +137,8 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
             raise ValueError(f"{path}: {field}: got {value!r}, wanted {wanted}")
     blocks = config["layers_pattern"] or ()
     blocks = (blocks,) if isinstance(blocks, str) else blocks
+    if len(blocks) > _MAX_BLOCKS:
+        raise ValueError(f"{path}: layers_pattern: has {len(blocks)}, wanted at most {_MAX_BLOCKS}")
     before = (f".*{pattern}" for pattern in blocks)  # as it is looked for
     for pattern in (*config["rank_pattern"], *config["alpha_pattern"], *before):
         _check_pattern(path, pattern)

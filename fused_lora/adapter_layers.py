@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from . import checks
 from .expert_layer import FusedLoRAExperts, nested
 from .linear import FusedLoRALinear
-from .matching import own_path
 from .modules_to_save import tensors_of
 from .multi_linear import FusedMultiLoRALinear
 from .multi_model import layers_with
+from .paths import own_path
 from .sharded import reshard
 
 PREFIX = "base_model.model."

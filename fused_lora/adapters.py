@@ -9,41 +9,40 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from . import trained_over
-from .adapter_config import CONFIG_NAME, numbers_of, read_config
+from .adapter_config import CONFIG_NAME, read_config
 from .adapter_layers import (
     TENSORS,
     adapted_layers,
     adapter_names,
-    check_one_path,
     inner,
     key_of,
     places_of,
     whole_modules,
 )
-from .adapter_saved import config_of, saved_form
-from .adapter_weights import (
+from .adapter_read import (
     WEIGHTS_NAME,
-    Sides,
     check_computation,
-    check_finite,
     check_tensors,
-    expected_of,
     read_weights,
+    wanted_of_config,
+    wanted_of_layers,
+    wanted_of_modules,
 )
+from .adapter_write import config_of, saved_form
 from .files import write_atomically
 from .inject import inject
-from .inject_report import InjectReport
-from .matching import has_peft_layers, match_modules, own_path, ranks_of
+from .matching import has_peft_layers, is_linear
 from .modules_to_save import find_modules_to_save, trained_copies
 from .multi_linear import FusedMultiLoRALinear
 from .multi_model import add_adapter, can_adapt, layers_with
+from .paths import own_path
 from .quantize import Quantize
 from .quantized_weight import QuantizedWeight
 from .sharded import fill, is_sharded, whole, writes_files
@@ -155,11 +154,20 @@ def load_adapter(
     """
     folder = _folder(directory)
     model = inner(model)
-    if adapter_name is not None:
-        given = _load_named(model, folder, adapter_name, quantize)
-        trained_over.warn_if_other(folder / WEIGHTS_NAME, model, given)
-        return
     layers = adapted_layers(model)
+    if not layers and has_peft_layers(model):
+        raise ValueError(
+            "model: has PEFT's adapters; wanted a plain model, or one made with fused_lora.inject "
+            "(for this one call its own load_adapter, then fused_lora.peft.fuse)"
+        )
+    if adapter_name is not None:
+        if layers:
+            raise ValueError(
+                f"model: has adapters already, at {next(iter(layers))}; wanted a "
+                "model without, or with named ones"
+            )
+        _warn(folder, model, *_load_named(model, folder, adapter_name, quantize))
+        return
     named = adapter_names(model)
     if named:
         raise ValueError(
@@ -169,11 +177,6 @@ def load_adapter(
         raise ValueError(
             f"quantize: got {quantize!r}, but the model has adapters already, whose weights stay "
             "as they are; wanted None"
-        )
-    if not layers and has_peft_layers(model):
-        raise ValueError(
-            "model: has PEFT's adapters; wanted a plain model, or one made with fused_lora.inject "
-            "(for this one call its own load_adapter, then fused_lora.peft.fuse)"
         )
     merged = [path for path, layer in layers.items() if layer.merged]
     if merged:
@@ -190,16 +193,15 @@ def load_adapter(
     options = {name: config[name] for name in _SAME}
     to_save: Mapping[str, nn.Module]
     if layers:
-        places = places_of(model, layers)
-        expected = {places[path]: Sides.of(layer) for path, layer in layers.items()}
-        to_save = trained_copies(model)
+        places, to_save = places_of(model, layers), trained_copies(model)
+        wanted = wanted_of_layers(layers, places, config["use_dora"])
     else:
         to_save, _ = find_modules_to_save(model, config["modules_to_save"])
-        expected = expected_of(model, config, to_save)
-    check_tensors(tensors, expected, config["use_dora"], whole_modules(to_save))
+        wanted = wanted_of_config(model, config, is_linear, to_save)
+    check_tensors(tensors, wanted | wanted_of_modules(to_save))
+    unused: tuple[str, ...] = ()
     if layers:
         check_computation(layers, config)
-        check_finite(tensors, layers, places)
     else:
         report = inject(
             model,
@@ -214,7 +216,7 @@ def load_adapter(
             quantize=quantize,
             **options,
         )
-        _warn_of_patterns(report)
+        unused = report.unused_quantize
         layers = adapted_layers(model)
         places = places_of(model, layers)
     for path, layer in layers.items():
@@ -224,16 +226,14 @@ def load_adapter(
                 fill(getattr(layer, name), tensors[key])
     for name, tensor in whole_modules(trained_copies(model)).items():
         fill(tensor, tensors[name])
+    _warn(folder, model, layers, unused)
+
+
+def _warn(folder: Path, model: nn.Module, layers: dict[str, Any], unused: Iterable[str]) -> None:
+    """Of codes that the adapter does not know, and of patterns in a report that nobody sees."""
+    for pattern in unused:
+        warnings.warn(f"fused_lora: {pattern} matches no layer that gets an adapter", stacklevel=3)
     trained_over.warn_if_other(folder / WEIGHTS_NAME, model, layers)
-
-
-def _warn_of_patterns(report: InjectReport) -> None:
-    """Warns of patterns of ``quantize`` that match nothing: nobody sees the report."""
-    for pattern in report.unused_formats():
-        warnings.warn(
-            f"fused_lora: quantize: {pattern!r} matches no layer that gets an adapter",
-            stacklevel=3,
-        )
 
 
 def _folder(directory: object) -> Path:
@@ -246,14 +246,8 @@ def _folder(directory: object) -> Path:
 
 def _load_named(
     model: nn.Module, folder: Path, adapter_name: str, quantize: Quantize
-) -> dict[str, FusedMultiLoRALinear]:
-    """The layers that have it now, by path."""
-    layers = adapted_layers(model)
-    if layers:
-        raise ValueError(
-            f"model: has adapters already, at {next(iter(layers))}; wanted a "
-            "model without, or with named ones"
-        )
+) -> tuple[dict[str, FusedMultiLoRALinear], tuple[str, ...]]:
+    """The layers that have it now, by path, and what of ``quantize`` matches none."""
     config = read_config(folder / CONFIG_NAME)
     if config["use_dora"]:
         raise ValueError(
@@ -271,20 +265,13 @@ def _load_named(
             "none: of several adapters none has whole modules"
         )
     tensors = read_weights(folder)
-    modules: dict[str, Any] = dict(model.named_modules())
-    targets = (config["target_modules"], config["exclude_modules"])
-    matched = match_modules(model, *targets, numbers_of(config))
-    paths = [path for path in matched if path in modules and can_adapt(modules[path])]
-    check_one_path(model, [modules[path] for path in paths])
-    ranks = ranks_of(config["rank_pattern"], config["r"], paths)
-    sides = {p: Sides(ranks[p], modules[p].in_features, modules[p].out_features) for p in paths}
-    check_tensors(tensors, sides, False, {})
+    check_tensors(tensors, wanted_of_config(model, config, can_adapt))
     names = (*_SAME, "lora_dropout", "use_rslora")
     numbers = (config["r"], config["lora_alpha"], config["target_modules"])
     options = {name: config[name] for name in names}
-    _warn_of_patterns(add_adapter(model, adapter_name, *numbers, quantize=quantize, **options))
+    report = add_adapter(model, adapter_name, *numbers, quantize=quantize, **options)
     given = layers_with(model, adapter_name)
     for path, layer in given.items():
         fill(layer.lora_A[adapter_name], tensors[key_of(path, "lora_A")])
         fill(layer.lora_B[adapter_name], tensors[key_of(path, "lora_B")])
-    return {own_path(path): layer for path, layer in given.items()}
+    return {own_path(path): layer for path, layer in given.items()}, report.unused_quantize

@@ -9,7 +9,7 @@ import time
 import warnings
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -138,13 +138,12 @@ def merge(
     from .merge import merge_adapter
 
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings():
+            _say_our_warnings()
             base = merge_adapter(adapter, out, model)
     except (ValueError, TypeError, OSError) as error:
         raise _failed(error) from None
     _say(f"merged: {adapter} into {base}, saved in {out}")
-    for warning in caught:
-        _say(f"warning: {warning.message}")
 
 
 @app.command()
@@ -246,6 +245,19 @@ def _failed(error: Exception) -> typer.Exit:
 
 def _say(line: str) -> None:
     console.print(line, markup=False)
+
+
+def _say_our_warnings() -> None:
+    """Until the end of the `warnings.catch_warnings` that one is in."""
+    show = warnings.showwarning
+
+    def say(message: Warning | str, *rest: Any, **how: Any) -> None:
+        if str(message).startswith("fused_lora:"):
+            _say(f"warning: {message}")
+        else:
+            show(message, *rest, **how)
+
+    warnings.showwarning = say
 
 
 def _free_folder() -> Path:

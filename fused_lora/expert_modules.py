@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from .experts import explain_experts
 from .explanation import Explanation
 from .functional import is_observed
 from .gated_mlp import activation_of
+from .paths import in_any_layer
 from .quantize import Quantizer, quantize
 from .quantized_weight import QuantizedWeight
 from .sharded import is_sharded
@@ -245,3 +247,9 @@ def explain_experts_module(
     with _casting(experts, x):
         x = _as_cast(experts, x)
         return explain_experts(x, weight, A, B, expert_indices=top_k_index, **options)
+
+
+def describe_mixtures(paths: Iterable[str]) -> list[str]:
+    """A line for each kind of mixture of experts, for the reports."""
+    kinds = Counter(map(in_any_layer, paths))
+    return [f"  {kind}: all experts in one autograd node, {n} x" for kind, n in kinds.items()]

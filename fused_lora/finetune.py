@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapter_config import CONFIG_NAME
-from .adapter_weights import WEIGHTS_NAME
+from .adapter_read import WEIGHTS_NAME
 from .adapters import save_adapter
 from .expert_layer import FusedLoRAExperts
 from .expert_modules import in_order, plain_weight, projections, weight_of
@@ -148,8 +148,9 @@ class Run:
                 backend=s.backend,
                 quantize=s.codes(),
             )
-            if unused := report.unused_formats():
-                raise ValueError(f"quantize: {unused[0]!r} matches no layer that gets an adapter")
+            if report.unused_quantize:
+                unused = report.unused_quantize[0]
+                raise ValueError(f"{unused} matches no layer that gets an adapter")
             codes = f", the adapted weights in {s.quantize}" if s.quantize != "none" else ""
             self.say(f"model: {s.model} in {self.dtype}{codes}, {report}")
             return model

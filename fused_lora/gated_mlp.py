@@ -20,7 +20,7 @@ from .arguments import Arguments
 from .dispatch import FEW_ROWS
 from .functional import is_observed, is_recorded
 from .gated import Activation, are_alike, call_gated, gated_input
-from .sharing import in_any_layer
+from .paths import in_any_layer
 
 
 def _formula(self: Any, x: Any) -> Any:

@@ -22,24 +22,19 @@ from .inject_report import (
     norms_of_experts,
     relative_norm,
 )
+from .layer_numbers import LayerNumbers
 from .linear import FusedLoRALinear
 from .matching import (
-    IN_SAVED,
-    LayerNumbers,
     MatchedExperts,
-    alphas_of,
     find_experts,
     find_targets,
-    formats_of,
     has_peft_layers,
-    is_at,
     is_linear,
-    match_paths,
     mixtures_of_experts,
-    ranks_of,
-    unmatched,
 )
 from .modules_to_save import ModuleToSave, find_modules_to_save, forget_ties, warn_of_ties
+from .paths import match_paths
+from .patterns import alphas_of, formats_of, ranks_of, unmatched
 from .quantize import Quantize, Quantizer
 
 
@@ -78,10 +73,12 @@ def inject(
             experts, ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]: each such module becomes
             a `FusedLoRAExperts`. As in PEFT without dropout and DoRA, and whatever
             ``exclude_modules`` says.
-        modules_to_save: PEFT's: names, or ends of paths, of modules of any type of which a copy is
-            trained in whole and saved with the adapters ("score", "lm_head"). Neither they nor what
-            is in them get an adapter.
-        exclude_modules: matched in the same way, and left out. The report has what matches nothing.
+        modules_to_save: PEFT's: of modules of any type whose path ends with one of these strings
+            ("score", "lm_head"; "norm" is "input_layernorm" too) a copy is trained in whole, in its
+            own dtype, and saved with the adapters. Neither they nor what is in them get an adapter.
+            Where one shares its weight with another, they go apart, with a warning: see
+            `modules_to_save`.
+        exclude_modules: matched as ``target_modules``, and left out. The report has what matches nothing.
         layers_to_transform, layers_pattern: of the modules that names in ``target_modules`` match
             only those in these blocks: by the first number in a path, or the first after one of the
             patterns ("layers", "h").
@@ -106,10 +103,10 @@ def inject(
     Raises:
         ValueError: nothing matched (the message lists what there is to match), the model is itself
             an `nn.Linear` or already has adapters, a pattern is no regular expression, a number is
-            out of range, a matched layer has hooks, one of ``modules_to_save`` is in another or at
-            several paths, or what it is in is known to read
-            its weight instead of calling it (`nn.TransformerEncoderLayer`'s fast path, Mamba's
-            kernels, WavLM's attention). The model is unchanged then.
+            out of range, or one of ``modules_to_save`` is in another, at several paths, or has no
+            parameters; or a matched layer has hooks, or is in what is known to read its weight
+            instead of calling it (`nn.TransformerEncoderLayer`'s fast path, Mamba's kernels,
+            WavLM's attention). The model is unchanged then.
         TypeError: an argument is of the wrong type.
     """
     checks.check_module("model", model)
@@ -150,7 +147,7 @@ def inject(
     skipped = chosen.skipped | unmatched(
         paths, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern
     )
-    skipped |= unmatched(with_codes, quantize=quantize)
+    unused = unmatched(with_codes, quantize=quantize)
     # Built first and put in last, so that a failure leaves the model as it was. A module that is
     # used at several paths stays one module.
     of_all: Any = {"use_rslora": use_rslora, "adapter_dtype": adapter_dtype, "backend": backend}
@@ -184,7 +181,7 @@ def inject(
     found = _share_inputs(model) if groups else ()
     return InjectReport(
         layers=tuple(paths),
-        skipped=skipped,
+        skipped=skipped | unused,
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total=count_parameters(model),
         adapted=sum(
@@ -200,6 +197,7 @@ def inject(
         gated=tuple(gate_mlps(model, (FusedLoRALinear,))) if groups else (),
         mixtures=tuple(chosen.experts),
         modules_to_save=tuple(chosen.to_save),
+        unused_quantize=tuple(unused),
         quantization_error=relative_norm(changes) if changes else None,
     )
 
@@ -209,13 +207,13 @@ class _Chosen(NamedTuple):
 
     layers: dict[str, Any]  # nn.Linears, or others' quantised ones
     experts: dict[str, nn.Module]
-    projections: dict[str, list[str]]  # of each module of experts
+    projections: MatchedExperts
     to_save: dict[str, nn.Module]
     skipped: dict[str, str]  # what was asked for besides -> why it is not
 
     def paths(self) -> list[str]:
         """Of all layers and projections of experts."""
-        return [*self.layers, *MatchedExperts(self.projections, {}).paths()]
+        return [*self.layers, *self.projections.paths()]
 
 
 def _choose(
@@ -227,13 +225,11 @@ def _choose(
     numbers: LayerNumbers,
 ) -> _Chosen:
     to_save, missing = find_modules_to_save(model, modules_to_save)
-    found = find_experts(model, target_parameters)
-    in_saved = [path for path in found.projections if is_at(path, to_save)]
-    projections = {path: names for path, names in found.projections.items() if path not in in_saved}
-    skipped = found.skipped | dict.fromkeys(in_saved, IN_SAVED)
+    found = find_experts(model, target_parameters, to_save)
+    skipped = dict(found.skipped)
     layers: dict[str, Any] = {}
     if target_parameters and not target_modules:
-        if not projections:
+        if not found.projections:
             of_all = mixtures_of_experts(model)
             raise ValueError(
                 f"target_parameters: {target_parameters!r} matches no projection of experts "
@@ -246,7 +242,7 @@ def _choose(
         )
         layers = {path: targets.modules[path] for path in targets.layers}
         skipped = targets.skipped | skipped
-    if not projections:
+    if not found.projections:
         all_linear = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
         unnamed = mixtures_of_experts(model)
         for path in unnamed:
@@ -256,8 +252,8 @@ def _choose(
             for name in [name for name, why in skipped.items() if why == "matches no module"]:
                 skipped[name] += "; experts are for target_parameters to name"
     skipped |= {f"{name} of modules_to_save": "matches no module" for name in missing}
-    experts = {path: model.get_submodule(path) for path in projections}
-    return _Chosen(layers, experts, projections, to_save, skipped)
+    experts = {path: model.get_submodule(path) for path in found.projections}
+    return _Chosen(layers, experts, found, to_save, skipped)
 
 
 class _Own(NamedTuple):
@@ -285,7 +281,7 @@ def _adapted_experts(
     made: dict[nn.Module, FusedLoRAExperts] = {}
     for path, experts in chosen.experts.items():
         if experts not in made:
-            paths = {name: f"{path}.{name}" for name in chosen.projections[path]}
+            paths = {name: f"{path}.{name}" for name in chosen.projections.projections[path]}
             ranks = {name: own.ranks[each] for name, each in paths.items()}
             alphas = {name: own.alphas[each] for name, each in paths.items()}
             made[experts] = FusedLoRAExperts(

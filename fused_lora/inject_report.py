@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import foreign, sharing
+from .expert_modules import describe_mixtures
 from .gated_mlp import describe_mlps
 from .quantized_weight import QuantizedWeight
 
@@ -19,12 +20,13 @@ class InjectReport:
 
     layers: tuple[str, ...]  # paths of the modules that were replaced
     skipped: dict[str, str]  # paths, targets and patterns that got no adapter -> why
-    trainable: int  # parameters of the adapters that were put in
+    trainable: int  # parameters of the adapters and of the trained copies that were put in
     total: int  # all parameters, the adapters' included, shared ones counted once
-    adapted: int  # parameters of what was replaced: what full fine-tuning of it would train
+    adapted: int  # parameters of what they are over: what full fine-tuning of it would train
     groups: tuple[tuple[str, ...], ...] = ()  # paths of layers that are computed together
     gated: tuple[str, ...] = ()  # paths of MLPs whose last layer makes act(gate) * up
     mixtures: tuple[str, ...] = ()  # paths of mixtures of experts
+    unused_quantize: tuple[str, ...] = ()  # what ``skipped`` has of ``quantize``
     modules_to_save: tuple[str, ...] = ()  # paths of modules of which a copy is trained in whole
     # ||W - W0|| / ||W|| over all weights W that were put into codes W0, or W0 + scaling * B A where
     # the adapter starts with a part of them; None if there are none.
@@ -34,11 +36,6 @@ class InjectReport:
     def saved(self) -> float:
         """Share of the replaced weights' parameters that need not be trained, 0 to 1."""
         return 1.0 - self.trainable / max(self.adapted, 1)
-
-    def unused_formats(self) -> list[str]:
-        """The patterns of ``quantize`` that match no layer."""
-        end = " of quantize"
-        return [name.removesuffix(end) for name in self.skipped if name.endswith(end)]
 
     def __str__(self) -> str:
         share = self.trainable / max(self.total, 1)
@@ -56,7 +53,7 @@ class InjectReport:
         lines += [f"  trained in whole: {path}" for path in self.modules_to_save]
         lines += [f"  skipped {path}: {why}" for path, why in self.skipped.items()]
         lines += sharing.describe_groups(self.groups) + describe_mlps(self.gated)
-        lines += sharing.describe_mixtures(self.mixtures)
+        lines += describe_mixtures(self.mixtures)
         return "\n".join(lines)
 
 

@@ -2,67 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from . import checks, expert_modules, foreign
-from .codes import Format
+from .layer_numbers import ALL_LAYERS, LayerNumbers
 from .multi_linear import FusedMultiLoRALinear
-from .quantize import Quantize, Quantizer, check_format
-
-
-class LayerNumbers(NamedTuple):
-    """PEFT's layers_to_transform and layers_pattern: of which blocks of a model a name is meant."""
-
-    numbers: frozenset[int] | None  # None is all
-    patterns: tuple[str, ...]  # of what the blocks are called, or any
-
-    @classmethod
-    def of(
-        cls, target_modules: object, layers_to_transform: object, layers_pattern: object
-    ) -> LayerNumbers:
-        """TypeError or ValueError for what says nothing of the sort."""
-        numbers, patterns = _listed(layers_to_transform), _listed(layers_pattern)
-        got = f"layers_to_transform: got {layers_to_transform!r}"
-        if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
-            raise TypeError(f"{got}, wanted the number of a layer, or a list of numbers")
-        if not all(isinstance(pattern, str) for pattern in patterns):
-            raise TypeError(f"layers_pattern: got {layers_pattern!r}, wanted a string or a list")
-        for pattern in patterns:
-            _compiled("layers_pattern", pattern)
-        if patterns and not numbers:
-            raise ValueError("layers_pattern: wanted layers_to_transform too")
-        if numbers and isinstance(target_modules, str) and target_modules.lower() != "all-linear":
-            raise ValueError(
-                f"{got} and a regular expression for target_modules, which says it all; wanted a "
-                "list of names"
-            )
-        return cls(frozenset(numbers) if numbers else None, tuple(patterns))
-
-    def of_them(self, path: str) -> bool:
-        """Whether the first number in a path, or the first after a pattern, is one of these."""
-        if self.numbers is None:
-            return True
-        ways = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in self.patterns]
-        for way in ways or [r".*?\.[^.]*\.(\d+)\."]:
-            found = re.match(way, own_path(path))
-            if found is not None:
-                return int(found.groups()[-1]) in self.numbers
-        return False
-
-
-_ALL = LayerNumbers(None, ())
-
-
-def _listed(value: object) -> list[Any]:
-    """The values of one, of several or of none."""
-    if isinstance(value, (list, tuple, set, frozenset, range)):
-        return list(value)
-    return [] if value is None or value == "" else [value]
+from .paths import match_paths, own_path, place_of
 
 
 class Targets(NamedTuple):
@@ -79,7 +28,7 @@ def find_targets(
     exclude_modules: str | Collection[str] | None,
     adaptable: Callable[[nn.Module], bool],
     saved: Collection[str] = (),
-    numbers: LayerNumbers = _ALL,
+    numbers: LayerNumbers = ALL_LAYERS,
 ) -> Targets:
     """The modules that match and are ``adaptable``, but for those of ``modules_to_save``.
 
@@ -89,11 +38,11 @@ def find_targets(
     modules = dict(model.named_modules(remove_duplicate=False))
     targets = match_modules(model, target_modules, None, numbers)
     matched = _without_excluded(targets, exclude_modules)
-    in_saved = dict.fromkeys((path for path in matched if is_at(path, saved)), IN_SAVED)
+    in_saved = dict.fromkeys((path for path in matched if place_of(path, saved)), IN_SAVED)
     matched = [path for path in matched if path not in in_saved]
     layers = [path for path in matched if adaptable(modules[path])]
     skipped = _why_skipped(modules, matched, layers, target_modules) | in_saved
-    skipped |= _excluding_nothing(exclude_modules, targets)
+    skipped |= _excluding_nothing(exclude_modules, targets) | numbers.without_layers(layers)
     if not layers:
         names = sorted({p.rpartition(".")[2] for p, m in modules.items() if adaptable(m)})
         why = f"target_modules: {target_modules!r} matches no nn.Linear; wanted some of {names}"
@@ -101,7 +50,7 @@ def find_targets(
             why += ' in a list, a regular expression for the whole path, or "all-linear"'
         if exclude_modules is not None:
             why += f", and not all of them in exclude_modules, {exclude_modules!r}"
-        if numbers.numbers is not None:
+        if numbers.numbers:
             why += f", in layers {sorted(numbers.numbers)} of layers_to_transform"
         if mixtures_of_experts(model):
             why += "; experts are for target_parameters to name"
@@ -117,11 +66,6 @@ def find_targets(
 IN_SAVED = "is trained in whole, by modules_to_save"
 
 
-def is_at(path: str, others: Collection[str]) -> bool:
-    """Whether a module is at one of these paths, or in what is there."""
-    return any(path == other or path.startswith(f"{other}.") for other in others)
-
-
 class MatchedExperts(NamedTuple):
     """The parameters of mixtures of experts that get an adapter."""
 
@@ -133,8 +77,12 @@ class MatchedExperts(NamedTuple):
         return [f"{path}.{name}" for path, names in self.projections.items() for name in names]
 
 
-def find_experts(model: nn.Module, target_parameters: object) -> MatchedExperts:
+def find_experts(
+    model: nn.Module, target_parameters: object, saved: Collection[str] = ()
+) -> MatchedExperts:
     """What of PEFT's ``target_parameters``, names and ends of paths, is a mixture's projection.
+
+    But for those of ``modules_to_save``.
 
     Raises TypeError unless it is None or a collection of strings, ValueError if a mixture that is
     matched has hooks, or is the model itself.
@@ -151,7 +99,9 @@ def find_experts(model: nn.Module, target_parameters: object) -> MatchedExperts:
         parts = own_path(path).split(".")
         ends = {".".join(parts[i:]) for i in range(len(parts))} & wanted
         matched |= ends
-        if ends:
+        if ends and place_of(path, saved):
+            found.skipped[path] = IN_SAVED
+        elif ends:
             _match_projection(model, path, found)
     for name in sorted(wanted - matched):
         found.skipped[name] = "matches no parameter"
@@ -268,93 +218,21 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or foreign.is_quantized(module)
 
 
-Value = TypeVar("Value")
-
-
-def ranks_of(pattern: Mapping[str, int] | None, r: int, paths: list[str]) -> dict[str, int]:
-    """r of each path, by PEFT's rule for rank_pattern; TypeError or ValueError names the key."""
-    ranks = _checked_pattern("rank_pattern", pattern)
-    for name, rank in ranks.items():
-        checks.check_rank(rank, f"rank_pattern[{name!r}]")
-    return _per_layer("rank_pattern", ranks, r, paths)
-
-
-def alphas_of(
-    pattern: Mapping[str, float] | None, lora_alpha: float, paths: list[str]
-) -> dict[str, float]:
-    """lora_alpha of each path, as `ranks_of`."""
-    alphas = _checked_pattern("alpha_pattern", pattern)
-    for name, alpha in alphas.items():
-        checks.check_number(f"alpha_pattern[{name!r}]", alpha)
-    return _per_layer("alpha_pattern", alphas, lora_alpha, paths)
-
-
-def formats_of(quantize: Quantize, paths: list[str]) -> dict[str, Format | Quantizer | None]:
-    """What makes each path's codes, or None; a mapping goes by the rule of `ranks_of`.
-
-    TypeError or ValueError unless it is what `inject` takes.
-    """
-    if not isinstance(quantize, Mapping):
-        if quantize is not None:
-            check_format(quantize)
-        return dict.fromkeys(paths, quantize)
-    for format in _checked_pattern("quantize", quantize, "formats").values():
-        if format is not None:
-            check_format(format)
-    return _per_layer("quantize", quantize, None, paths)
-
-
-def _checked_pattern(
-    name: str, pattern: Mapping[str, Value] | None, values: str = "numbers"
-) -> Mapping[str, Value]:
-    """The pattern; TypeError unless it is a mapping from strings, or None."""
-    if pattern is None:
-        return {}
-    if not isinstance(pattern, Mapping) or not all(isinstance(key, str) for key in pattern):
-        raise TypeError(f"{name}: got {pattern!r}, wanted a mapping from layers' names to {values}")
-    return pattern
-
-
-def _per_layer(
-    name: str, pattern: Mapping[str, Value], default: Value, paths: list[str]
-) -> dict[str, Value]:
-    values = dict.fromkeys(paths, default)
-    for key, value in reversed(list(pattern.items())):  # the first match counts, so it comes last
-        _compiled(name, key)
-        for path in match_paths(name, _ending(key), paths):
-            values[path] = value
-    return values
-
-
-def unmatched(paths: list[str], **patterns: object) -> dict[str, str]:
-    """The keys of mappings such as rank_pattern that are for none of the paths, for a report."""
-    return {
-        f"{key} of {name}": "matches no layer that gets an adapter"
-        for name, pattern in patterns.items()
-        if isinstance(pattern, Mapping)
-        for key in pattern
-        if not match_paths(name, _ending(key), paths)
-    }
-
-
-def _ending(key: str) -> str:
-    return rf"(.*\.)?({key})"
-
-
 def match_modules(
     model: nn.Module,
     target_modules: str | Collection[str],
     exclude_modules: str | Collection[str] | None,
-    numbers: LayerNumbers = _ALL,
+    numbers: LayerNumbers = ALL_LAYERS,
 ) -> list[str]:
     """The paths of the modules that PEFT's rules match, of any type; see `inject`."""
     modules = dict(model.named_modules(remove_duplicate=False))
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
-        matched, named = _without_output_head(model, modules), set[str]()
+        matched = _without_output_head(model, modules)
     else:
         matched = match_paths("target_modules", target_modules, list(modules))
-        named = set(target_modules)  # whole paths are meant wherever they are
-    matched = [p for p in matched if numbers.of_them(p) or own_path(p) in named]
+    # Whole paths are meant wherever they are.
+    named = () if isinstance(target_modules, str) else target_modules
+    matched = [path for path in matched if numbers.has(path) or own_path(path) in named]
     return _without_excluded(matched, exclude_modules)
 
 
@@ -365,35 +243,6 @@ def _without_excluded(
         return targets
     excluded = set(match_paths("exclude_modules", exclude_modules, targets))
     return [path for path in targets if path not in excluded]
-
-
-# Of torch.compile, checkpoint_wrapper and FSDP1: parts of a path that the model itself has not.
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
-
-
-def own_path(path: str) -> str:
-    """A module's path, or that of what is in it, in the model without wrappers."""
-    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
-
-
-def _compiled(name: str, pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{name}: {pattern!r} is no regular expression: {error}") from None
-
-
-def match_paths(name: str, patterns: object, paths: list[str]) -> list[str]:
-    """The paths that PEFT would match: a regular expression in full, or a list of suffixes."""
-    if isinstance(patterns, str):
-        pattern = _compiled(name, patterns)
-        return [p for p in paths if pattern.fullmatch(own_path(p)) or pattern.fullmatch(p)]
-    if not isinstance(patterns, (list, tuple, set, frozenset)) or not all(
-        isinstance(suffix, str) for suffix in patterns
-    ):
-        raise TypeError(f"{name}: got {patterns!r}, wanted a string or a list of strings")
-    ends = tuple("." + suffix for suffix in patterns if suffix)
-    return [p for p in paths if any(f".{path}".endswith(ends) for path in (own_path(p), p))]
 
 
 def _without_output_head(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:

@@ -100,11 +100,14 @@ def merge_adapter(adapter: Path, out: Path, base: str | None = None) -> str:
 
     if out.exists():
         raise FileExistsError(f"out: {out} is there already; wanted a new folder")
-    config = adapter / CONFIG_NAME
-    named = read_config(config).get("base_model_name_or_path")
+    path = adapter / CONFIG_NAME
+    config = read_config(path)
+    task, named = config.get("task_type"), config.get("base_model_name_or_path")
+    if task not in (None, "CAUSAL_LM"):
+        raise ValueError(f"{path}: task_type: got {task!r}, wanted a causal language model's")
     if base is None:
         if not isinstance(named, str) or not named:
-            raise ValueError(f"{config}: names no base model; give one with --model")
+            raise ValueError(f"{path}: names no base model; give one with --model")
         base = named
     model = load_model(base, "auto", torch.device("cpu"))
     load_adapter(model, adapter)

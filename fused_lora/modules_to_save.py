@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import checks
-from .matching import is_at, own_path
+from .paths import own_path, place_of
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
@@ -101,6 +101,8 @@ def find_modules_to_save(
                 f"modules_to_save: {path} and {others[0]} are one module, and on disk it has one "
                 "path; wanted a name that one of them ends with"
             )
+        if not any(p.is_floating_point() or p.is_complex() for p in module.parameters()):
+            raise ValueError(f"modules_to_save: {path} has no parameters to train")
         if isinstance(module, _CONTAINERS):
             kind = type(module).__name__
             raise ValueError(f"modules_to_save: {path} is a {kind}, which no one calls")
@@ -117,12 +119,16 @@ def warn_of_ties(model: nn.Module, saved: dict[str, nn.Module]) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
     for shared in names.values():
-        here = [name for name in shared if is_at(name, saved)]
-        others = [name for name in shared if name != here[0]] if here else []
+        places = {name: place_of(name, saved) for name in shared}
+        here = next((name for name in shared if places[name]), None)
+        others = [name for name in shared if here and places[name] != places[here]]
         if others:
+            kept = next(
+                (f". {name} keeps the original ones" for name in others if not places[name]), ""
+            )
             warnings.warn(
-                f"fused_lora: modules_to_save: {here[0]} is {others[0]} too; from now on each has "
-                "values of its own, as in PEFT. Name both to train both",
+                f"fused_lora: modules_to_save: {here} is {others[0]} too; from now on each has "
+                f"values of its own, as in PEFT{kept}",
                 stacklevel=3,
             )
 
@@ -153,18 +159,28 @@ def unload(model: nn.Module) -> None:
 def forget_ties(model: nn.Module, saved: Collection[str]) -> None:
     """Tells transformers' models which of their parameters are no longer one.
 
-    Else ``tie_weights`` would make them one again. Of the config's tie_word_embeddings nothing
-    hangs on it: what differs on disk is not tied, and there may be other ties.
+    Else ``tie_weights`` would make them one again, and so would others, of a merged model on disk,
+    if its config says so.
     """
+    places = list(map(own_path, saved))
+    tied, cut = set[int](), dict[int, Any]()  # configs, by their address
     for prefix, module in model.named_modules():
         for name in ("_tied_weights_keys", "all_tied_weights_keys"):
             ties = getattr(module, name, None)
-            if isinstance(ties, dict) and not isinstance(module, ModuleToSave):
-                at = f"{prefix}." * bool(prefix)
-                kept = {
-                    one: other
-                    for one, other in ties.items()
-                    if not is_at(at + one, saved) and not is_at(at + other, saved)
-                }
-                if len(kept) < len(ties):
-                    setattr(module, name, kept)
+            if not isinstance(ties, dict) or isinstance(module, ModuleToSave):
+                continue
+            at = own_path(prefix) + "." * bool(prefix)
+            kept = {
+                one: other
+                for one, other in ties.items()
+                if place_of(at + one, places) == place_of(at + other, places)
+            }
+            config = getattr(module, "config", None)
+            if kept:
+                tied.add(id(config))
+            if len(kept) < len(ties):
+                setattr(module, name, kept)
+                cut[id(config)] = config
+    for address, config in cut.items():
+        if address not in tied and getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False

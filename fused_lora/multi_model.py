@@ -24,18 +24,11 @@ from .calls import Backend
 from .codes import Format
 from .expert_layer import FusedLoRAExperts
 from .inject_report import InjectReport, count_parameters, norms_of_change, relative_norm
+from .layer_numbers import LayerNumbers
 from .linear import FusedLoRALinear
-from .matching import (
-    LayerNumbers,
-    alphas_of,
-    find_targets,
-    formats_of,
-    is_linear,
-    is_peft_layer,
-    ranks_of,
-    unmatched,
-)
+from .matching import find_targets, is_linear, is_peft_layer
 from .multi_linear import FusedMultiLoRALinear, check_name
+from .patterns import alphas_of, formats_of, ranks_of, unmatched
 from .quantize import Quantize, Quantizer
 from .quantized_weight import QuantizedWeight
 
@@ -115,7 +108,7 @@ def add_adapter(
     alphas = alphas_of(alpha_pattern, lora_alpha, layers)
     skipped |= unmatched(layers, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
     formats = formats_of(quantize, layers)
-    skipped |= unmatched(layers, quantize=quantize)
+    unused = unmatched(layers, quantize=quantize)
     for path, format in formats.items():
         module = modules[path]
         if format is not None and isinstance(module, FusedMultiLoRALinear):
@@ -154,7 +147,7 @@ def add_adapter(
             parameter.requires_grad_(False)
     return InjectReport(
         layers=tuple(layers),
-        skipped=skipped,
+        skipped=skipped | unused,
         trainable=sum(
             adapters[adapter_name].numel()
             for layer in multi.values()
@@ -162,6 +155,7 @@ def add_adapter(
         ),
         total=count_parameters(model),
         adapted=sum(layer.weight.numel() for layer in multi.values()),
+        unused_quantize=tuple(unused),
         quantization_error=relative_norm(changes) if changes else None,
     )
 

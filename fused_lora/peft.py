@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from . import checks, peft_experts, sharing
 from .arguments import Arguments
 from .calls import Backend
+from .expert_modules import describe_mixtures
 from .explanation import Explanation
 from .functional import call_layer, dora_linear, explain
 from .gated_mlp import describe_mlps, gate_mlps, ungate_mlps
@@ -187,7 +188,7 @@ class FuseReport:
         width = max(map(len, self.not_fused), default=0)
         lines += [f"  {path:{width}}  not fused: {why}" for path, why in self.not_fused.items()]
         lines += sharing.describe_groups(self.groups) + describe_mlps(self.gated)
-        lines += sharing.describe_mixtures(self.mixtures)
+        lines += describe_mixtures(self.mixtures)
         return "\n".join(lines)
 
     def __enter__(self) -> FuseReport:

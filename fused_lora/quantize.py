@@ -131,11 +131,11 @@ _QUANTIZERS: dict[Format, Callable[[Tensor], QuantizedWeight]] = {
 }
 
 
-def check_format(format: object) -> None:
+def check_format(format: object, name: str = "quantize") -> None:
     """Raises ValueError unless format is one of `FORMATS`, or a function."""
     if not callable(format) and format not in FORMATS:
         raise ValueError(
-            f"quantize: got {format!r}, wanted one of {', '.join(FORMATS)}, or a function such as "
+            f"{name}: got {format!r}, wanted one of {', '.join(FORMATS)}, or a function such as "
             "quantize_nf4"
         )
 

@@ -16,7 +16,6 @@ parameters is touched.
 
 from __future__ import annotations
 
-import re
 import threading
 import warnings
 import weakref
@@ -32,6 +31,7 @@ from .autocast import autocast_enabled
 from .calls import Backend
 from .dispatch import better_apart
 from .group import call_group
+from .paths import in_any_layer
 
 # transformers' families whose attention calls q_proj, k_proj and v_proj, and whose MLP gate_proj
 # and up_proj, one after another with the same tensor.
@@ -272,17 +272,6 @@ def find_groups(model: nn.Module, kinds: Collection[type[nn.Module]]) -> Iterato
                 if len(members) > 1 and len(layers) == len(members):
                     grouped |= layers
                     yield tuple(f"{path}.{name}" if path else name for name in members)
-
-
-def in_any_layer(path: str) -> str:
-    """A path without the number of its layer."""
-    return re.sub(r"\.\d+\.", ".*.", path)
-
-
-def describe_mixtures(paths: Iterable[str]) -> list[str]:
-    """A line for each kind of mixture of experts, for the reports."""
-    kinds = Counter(map(in_any_layer, paths))
-    return [f"  {kind}: all experts in one autograd node, {n} x" for kind, n in kinds.items()]
 
 
 def describe_groups(groups: Iterable[tuple[str, ...]]) -> list[str]:

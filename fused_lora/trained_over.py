@@ -16,8 +16,8 @@ from torch import nn
 
 from .expert_layer import FusedLoRAExperts
 from .linear import FusedLoRALinear
-from .matching import own_path
 from .multi_linear import FusedMultiLoRALinear
+from .paths import own_path
 from .quantized_weight import QuantizedWeight
 
 _KEY = "fused_lora.trained_over"  # JSON: layer's path -> `_describe`; of the layers in codes
@@ -46,12 +46,12 @@ def warn_if_other(weights: Path, model: nn.Module, layers: Mapping[str, Any]) ->
     now = _codes(model, layers)
     others = [p for p in layers if _is_described(before.get(p)) and before[p] != now.get(p)]
     if others:
-        path, more = others[0], f" and {len(others) - 1} more" * (len(others) > 1)
+        path, more = others[0], f" ({len(others)} layers differ)" * (len(others) > 1)
         warnings.warn(
-            f"fused_lora: the adapter of {path}{more} was trained over W0 in {before[path]}, and "
-            f"is over {now.get(path, 'unquantised weights')} here: the results differ from those "
-            "it was trained for by what the codes round. `quantize` of load_adapter makes codes",
-            stacklevel=3,
+            f"fused_lora: the adapter of {path} was trained over W0 in {before[path]}, and is over "
+            f"{now.get(path, 'unquantised weights')} here{more}: the results differ from those it "
+            "was trained for by what the codes round. `quantize` of load_adapter makes codes",
+            stacklevel=4,
         )
 
 

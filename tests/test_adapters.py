@@ -469,6 +469,24 @@ def test_values_that_the_layers_dtype_has_not_are_refused(tmp_path):
     assert torch.equal(half[0].q_proj.lora_A, before)
 
 
+@pytest.mark.parametrize("name", [None, "a"])
+def test_values_that_a_new_layers_dtype_has_not_are_refused(tmp_path, name):
+    from safetensors.torch import load_file, save_file
+
+    model = _base().float()
+    inject(model, 2, 4, ["q_proj"])
+    save_adapter(model, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = {key: tensor.double() for key, tensor in load_file(file).items()}
+    next(iter(tensors.values())).fill_(1e300)
+    save_file(tensors, file)
+    plain = _base().float()
+    before = str(plain)
+    with pytest.raises(ValueError, match=r"not finite in the layer's torch\.float32"):
+        load_adapter(plain, tmp_path, adapter_name=name)
+    assert str(plain) == before
+
+
 def test_scalings_that_an_alpha_only_nearly_gives(tmp_path):
     """As many as there are: r 7 and a scaling of 1.3 give 1.3000000000000003 back."""
     for r in (3, 5, 6, 7, 11, 13):

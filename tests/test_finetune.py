@@ -474,7 +474,7 @@ def test_command(settings, tmp_path, quantize):
         (["--data", "/"], "error: data: /: is a folder, wanted a file"),
         (["--model", "/nowhere/model.gguf"], "error: model: /nowhere/model.gguf: there is no"),
         (["--target-modules", "nope"], "error: target_modules:"),
-        (["--quantize", "nope=nf4"], "error: quantize: 'nope' matches no layer that gets"),
+        (["--quantize", "nope=nf4"], "error: nope of quantize matches no layer that gets"),
         (["--modules-to-save", "nope"], "error: modules_to_save: the model has no module called"),
         (["--model", "/nowhere"], "error: model: /nowhere: there is no such folder"),
         (["--resume"], "error: resume: wanted --out"),

@@ -40,6 +40,7 @@ CHOICES = [
     {"target_modules": ["q", "body.layers.2.q"], "layers_to_transform": [0]},
     {"target_modules": ["1"], "layers_to_transform": [1]},
     {"target_modules": ["q"], "layers_to_transform": []},
+    {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "body|layers"},
     {"target_modules": ["q"], "layers_to_transform": [0, 1], "exclude_modules": ["1.q"]},
 ]
 
@@ -59,6 +60,12 @@ def test_all_linear_in_some_layers():
     report = inject(base(), **NUMBERS, target_modules="all-linear", layers_to_transform=range(1, 2))
     assert len(report.layers) == 7
     assert {path.split(".")[2] for path in report.layers} == {"1"}
+
+
+def test_numbers_that_no_layer_has_are_reported():
+    report = inject(base(), **NUMBERS, target_modules=["q_proj"], layers_to_transform=[0, 99, -1])
+    why = "matches no layer that gets an adapter"
+    assert report.skipped == {f"{n} of layers_to_transform": why for n in (-1, 99)}
 
 
 @pytest.mark.parametrize("name", [None, "a"])
@@ -90,6 +97,12 @@ def test_we_load_what_peft_saves(name, tmp_path):
         ({"layers_to_transform": 1, "layers_pattern": 3}, "layers_pattern: got 3, wanted a string"),
         ({"layers_to_transform": 1, "layers_pattern": ["("]}, "'[(]' is no regular expression"),
         ({"layers_to_transform": 1, "target_modules": ".*q"}, "wanted a list of names"),
+        ({"layers_to_transform": ""}, "layers_to_transform: got '', wanted the number"),
+        ({"layers_to_transform": 1, "layers_pattern": "(?i)q"}, "'[(][?]i[)]q' is no regular exp"),
+        (
+            {"layers_to_transform": 1, "target_modules": None, "target_parameters": ["x"]},
+            "wanted target_modules too: of experts all layers are meant",
+        ),
     ],
 )
 def test_refused_and_unchanged(options, message):
@@ -108,6 +121,8 @@ def test_refused_and_unchanged(options, message):
         ({"layers_to_transform": [1], "layers_pattern": ".*.*.*.*"}, "got the pattern"),
         ({"layers_to_transform": [1], "layers_pattern": {"a": 1}}, "layers_pattern: got"),
         ({"layers_to_transform": {"a": 1}}, "layers_to_transform: got"),
+        ({"layers_to_transform": [1], "layers_pattern": "(?i)q"}, "is no regular expression"),
+        ({"layers_to_transform": [1], "layers_pattern": ["a"] * 17}, "has 17, wanted at most 16"),
     ],
 )
 def test_configs_are_checked(fields, message, tmp_path):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .adapter_layers import TENSORS, NamedAdapter
 from .expert_layer import ExpertsAdapter
 from .linear import FusedLoRALinear
-from .matching import match_paths, own_path
 from .modules_to_save import trained_copies
+from .paths import match_paths, own_path
 from .sharded import whole
 
 
@@ -92,20 +92,25 @@ def config_of(
 
 
 def _task_type(model: nn.Module) -> str | None:
-    """Without it PEFT's AutoPeftModel does not know the class."""
-    for end, task in _TASKS.items():
+    """Without it PEFT's AutoPeftModel does not know the class.
+
+    Of heads PEFT's models of a task want trained copies: without them in the file it is no task.
+    """
+    if type(model).__name__.endswith("ForCausalLM"):
+        return "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None
+    for end, (task, heads) in _TASKS.items():
         if type(model).__name__.endswith(end):
-            # Whose PEFT models want `generate`'s.
-            generates = hasattr(model, "prepare_inputs_for_generation")
-            return task if task != "CAUSAL_LM" or generates else None
+            paths = {_plain_path(path) for path, _ in model.named_modules()}
+            wanted = {path for path in paths if path.endswith(heads)}
+            return task if wanted <= trained_copies(model).keys() else None
     return None
 
 
+# By the end of a class's name: PEFT's name, and what it adds to modules_to_save.
 _TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
+    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
+    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
 }
 
 
