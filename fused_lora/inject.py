@@ -78,7 +78,8 @@ def inject(
             own dtype, and saved with the adapters. Neither they nor what is in them get an adapter.
             Where one shares its weight with another, they go apart, with a warning: see
             `modules_to_save`.
-        exclude_modules: matched as ``target_modules``, and left out. The report has what matches nothing.
+        exclude_modules: matched as ``target_modules``, and left out. The report has what matches
+            nothing.
         layers_to_transform, layers_pattern: of the modules that names in ``target_modules`` match
             only those in these blocks: by the first number in a path, or the first after one of the
             patterns ("layers", "h").
