@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .adapter_config import CONFIG_NAME, numbers_of
-from .adapter_layers import check_one_path, key_of, whole_modules
+from .adapter_layers import PREFIX, check_one_path, key_of, whole_modules
 from .expert_layer import nested
 from .expert_modules import weight_of
 from .linear import FusedLoRALinear
@@ -126,6 +126,22 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return {own_path(name): tensor for name, tensor in tensors.items()}
 
 
+def without_copies(
+    tensors: dict[str, Tensor], wanted: Collection[str], to_save: Collection[str]
+) -> dict[str, Tensor]:
+    """Without what PEFT writes of its wrappers of embeddings besides, if the vocabulary grew."""
+    wrappers = [
+        f"{PREFIX}{own_path(path)}.{part}"
+        for path in to_save
+        for part in ("original_module", "modules_to_save")
+    ]
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name in wanted or not place_of(name, wrappers)
+    }
+
+
 def check_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, Wanted]) -> None:
     """ValueError unless they are what is wanted, and finite in the dtype that they get."""
     missing, unexpected = sorted(wanted.keys() - tensors), sorted(tensors.keys() - wanted)
@@ -133,13 +149,15 @@ def check_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, Wanted]) -
         raise ValueError(
             f"{WEIGHTS_NAME}: does not fit the model's layers: {len(missing)} tensors are missing "
             f"{missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}; is it the adapter's "
-            "base model?"
+            "base model, with the same modules_to_save? (Of a vocabulary that grew PEFT writes the "
+            "embeddings too, unless modules_to_save has them or save_embedding_layers is False)"
         )
     for name, tensor in tensors.items():
         shape, dtype = wanted[name]
         if list(tensor.shape) != shape:
             raise ValueError(
                 f"{WEIGHTS_NAME}: {name}: got shape {list(tensor.shape)}, wanted {shape}"
+                + "; does the model need resize_token_embeddings first?" * ("lora_" not in name)
             )
         if not dtype.is_floating_point:  # BatchNorm's counter
             if tensor.dtype != dtype:

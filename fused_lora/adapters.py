@@ -34,6 +34,7 @@ from .adapter_read import (
     wanted_of_config,
     wanted_of_layers,
     wanted_of_modules,
+    without_copies,
 )
 from .adapter_write import config_of, saved_form
 from .files import write_atomically
@@ -198,7 +199,9 @@ def load_adapter(
     else:
         to_save, _ = find_modules_to_save(model, config["modules_to_save"])
         wanted = wanted_of_config(model, config, is_linear, to_save)
-    check_tensors(tensors, wanted | wanted_of_modules(to_save))
+    wanted |= wanted_of_modules(to_save)
+    tensors = without_copies(tensors, wanted, to_save)
+    check_tensors(tensors, wanted)
     unused: tuple[str, ...] = ()
     if layers:
         check_computation(layers, config)
@@ -232,7 +235,7 @@ def load_adapter(
 def _warn(folder: Path, model: nn.Module, layers: dict[str, Any], unused: Iterable[str]) -> None:
     """Of codes that the adapter does not know, and of patterns in a report that nobody sees."""
     for pattern in unused:
-        warnings.warn(f"fused_lora: {pattern} matches no layer that gets an adapter", stacklevel=3)
+        warnings.warn(f"fused_lora: {pattern}", stacklevel=3)
     trained_over.warn_if_other(folder / WEIGHTS_NAME, model, layers)
 
 

@@ -87,8 +87,9 @@ def finetune(
     quantize: Annotated[
         str,
         typer.Option(
-            help="Codes of the frozen weights: none, nf4 (QLoRA), fp4, mxfp4, int8, fp8; or of "
-            "some: nf4,mlp.experts=mxfp4."
+            help="Codes of the frozen weights: none, nf4 (QLoRA), fp4, mxfp4, int8, fp8. Or by "
+            "layer: mlp.experts=mxfp4,.*_proj=none,nf4: regular expressions for the ends of paths, "
+            "of which the first match counts; a format alone is for all others."
         ),
     ] = _DEFAULT.quantize,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = _DEFAULT.device,

@@ -113,7 +113,9 @@ class Run:
             if settings.dtype != "auto"
             else (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         )
-        self.model = self._attach(load_model(settings.model, self.dtype, self.device))
+        model = load_model(settings.model, self.dtype, self.device)
+        _check_vocabulary(model, blocks)
+        self.model = self._attach(model)
         if settings.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(  # type: ignore[operator]
                 gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -149,8 +151,7 @@ class Run:
                 quantize=s.codes(),
             )
             if report.unused_quantize:
-                unused = report.unused_quantize[0]
-                raise ValueError(f"{unused} matches no layer that gets an adapter")
+                raise ValueError(report.unused_quantize[0])
             codes = f", the adapted weights in {s.quantize}" if s.quantize != "none" else ""
             self.say(f"model: {s.model} in {self.dtype}{codes}, {report}")
             return model
@@ -354,6 +355,16 @@ class Run:
                 f"{effect:.3g}: {self.out} is not what was trained"
             )
         return difference, effect
+
+
+def _check_vocabulary(model: Any, blocks: Tensor) -> None:
+    """ValueError if the tokenizer has tokens [rows, 0, seq_len] that the model has no row for."""
+    size, largest = len(model.get_input_embeddings().weight), int(blocks[:, 0].max())
+    if largest >= size:
+        raise ValueError(
+            f"model: its tokenizer gives the token {largest}, and its embedding has {size} rows; "
+            "wanted one saved after resize_token_embeddings"
+        )
 
 
 def _adapters(model: nn.Module) -> Iterator[tuple[Tensor | QuantizedWeight, Tensor, Tensor]]:

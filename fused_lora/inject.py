@@ -198,7 +198,7 @@ def inject(
         gated=tuple(gate_mlps(model, (FusedLoRALinear,))) if groups else (),
         mixtures=tuple(chosen.experts),
         modules_to_save=tuple(chosen.to_save),
-        unused_quantize=tuple(unused),
+        unused_quantize=tuple(f"{key} {why}" for key, why in unused.items()),
         quantization_error=relative_norm(changes) if changes else None,
     )
 

@@ -124,7 +124,12 @@ def warn_of_ties(model: nn.Module, saved: dict[str, nn.Module]) -> None:
         others = [name for name in shared if here and places[name] != places[here]]
         if others:
             kept = next(
-                (f". {name} keeps the original ones" for name in others if not places[name]), ""
+                (
+                    f". {name} keeps the original ones: name it too to train both"
+                    for name in others
+                    if not places[name]
+                ),
+                "",
             )
             warnings.warn(
                 f"fused_lora: modules_to_save: {here} is {others[0]} too; from now on each has "

@@ -155,7 +155,7 @@ def add_adapter(
         ),
         total=count_parameters(model),
         adapted=sum(layer.weight.numel() for layer in multi.values()),
-        unused_quantize=tuple(unused),
+        unused_quantize=tuple(f"{key} {why}" for key, why in unused.items()),
         quantization_error=relative_norm(changes) if changes else None,
     )
 

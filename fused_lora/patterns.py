@@ -68,11 +68,15 @@ def _per_layer(
 
 
 def unmatched(paths: list[str], **patterns: object) -> dict[str, str]:
-    """The keys of mappings such as rank_pattern that are for none of the paths, for a report."""
-    return {
-        f"{key} of {name}": "matches no layer that gets an adapter"
-        for name, pattern in patterns.items()
-        if isinstance(pattern, Mapping)
-        for key in pattern
-        if not match_key(name, key, paths)
-    }
+    """The keys of mappings such as rank_pattern that decide for none of the paths, for a report."""
+    found = {}
+    for name, pattern in patterns.items():
+        left = set(paths)  # for which no key before has decided
+        for key in pattern if isinstance(pattern, Mapping) else ():
+            matched = match_key(name, key, paths)
+            if not matched:
+                found[f"{key} of {name}"] = "matches no layer that gets an adapter"
+            elif left.isdisjoint(matched):
+                found[f"{key} of {name}"] = "matches only layers that keys before it match"
+            left.difference_update(matched)
+    return found

@@ -46,11 +46,15 @@ def warn_if_other(weights: Path, model: nn.Module, layers: Mapping[str, Any]) ->
     now = _codes(model, layers)
     others = [p for p in layers if _is_described(before.get(p)) and before[p] != now.get(p)]
     if others:
+        formats = ", ".join(
+            sorted({before[p].partition(",")[0] for p in layers if _is_described(before.get(p))})
+        )
         path, more = others[0], f" ({len(others)} layers differ)" * (len(others) > 1)
         warnings.warn(
             f"fused_lora: the adapter of {path} was trained over W0 in {before[path]}, and is over "
             f"{now.get(path, 'unquantised weights')} here{more}: the results differ from those it "
-            "was trained for by what the codes round. `quantize` of load_adapter makes codes",
+            "was trained for by what the codes round. `quantize` of load_adapter makes codes; it "
+            f"was trained over {formats}",
             stacklevel=4,
         )
 
@@ -72,12 +76,12 @@ def _codes(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, str]:
 
 def _is_described(text: object) -> bool:
     """Whether a file's text could be `_describe`'s, and not something else for the terminal."""
-    return isinstance(text, str) and re.fullmatch(r"[a-z0-9 ,]{1,100}", text) is not None
+    return isinstance(text, str) and re.fullmatch(r"[a-z0-9_ ,]{1,100}", text) is not None
 
 
 def _describe(weight: QuantizedWeight) -> str:
     layout = weight.layout
     rows, columns = (str(side or "all") for side in layout.block)
-    text = f"{layout.format} with a scale for {rows} x {columns}"
-    text += ", which is in codes itself" * layout.nested
+    text = f"{layout.format}, a scale for {rows} x {columns} values"
+    text += ", double_quant" * (layout.nested and layout.format != "mxfp4")
     return text + f", x in {layout.activations}" * (layout.activations is not None)

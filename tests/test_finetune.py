@@ -488,6 +488,17 @@ def test_command_with_bad_input(settings, tmp_path, option, message):
     assert message in result.output
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model(settings, model_dir, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    model.resize_token_embeddings(3)
+    model.save_pretrained(tmp_path / "small")
+    AutoTokenizer.from_pretrained(model_dir).save_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match="its embedding has 3 rows; wanted one saved after"):
+        _train(replace(settings, model=str(tmp_path / "small")), tmp_path / "out")
+
+
 def test_version():
     from fused_lora import __version__
 

@@ -111,7 +111,12 @@ def test_no_format(give, quantize, message):
 def test_patterns_that_match_nothing_are_reported():
     report = inject(base(), **NUMBERS, target_modules=ATTENTION, quantize={"experts": "nf4"})
     assert report.skipped == {"experts of quantize": "matches no layer that gets an adapter"}
+    assert report.unused_quantize == ("experts of quantize matches no layer that gets an adapter",)
     assert report.quantization_error is None
+    behind = {".*_proj": "nf4", "o_proj": "int8", "self_attn.*": None}
+    report = inject(base(), **NUMBERS, target_modules=ATTENTION, quantize=behind)
+    why = "matches only layers that keys before it match"
+    assert report.skipped == {f"{key} of quantize": why for key in ("o_proj", "self_attn.*")}
 
 
 def test_of_the_command_line():
@@ -134,12 +139,12 @@ PAIRS = [
     (None, None, ()),
     (None, "nf4", ()),  # which was asked for
     ("nf4", "nf4", ()),
-    ("nf4", None, ("in nf4 with a scale for 1 x 64", "over unquantised weights here")),
-    ("int8", "fp8", ("int8 with a scale for 1 x all", "over fp8 with a scale for 128 x 128 here")),
+    ("nf4", None, ("in nf4, a scale for 1 x 64", "over unquantised weights here", "over nf4")),
+    ("int8", "fp8", ("int8, a scale for 1 x all", "over fp8, a scale for 128 x 128 values here")),
     (
         "nf4",
         functools.partial(quantize_nf4, double_quant=False),
-        ("1 x 64, which is in codes itself, and", "over nf4 with a scale for 1 x 64 here"),
+        ("1 x 64 values, double_quant, and", "over nf4, a scale for 1 x 64 values here"),
     ),
 ]
 
@@ -202,7 +207,7 @@ def test_a_residuals_codes_are_no_others(tmp_path):
     with pytest.warns(UserWarning, match="over the codes of a residual"):
         save_adapter(model, tmp_path)
     (said,) = _said(lambda: load_adapter(plain, tmp_path, quantize="nf4"))
-    assert "of a residual, and is over nf4" in said
+    assert "double_quant of a residual, and is over nf4" in said
 
 
 def test_peft_reads_the_file(tmp_path):

@@ -162,7 +162,7 @@ def test_merge_command_warns_of_an_adapter_trained_over_codes(saved, tmp_path):
         result = _run("merge", tmp_path / quantize, tmp_path / f"merged-{quantize}")
         assert result.exit_code == 0, result.output
         said = " ".join(result.output.split())
-        assert ("was trained over W0 in nf4" in said) == (quantize == "nf4")
+        assert ("was trained over W0 in nf4, a scale" in said) == (quantize == "nf4")
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,19 @@ def test_in_a_module_that_is_no_model(names, tmp_path):
     assert inner.config.tie_word_embeddings == (names != ["lm_head"])
 
 
+def test_what_peft_saves_of_a_vocabulary_that_grew(tmp_path):
+    """Its wrappers of embeddings too, which say the same twice, and the originals."""
+    plain, names = base().eval(), ["embed_tokens", "lm_head"]
+    plain.resize_token_embeddings(44)
+    theirs = adapted(copy.deepcopy(plain), TARGETS, torch.float32, modules_to_save=names).eval()
+    _move(theirs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    load_adapter(plain, tmp_path)
+    torch.testing.assert_close(_logits(plain), _logits(theirs), rtol=1e-3, atol=1e-3)
+
+
 def test_ties_below_wrappers():
     model = base(tie_word_embeddings=True).eval()
     model.model = checkpoint_wrapper(model.model)
