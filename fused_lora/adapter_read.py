@@ -16,6 +16,7 @@ from .adapter_config import CONFIG_NAME, numbers_of
 from .adapter_layers import PREFIX, check_one_path, key_of, whole_modules
 from .expert_layer import nested
 from .expert_modules import weight_of
+from .initial import adapter_dtype_over
 from .linear import FusedLoRALinear
 from .matching import IN_SAVED, find_experts, match_modules
 from .paths import own_path, place_of
@@ -91,20 +92,16 @@ def wanted_of_config(
     found: dict[str, Wanted] = {}
     for path in paths:
         layer = modules[path]
-        found |= _wanted(path, ranks[path], layer, _dtype_over(layer.weight), config["use_dora"])
+        dtype = adapter_dtype_over(layer.weight.dtype)
+        found |= _wanted(path, ranks[path], layer, dtype, config["use_dora"])
     for path, names in mixtures.projections.items():
         for name, place in nested(experts[path], names).items():
             weight = weight_of(experts[path], name)
             E, out_features, in_features = weight.shape
             sides = SimpleNamespace(in_features=in_features, out_features=out_features)
             rank = E * ranks[f"{path}.{name}"]
-            found |= _wanted(path + place, rank, sides, _dtype_over(weight), False)
+            found |= _wanted(path + place, rank, sides, adapter_dtype_over(weight.dtype), False)
     return found
-
-
-def _dtype_over(weight: Any) -> torch.dtype:
-    """Of adapters over a weight, unless told; over the codes of other libraries too."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

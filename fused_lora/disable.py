@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from . import checks
-from .expert_layer import FusedLoRAExperts
-from .frozen import FrozenLinear
 from .modules_to_save import ModuleToSave
+from .switch import Switchable
 
 _lock = threading.Lock()
 
@@ -35,8 +34,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     Raises TypeError if model is no module, ValueError if it has no adapters of ours or merged ones.
     """
     checks.check_module("model", model)
-    kinds = (FrozenLinear, FusedLoRAExperts, ModuleToSave)
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, kinds)}
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, Switchable)}
     if not layers:
         raise ValueError("model: has no adapters of fused_lora's; PEFT's models have their own")
     for path, layer in layers.items():
@@ -50,7 +48,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         _count(layers.values(), -1)
 
 
-def _count(layers: Iterable[FrozenLinear | FusedLoRAExperts | ModuleToSave], more: int) -> None:
+def _count(layers: Iterable[Switchable], more: int) -> None:
     with _lock:
         for layer in layers:
             layer.disabled += more

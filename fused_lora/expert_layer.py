@@ -31,11 +31,12 @@ from .expert_modules import (
 )
 from .expert_stack import ExpertAdapter
 from .explanation import Explanation
-from .initial import initial_values
+from .initial import adapter_dtype_over, initial_values
 from .linear import FusedLoRALinear
 from .quantize import Quantizer, check_format
 from .quantized_weight import QuantizedWeight
 from .sharded import is_sharded
+from .switch import Switchable
 
 
 def nested(experts: nn.Module, adapted: Collection[str]) -> dict[str, str]:
@@ -75,8 +76,7 @@ class ExpertsAdapter(nn.Module):
         self.scaling = FusedLoRALinear.scaling_of(lora_alpha, r, use_rslora)
         ranks = r * self.num_experts
         found = initial_values(init_lora_weights, weight[0], ranks, self.scaling)
-        half = weight.dtype.itemsize == 2
-        dtype = adapter_dtype or (torch.float32 if half else weight.dtype)
+        dtype = adapter_dtype or adapter_dtype_over(weight.dtype)
         self.lora_A = nn.Parameter(found.lora_A.to(weight.device, dtype))
         self.lora_B = nn.Parameter(found.lora_B.to(weight.device, dtype))
 
@@ -95,7 +95,7 @@ class ExpertsAdapter(nn.Module):
         )
 
 
-class FusedLoRAExperts(nn.Module):
+class FusedLoRAExperts(Switchable):
     """In place of a module of experts: what that computes, with adapters.
 
     Attributes:
@@ -147,7 +147,7 @@ class FusedLoRAExperts(nn.Module):
             check_format(quantize)
         self.adapters = nn.ModuleDict()
         self.backend: Backend = backend
-        self.merged, self.disabled = False, 0
+        self.merged = False
         # In a dict, so that they are no submodules: what a merged layer goes back to.
         self._before_merge: dict[str, QuantizedWeight] = {}
         for name in known:
@@ -159,11 +159,6 @@ class FusedLoRAExperts(nn.Module):
         base = experts if quantize is None else in_codes(experts, quantize)
         self.base_layer = base.requires_grad_(False)
         self.train(experts.training)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy is in no `disable_adapter` block."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.disabled = 0
 
     def _in_codes(self) -> bool:
         of_base = (getattr(self.base_layer, name) for name in in_order(self.base_layer))

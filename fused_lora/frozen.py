@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -14,9 +12,10 @@ from .explanation import Explanation
 from .functional import base_linear
 from .quantize import Quantizer, quantize
 from .quantized_weight import QuantizedWeight
+from .switch import Switchable
 
 
-class FrozenLinear(nn.Module):
+class FrozenLinear(Switchable):
     """y = x W0^T + bias, both frozen: what `FusedLoRALinear` and `FusedMultiLoRALinear` share.
 
     Attributes:
@@ -44,7 +43,6 @@ class FrozenLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.lora_dropout = float(lora_dropout)
         self.backend: Backend = backend
-        self.disabled = 0
         if isinstance(weight, QuantizedWeight):
             self.weight = weight
         else:
@@ -53,11 +51,6 @@ class FrozenLinear(nn.Module):
             self.register_parameter("bias", None)
         else:
             self.bias = nn.Parameter(bias.detach(), requires_grad=False)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy is outside of any `disable_adapter`."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.disabled = 0
 
     def _base(self, x: Tensor) -> Tensor:
         return base_linear(x, self.weight, self.bias)

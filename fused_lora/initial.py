@@ -42,6 +42,11 @@ class Initial(NamedTuple):
     weight: Tensor | QuantizedWeight | None
 
 
+def adapter_dtype_over(dtype: torch.dtype) -> torch.dtype:
+    """PEFT's, of adapters over a weight of ``dtype``, or over the codes of other libraries."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def check_init(init: object, r: int, scaling: float, out_features: int, in_features: int) -> None:
     """Raises TypeError or ValueError unless ``init`` is one of the above and the rest suits it."""
     if not isinstance(init, (bool, str)):

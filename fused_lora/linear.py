@@ -17,7 +17,7 @@ from .dora import over_norm
 from .explanation import Explanation
 from .frozen import FrozenLinear, check_linear, read_base
 from .functional import call_layer, dora_linear, explain
-from .initial import check_init, initial_values
+from .initial import adapter_dtype_over, check_init, initial_values
 from .lookup import parameters
 from .quantize import Quantizer, quantize_like
 from .quantized_weight import QuantizedWeight
@@ -178,7 +178,7 @@ class FusedLoRALinear(FrozenLinear):
         checks.check_flag("use_dora", use_dora)
         self._adopt_base(weight, bias, lora_dropout, backend)
         if adapter_dtype is None:
-            adapter_dtype = torch.promote_types(weight.dtype, torch.float32)
+            adapter_dtype = adapter_dtype_over(weight.dtype)
         checks.check_dtype("adapter_dtype", adapter_dtype)
         self.scaling = self.scaling_of(lora_alpha, r, use_rslora)
         sizes = (self.out_features, self.in_features)

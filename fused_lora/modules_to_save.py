@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from . import checks
 from .paths import own_path, place_of
+from .switch import Switchable
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
-class ModuleToSave(nn.Module):
+class ModuleToSave(Switchable):
     """In the place of a module: its trained copy.
 
     What the module has (``weight``, ``num_embeddings``, ...) is had from here, of the copy.
@@ -36,20 +37,14 @@ class ModuleToSave(nn.Module):
         super().__init__()
         self.original_module = module
         self.trained_module = copy.deepcopy(module)
-        self.disabled = 0
         self.training = module.training  # and what is in it keeps its own
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy is outside of any `disable_adapter`."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.disabled = 0
 
     def __getattr__(self, name: str) -> Any:
         """Of this module, or else of the one that computes."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "disabled" not in self.__dict__ or name in ("original_module", "trained_module"):
+            if "trained_module" not in self.__dict__.get("_modules", {}):
                 raise  # not made yet
         return getattr(self._module(), name)
 
@@ -64,7 +59,12 @@ class ModuleToSave(nn.Module):
         """The copy's parameters get gradients, the original ones none."""
         self.original_module.requires_grad_(False)
         for parameter in self.trained_module.parameters():
-            parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+            parameter.requires_grad_(_has_gradient(parameter))
+
+
+def _has_gradient(parameter: Tensor) -> bool:
+    """Whether it can have one: codes have none."""
+    return parameter.is_floating_point() or parameter.is_complex()
 
 
 def find_modules_to_save(
@@ -101,7 +101,7 @@ def find_modules_to_save(
                 f"modules_to_save: {path} and {others[0]} are one module, and on disk it has one "
                 "path; wanted a name that one of them ends with"
             )
-        if not any(p.is_floating_point() or p.is_complex() for p in module.parameters()):
+        if not any(map(_has_gradient, module.parameters())):
             raise ValueError(f"modules_to_save: {path} has no parameters to train")
         if isinstance(module, _CONTAINERS):
             kind = type(module).__name__

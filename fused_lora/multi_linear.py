@@ -15,7 +15,7 @@ from .calls import Backend
 from .codes import Format
 from .explanation import Explanation
 from .frozen import FrozenLinear, check_linear, read_base
-from .initial import initial_values
+from .initial import adapter_dtype_over, initial_values
 from .linear import FusedLoRALinear
 from .multi import explain_multi, lora_linear_multi
 from .quantize import Quantizer
@@ -127,7 +127,7 @@ class FusedMultiLoRALinear(FrozenLinear):
         checks.check_number("lora_alpha", lora_alpha)
         checks.check_flag("use_rslora", use_rslora)
         if adapter_dtype is None:
-            adapter_dtype = torch.promote_types(self.weight.dtype, torch.float32)
+            adapter_dtype = adapter_dtype_over(self.weight.dtype)
         checks.check_dtype("adapter_dtype", adapter_dtype)
         scaling = FusedLoRALinear.scaling_of(lora_alpha, r, use_rslora)
         start = initial_values(True, self.weight, r, scaling)
