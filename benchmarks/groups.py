@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_lora import lora_linear, lora_linear_gated, lora_linear_group
+from fused_lora.arguments import Arguments
 from fused_lora.dispatch import better_apart
 from fused_lora.tune import in_processes
 
@@ -81,6 +82,11 @@ class Members:
         self.Bs = [normal(N, RANK).requires_grad_() for N in sides]
         self.gradients = [normal(M, N) for N in sides]
         self.dropout_p = dropout_p
+
+    def first(self) -> Arguments:
+        """What the first layer passes on."""
+        W, A, B = self.weights[0], self.As[0], self.Bs[0]
+        return Arguments(W, A, B, SCALING, None, self.dropout_p, "auto")
 
     def group(self) -> Sequence[Tensor]:
         """All in one call."""
@@ -187,7 +193,7 @@ def _measured(members: Members, seconds: float) -> Iterator[tuple[str, dict[str,
 def _measure(problem: Problem, seconds: float) -> Iterator[tuple[str, dict[str, float]]]:
     """What `_measured` gives; AssertionError if the group's results are wrong."""
     members = problem.members()
-    if problem.layers != "mlp" and better_apart(members.x, problem.dropout_p > 0, "auto"):
+    if problem.layers != "mlp" and better_apart(members.x, members.first()):
         print(f"{problem}: run apart anyway")
         return
     # Without dropout, whose masks differ: each member of a group has a seed of its own.

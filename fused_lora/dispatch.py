@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import recall, tables
+from .arguments import Arguments
 from .calls import Backend, Call, as_values, transposed
 from .cost_model import predicted_seconds
 from .kernels.configs import (
@@ -38,9 +39,16 @@ from .tables import Product, Strategy
 if TYPE_CHECKING:
     from .kernels.replay import Replays
 
-# Few rows. Up to here PyTorch's own nodes beat one of ours on a CPU, which saves passes but costs
-# 25 us; and members of a group are faster apart.
+# Few rows: PyTorch's own nodes beat one of ours on a CPU, and members of a group are faster apart.
 FEW_ROWS = 64
+# And so do they with an x in fp32 of up to so many elements. A node of ours saves a pass over dx,
+# which is as large, and costs 50 to 150 us: its Python comes from memory after each product. Their
+# time on an EPYC, of ours, by M, N x K: 96, 192 x 576 0.84; 512, 192 x 576 0.98; 256, 576 x 576
+# 0.98; 512, 576 x 576 1.01; with dropout 0.81 to 0.99.
+_FEW_ELEMENTS = 1 << 18
+# Against members of a group, which has one node for all, up to so many. (0.87 to 1 of the time, and
+# 1.02 to 1.16 with twice as many; over quantised W0s 1 to 1.08.)
+_FEW_OF_GROUP = 1 << 17
 # What is chosen between while no table says more, but for Hopper, where that is all: no other GPU
 # has measured the rest.
 _BY_MODEL: tuple[Strategy, ...] = ("one_pass", "split", "skinny", "in_loop", "library")
@@ -145,24 +153,38 @@ def multiplied_in_fp32(call: Call) -> bool:
     return in_fp32(call.dtype, call.device, call.M, call.N, call.K)
 
 
-def better_apart(x: Tensor, dropout: bool, backend: Backend) -> bool:
-    """Whether `lora_linear` for each member of a group is faster than the group.
+def is_small(x: Tensor) -> bool:
+    """Whether x has few rows, or on a CPU in fp32 few elements."""
+    if x.shape[:-1].numel() <= FEW_ROWS:
+        return True
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() <= _FEW_ELEMENTS
+
+
+def better_apart(x: Tensor, member: Arguments) -> bool:
+    """Whether `lora_linear` for each member of a group is faster than the group, of this one.
 
     For few rows: a group saves reads of x, which are nothing then (on a CPU it has 0.80 of the
     speed), and launches more in the forward. From how many rows on it pays on a GPU, none has
     measured (`benchmarks.groups`). On a CPU with dropout, whose masks a group draws twice (0.76 of
     the speed at M 512).
     """
-    if backend == "triton":  # asked for
+    if member.backend == "triton":  # asked for
         return False
-    return x.shape[:-1].numel() <= FEW_ROWS or (dropout and x.device.type == "cpu")
+    if x.shape[:-1].numel() <= FEW_ROWS:
+        return True
+    if x.device.type != "cpu":
+        return False
+    composed = isinstance(member.weight, Tensor) and x.dtype == torch.float32
+    return member.dropout_p > 0.0 or (composed and x.numel() <= _FEW_OF_GROUP)
 
 
 def _composes(call: Call) -> bool:
     """Whether a call that PyTorch takes is recorded by its autograd operator by operator."""
-    if call.device.type != "cpu" or call.M > FEW_ROWS or call.quantized is not None:
+    if call.device.type != "cpu" or call.quantized is not None:
         return False
-    return not multiplied_in_fp32(call)  # which is ours
+    if call.M <= FEW_ROWS:
+        return not multiplied_in_fp32(call)  # which is ours
+    return call.dtype == torch.float32 and call.M * call.K <= _FEW_ELEMENTS
 
 
 def takes_kernels(call: Call, backend: Backend) -> bool:

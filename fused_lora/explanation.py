@@ -10,7 +10,7 @@ import torch
 from . import tables
 from .calls import Backend, Call, Operands, as_products, rounds_input
 from .cost_model import ceilings, predicted_seconds
-from .dispatch import FEW_ROWS, model_chooses, multiplied_in_fp32, plan, table_key, why_torch
+from .dispatch import model_chooses, multiplied_in_fp32, plan, table_key, why_torch
 from .kernels.device import device_info, has_fp8
 from .strategies import NO_DESCRIPTORS, TAKES, Form, no_descriptors, obstacle, runs_as
 from .tables import Strategy
@@ -44,7 +44,7 @@ def explain_call(
         reasons["library"] = "taken: F.linear, then addmm_ in place on its own output"
         if chosen.composed:
             reasons["library"] = "taken: F.linear, the adapter's part added in place"
-            reasons["autograd"] = f"PyTorch's own nodes: up to {FEW_ROWS} rows they cost less"
+            reasons["autograd"] = "PyTorch's own nodes: with so small an x they cost less"
         if multiplied_in_fp32(call):
             reasons["fp32"] = describe_fp32(call.dtype)
         if call.quantized is not None:

@@ -68,9 +68,9 @@ def lora_linear(
             call drops again: nothing of them is kept for the backward. Gets no gradient.
         lora_A, lora_B: adapter [r, K] and [N, r], in any floating dtype; they are multiplied in
             x's dtype with fp32 accumulation, as under autocast, and their gradients have their own
-            dtype. No copy of x is made for fp32 adapters over a bf16 x. But up to 64 rows on a CPU
-            that multiplies x's dtype (see products.py) are multiplied in the adapters' dtype where
-            that is the wider one, as PEFT does.
+            dtype. No copy of x is made for fp32 adapters over a bf16 x. But a small x on a CPU
+            that multiplies x's dtype (see products.py; up to 64 rows, or in fp32 2^18 elements) is
+            multiplied in the adapters' dtype where that is the wider one, as PEFT does.
         scaling: alpha / r (rsLoRA: alpha / sqrt(r)); finite. Not differentiated.
         bias: [N] in x's dtype, or None; trainable if it requires a gradient.
         dropout_p: probability in [0, 1) of dropping an element of the adapter's input, rounded to

@@ -140,7 +140,8 @@ def lora_linear_gated(
     ValueError for an unknown activation.
 
     Under torch.compile, torch.func's transforms and dispatch modes, for tensor subclasses such as
-    DTensor, for inputs that autocast changes, and for up to 64 rows on a CPU, x is made by PyTorch.
+    DTensor, for inputs that autocast changes, and for a small x on a CPU (up to 64 rows,
+    or in fp32 2^18 elements), x is made by PyTorch.
     """
     given = Arguments(weight, lora_A, lora_B, scaling, bias, dropout_p, backend)
     return call_gated(gate, up, activation, given)

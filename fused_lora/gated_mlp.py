@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .arguments import Arguments
-from .dispatch import FEW_ROWS
+from .dispatch import FEW_ROWS, is_small
 from .functional import is_observed, is_recorded
 from .gated import Activation, are_alike, call_gated, gated_input
 from .paths import in_any_layer
@@ -65,7 +65,7 @@ class GatedMLP(nn.Module):
         gate, up = self.gate_proj(x), self.up_proj(x)
         down: Any = self.down_proj
         given: Arguments | None = down.passed_on(gate)
-        if given is None or not are_alike(gate, up):
+        if given is None or not are_alike(gate, up) or _better_apart(gate, given):
             y = self.down_proj(self.act_fn(gate) * up)
         elif is_recorded():
             y = call_gated(gate, up, activation, given)
@@ -97,6 +97,11 @@ class GatedMLP(nn.Module):
         """
         ours = hasattr(self.down_proj, "passed_on")
         return _empty if ours else object.__new__, (self.plain,), self.__dict__
+
+
+def _better_apart(gate: Tensor, given: Arguments) -> bool:
+    """Whether PyTorch's autograd records both parts in less time: see `is_small`."""
+    return given.backend != "triton" and is_small(gate)
 
 
 def _empty(plain: type[nn.Module]) -> nn.Module:

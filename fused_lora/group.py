@@ -168,7 +168,8 @@ def lora_linear_group(
     ValueError if there is no member, or not the same number of everything.
 
     Under torch.func's transforms, dispatch modes, for tensor subclasses such as DTensor, for up to
-    64 rows and on a CPU with dropout each member is a call of its own.
+    64 rows, and on a CPU with dropout or up to 2^17 elements of x in fp32, each member is a call of
+    its own.
 
     The members are one node of the graph: a backward pass through one output alone frees what the
     others need too, unless it is told to retain the graph.
@@ -188,7 +189,7 @@ def call_group(x: Tensor, members: Sequence[Arguments]) -> tuple[Tensor, ...]:
     if torch.compiler.is_compiling():
         return _traced(x, members)
     x_cast, cast, calls, plans = _checked(x, members)
-    apart = better_apart(x, any(call.dropout for call in calls), members[0].backend)
+    apart = any(better_apart(x_cast, member) for member in cast)
     decision = _Decision(apart, plans)
     own = x_cast is x and all(
         ours.weight is given.weight and ours.bias is given.bias
@@ -345,7 +346,7 @@ def explain_members(x: Tensor, members: Sequence[Arguments]) -> Explanation:
             if (why := why_torch(call, backend)) is not None:
                 reasons["triton"] = f"not taken: {why} (member {i})"
                 break
-    if better_apart(x, any(call.dropout for call in calls), backend):
+    if any(better_apart(x, member) for member in cast):
         reasons["group"] = "not taken: few rows, and on a CPU dropout, are faster each on its own"
     else:
         reasons |= _describe(cast, calls, on_kernels, way)

@@ -175,7 +175,7 @@ class SharedInput:
             return False
         if x.is_cuda and backend != "triton" and not torch.is_grad_enabled():
             return x.shape[:-1].numel() > _ROWS_WITHOUT_GRADIENTS
-        return not better_apart(x, own is not None and own.dropout_p > 0.0, backend)
+        return own is None or not better_apart(x, own)
 
     def output(self, layer: nn.Module, x: Tensor, own: Arguments | None) -> Tensor | None:
         """The layer's output for x; None if it has to compute it itself.
@@ -206,7 +206,7 @@ class SharedInput:
             if call is None or _changes_its_input(layer):
                 return None
             calls.append(call)
-            if better_apart(x, call.dropout_p > 0.0, call.backend):
+            if better_apart(x, call):
                 return None
         return calls if calls and _fit(x, calls) else None
 

@@ -1,7 +1,7 @@
 """The PyTorch path: for CPUs and for what the kernels cannot take. Strategy "library".
 
 Same contract as triton_backend: 2-D x and g, saved h already scaled, nothing overwritten but its
-own outputs, and no [M, N] temporary; but for `composed`, which is for few rows, and for DoRA's z.
+own outputs, and no [M, N] temporary; but for `composed`, which is for small x, and for DoRA's z.
 """
 
 from __future__ import annotations
@@ -93,10 +93,11 @@ def forward(
 
 @functools.lru_cache(maxsize=256)
 def _is_exact(scaling: float, dtype: torch.dtype) -> bool:
-    """Whether `add_` can have it as alpha, which it rounds to its tensors' dtype; inf is refused.
+    """Whether `add_` and `addmm_` can have it as alpha. They refuse inf.
 
-    1.3 would be 1.297 in bf16; rounded to fp32, as in the kernels, it is exact enough. So powers of
-    two, the usual ones, save the call that scales h, and in fp32 whatever is finite there.
+    They round it to their tensors' dtype: 1.3 would be 1.297 in bf16; rounded to fp32, as in the
+    kernels, it is exact enough. So powers of two, the usual ones, save the call that scales h, and
+    in fp32 whatever is finite there.
     """
     rounded = torch.tensor(scaling, dtype=torch.float64, device="cpu").to(dtype).item()
     return rounded == scaling or (dtype == torch.float32 and math.isfinite(rounded))
@@ -116,7 +117,7 @@ def composed(
 ) -> Tensor:
     """y [..., N], recorded by PyTorch's autograd operator by operator; the mask is saved.
 
-    For few rows on a CPU, where a node of our own takes longer than what it saves. The adapter's
+    For small x on a CPU, where a node of our own takes longer than what it saves. The adapter's
     part is in the adapters' dtype, if that is the wider one, as in PEFT: to cast so few rows is
     less than to cast A and B (0.62 of the time at M 1, 576 x 576, fp32 over bf16; 0.98 at M 64,
     1024 x 4096).
@@ -144,8 +145,10 @@ def composed(
     h = F.linear(dropped, A)
     if not _is_exact(scaling, dtype):
         h, scaling = h.mul_(scaling), 1.0
-    # For so few rows an addition of its own costs less than oneDNN's addmm_ onto y in bf16.
-    y.add_(F.linear(h, B), alpha=scaling)
+    if y.dtype == dtype and dtype.itemsize > 2:
+        y.addmm_(h, B.t(), alpha=scaling)
+    else:  # for so few rows oneDNN's addmm_ onto a y in bf16 costs more than an addition of its own
+        y.add_(F.linear(h, B), alpha=scaling)
     return y if len(rows) == 1 else y.view(*rows, y.shape[1])
 
 

@@ -104,6 +104,18 @@ def together(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def own_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Calls of many rows have a node of ours on a CPU too, where x is too small in tests."""
+    from fused_lora import dispatch
+
+    monkeypatch.setattr(dispatch, "_FEW_ELEMENTS", 0)
+    monkeypatch.setattr(dispatch, "_FEW_OF_GROUP", 0)
+    dispatch.forget_plans()
+    yield
+    dispatch.forget_plans()
+
+
+@pytest.fixture
 def cpu_without(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Says for which dtypes the CPU has no instructions, whatever it has."""
     from fused_lora import dispatch, products

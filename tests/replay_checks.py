@@ -441,7 +441,7 @@ if __name__ == "__main__":
     for strategy, backward in product(("split", "one_launch", "codes"), (False, True)):
         check_replays(Gated(strategy), (70,), backward)
         check_replays(Gated(strategy, bias=True, dropout_p=0.1), (5, 14), backward)
-    group.better_apart = lambda x, dropout, backend: False  # as on a GPU
+    group.better_apart = lambda x, member: False  # as on a GPU
     plain = ["split"] * 3
     check_replays(Group(plain), (70,), True, train_x=False)
     for backward in (False, True):

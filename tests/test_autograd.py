@@ -19,6 +19,7 @@ from fused_lora.dispatch import FEW_ROWS
 N, K, R = 5, 8, 2
 MANY = FEW_ROWS + 2  # rows: on a CPU PyTorch's path takes fewer without a node of ours
 pytestmark = [
+    pytest.mark.usefixtures("own_nodes"),
     pytest.mark.parametrize(("backend", "M"), [("triton", 6), ("torch", 6), ("torch", MANY)]),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),  # vmap's own
 ]

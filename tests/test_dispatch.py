@@ -10,8 +10,9 @@ from pretending import pretend
 from fused_lora import explain
 from fused_lora.calls import Call
 from fused_lora.cost_model import ceilings, of_cublas, predicted_seconds
-from fused_lora.dispatch import forget_plans, plan
+from fused_lora.dispatch import FEW_ROWS, forget_plans, plan
 from fused_lora.kernels.device import SHARED_MEMORY, DeviceInfo, device_info
+from fused_lora.quantized_weight import Layout
 from fused_lora.tables import Strategy
 
 H100 = DeviceInfo(90, 132, SHARED_MEMORY[90], name="NVIDIA H100 80GB HBM3")
@@ -57,6 +58,29 @@ def h100(monkeypatch):
 def test_auto(h100, changes, backend, strategy):
     chosen = plan(replace(CALL, **changes), "auto")
     assert (chosen.backend, chosen.strategy) == (backend, strategy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "composed"),
+    [
+        ({"M": FEW_ROWS}, True),
+        ({"M": FEW_ROWS + 1}, True),
+        ({"M": 1 << 10, "K": 1 << 8}, True),
+        ({"M": (1 << 10) + 1, "K": 1 << 8}, False),
+        ({"M": FEW_ROWS, "K": 1 << 20}, True),
+        ({"M": FEW_ROWS, "dtype": torch.bfloat16}, True),
+        ({"M": FEW_ROWS + 1, "dtype": torch.bfloat16}, False),
+        ({"M": FEW_ROWS + 1, "dtype": torch.float64}, False),
+        ({"M": 1, "quantized": Layout("nf4", (1, 64), False, True, None)}, False),
+        ({"M": 1, "device": torch.device("cuda", 0), "r": 513}, False),
+    ],
+)
+def test_what_pytorch_records_by_itself(h100, cpu_without, changes, composed):
+    """A small x on a CPU."""
+    cpu_without()
+    small = replace(CALL, K=64, N=4096, dtype=torch.float32, device=torch.device("cpu"))
+    chosen = plan(replace(small, **changes), "auto")
+    assert (chosen.backend, chosen.composed) == ("torch", composed)
 
 
 def test_the_input_gradient_is_decided_by_its_own_shape(h100):

@@ -24,6 +24,7 @@ from fused_lora import (  # noqa: E402
 )
 from fused_lora.peft import fuse, unfuse  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("own_nodes")
 LAYERS = ["gate_proj", "up_proj", "down_proj"]
 
 

@@ -241,7 +241,7 @@ def _drawn(p):
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("lead", [0, 1, 3, FEW_ROWS, FEW_ROWS + 1, (2, 5), ()])
+@pytest.mark.parametrize("lead", [0, 1, 3, FEW_ROWS, FEW_ROWS + 1, 2600, (2, 5), ()])
 @pytest.mark.parametrize(
     ("dtype", "adapter_dtype"),
     [
@@ -253,7 +253,7 @@ def _drawn(p):
     ],
 )
 def test_on_a_cpu(launches, dtype, adapter_dtype, lead, dropout_p):
-    """Few rows without a node of ours, and many with it: the same values and gradients."""
+    """Small x without a node of ours, and large with it: the same values and gradients."""
     p = problem(lead, 45, 101, 8, dtype=dtype, adapter_dtype=adapter_dtype, dropout_p=dropout_p)
     p = _drawn(p)
 
