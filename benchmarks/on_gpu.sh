@@ -3,6 +3,7 @@
 #
 #   bash benchmarks/on_gpu.sh          tests, the base product against cuBLAS, quick benchmark (of
 #                                      plain layers, quantised ones and many adapters in one batch),
+#                                      whole mixtures of experts (in tests they want transformers),
 #                                      mixtures of experts against PEFT's formula, groups against
 #                                      their layers apart, memcheck of the kernels scheduled by hand
 #                                      and of the newest others
@@ -141,12 +142,14 @@ one_by_hand=$?
 step by_hand 52 "$OUT/tests.log" bash -c 'tests 42 by_hand "$@"' tests \
     tests/test_{specialized,cuda}.py
 
+step mixtures 25 "$OUT/tests.log" "$PYTHON" -m benchmarks.sanitize --parts experts --each 6 \
+    --seconds 18
 step base_product 35 "$OUT/benchmark.log" "$PYTHON" -m benchmarks.base_product --out "$OUT" \
     --workers "$(nproc)"
 resume=()
 if [[ -n ${RESUME:-} ]]; then resume=(--resume "$RESUME"); fi
-step benchmark 100 "$OUT/benchmark.log" "$PYTHON" -m benchmarks.run --selection quick \
-    --out "$OUT" --seconds 80 "${resume[@]}"
+step benchmark 75 "$OUT/benchmark.log" "$PYTHON" -m benchmarks.run --selection quick \
+    --out "$OUT" --seconds 55 "${resume[@]}"
 
 step experts 40 "$OUT/benchmark.log" "$PYTHON" -m benchmarks.experts --out "$OUT" \
     --workers "$(nproc)"
@@ -158,5 +161,5 @@ else
         --workers "$(nproc)"
 fi
 
-sanitizer memcheck 35 --parts copies experts by_hand groups
+sanitizer memcheck 35 --parts experts by_hand groups copies --each 6 --seconds 18
 finish

@@ -10,8 +10,10 @@ nothing is. Results are checked too; without a GPU the kernels run in Triton's i
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, islice, product
@@ -24,6 +26,7 @@ if not torch.cuda.is_available():  # read by Triton when a kernel is defined
 
 from oracle import check, fused, problem, run
 
+from benchmarks import OUT_OF_TIME
 from fused_lora import (
     QuantizedWeight,
     dora_linear,
@@ -363,22 +366,30 @@ def _verdict(case: Callable[[], None]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; 1 if a case is wrong or fails."""
+    """The command line; 1 if a case is wrong or fails, else 3 if not all of them ran."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=[*PARTS], help="in this order; default: all"
     )
+    parser.add_argument("--each", type=int, help="so many cases of each part; default: all")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="begin no case after so many"
+    )
     args = parser.parse_args(argv)
     torch.manual_seed(0)
-    total = right = 0
-    for name, case in chain.from_iterable(PARTS[part]() for part in args.parts):
+    end = time.monotonic() + args.seconds
+    total = right = status = 0
+    for name, case in chain.from_iterable(islice(PARTS[part](), args.each) for part in args.parts):
+        if time.monotonic() > end:
+            status = OUT_OF_TIME
+            break
         verdict = _verdict(case)
         total += 1
         right += verdict == "right"
         print(f"{name}: {verdict}", flush=True)  # a sanitizer cut short: how far it came
     where = torch.cuda.get_device_name() if CUDA else "the CPU, in Triton's interpreter"
     print(f"{right} of {total} cases right on {where}")
-    return int(right < total)
+    return 1 if right < total else status
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ def gemm_experts(
     if M == 0 or N == 0:
         return y
     R = adapters.max_rank if adapters else 0
-    matrices: tuple[torch.Tensor, ...] = (x,)
+    matrices: tuple[torch.Tensor, ...] = (x, y)
     if isinstance(w, QuantizedMatrix):
         operand, tables, layout = w.code_bytes(), w.tables, w.layout
         w_strides = (w.code_stride, w.scale_stride, 0, 0)
@@ -194,7 +194,7 @@ def gemm_experts(
         operand, tables, layout = w, None, None
         stride_we, stride_wk, stride_wn = w.stride()
         w_strides = (stride_we, 0, stride_wk, stride_wn)
-        odd, matrices = stride_we % ALIGNED != 0, (x, w[0])
+        odd, matrices = stride_we % ALIGNED != 0, (x, w[0], y)
     if odd or (may_be_odd(config, x.dtype.itemsize) and is_odd(*matrices)):
         config = for_odd_rows(config, x.dtype.itemsize)
     b = None

@@ -100,6 +100,16 @@ def launch_all(r):
     skinny.skinny(config, x[:64], w, a, b, bias=None, scale=1.0, dropout=None, drop_x=True)
 
 
+def launch_experts(r):
+    """y's rows alone are odd: of an odd N, and of one that is no multiple of 16."""
+    x, rows = torch.randn(M, 64).bfloat16(), groups_of_indices(torch.arange(M) % 2, 2)
+    given = {"h": torch.randn(M, r).bfloat16(), "order_x": rows.order, "order_y": rows.order}
+    for odd, config in itertools.product((N, 264), largest("second", r)):
+        W, A, B = torch.randn(2, odd, 64).bfloat16(), torch.randn(2, r, 64), torch.randn(2, odd, r)
+        adapters = AdapterStack(A, B, 1.0)
+        experts.gemm_experts(config, x, W.mT, rows, adapters=adapters, use_A=False, **given)
+
+
 def launch_codes(r):
     """A layer's products and experts', over int8 codes of odd rows; nf4's rows are even."""
     x, g, h = (torch.randn(M, n).bfloat16() for n in (K, N, r))
@@ -122,6 +132,7 @@ if __name__ == "__main__":
     compiler.compile = triton.compiler.compile = _kept
     rank = int(sys.argv[1])
     launch_all(rank)
+    launch_experts(rank)
     launch_codes(rank)
     bad = []
     for kernel in compiled:

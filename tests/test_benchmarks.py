@@ -474,7 +474,7 @@ def test_the_gpu_plan_goes_on_after_a_failed_step(tmp_path, tools):
     apart = next(line for line in tests.splitlines() if "pytest tests/test_specialized.py" in line)
     assert "tests/test_cuda.py -m gpu and not slow and by_hand" in apart
     assert tests.index(call) < tests.index("--parts one_by_hand") < tests.index(apart)
-    assert "--parts copies experts by_hand groups" in (out / "sanitizer.log").read_text()
+    assert "--parts experts by_hand groups copies" in (out / "sanitizer.log").read_text()
 
 
 def test_a_benchmark_out_of_time_has_not_failed(tmp_path, tools):
@@ -506,9 +506,9 @@ def test_the_gpu_plans_limits_fit_into_eight_minutes():
     plan = script[script.index("step tests ") :]
     limits = re.findall(r"^ *(?:step|sanitizer) (\w+) (\d+)", plan, flags=re.MULTILINE)
     limits = {name: int(limit) for name, limit in limits}
-    assert len(limits) == 8
+    assert len(limits) == 9
     assert sum(limits.values()) <= int(re.search(r"^BUDGET=(\d+)", script, re.MULTILINE)[1]) < 480
-    assert limits["benchmark"] == 100
+    assert limits["benchmark"] == 75
     inner = re.findall(r"^step (\w+) \d+ .* 'tests (\d+) ", plan, flags=re.MULTILINE)
     assert [name for name, _ in inner] == ["tests", "by_hand"]
     for name, limit in inner:  # pytest has 8 seconds to say what failed until then
@@ -587,6 +587,7 @@ def few_rounds(monkeypatch):
     monkeypatch.setattr(measure, "_MIN_ROUNDS", 2)
 
 
+@pytest.mark.usefixtures("own_nodes")
 @pytest.mark.usefixtures("few_rounds")
 def test_groups_are_measured_against_their_layers(monkeypatch, tmp_path, capsys):
     # Tiny layers: a CPU without bf16 instructions takes three minutes for SmolLM2's.
@@ -616,6 +617,7 @@ def test_groups_that_are_wrong_are_not_measured(monkeypatch, tmp_path, capsys):
     assert "wrong by" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("own_nodes")
 @pytest.mark.usefixtures("few_rounds")
 def test_groups_that_fail_do_not_end_the_others(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(groups.MODELS, "tiny", (48, 32, 64))
