@@ -51,7 +51,9 @@ def _check_real(name: str, value: object) -> None:
 def check_number(name: str, value: object) -> None:
     """Raises TypeError or ValueError unless value is a finite real number."""
     _check_real(name, value)
-    if not -sys.float_info.max <= value <= sys.float_info.max:  # type: ignore[operator]
+    # NumPy's fp32 would take the limits as fp32 too, which overflow; an int can be too large.
+    number: Any = value if isinstance(value, (float, int)) else float(value)  # type: ignore[arg-type]
+    if not -sys.float_info.max <= number <= sys.float_info.max:
         raise ValueError(f"{name}: got {value}, wanted a finite number")
 
 

@@ -7,6 +7,8 @@ import itertools
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,11 +35,13 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _fused_lora(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     """LoRA layers in one fused GPU pass."""
+    context.with_resource(_our_warnings_said())
 
 
 _DEFAULT = Settings()
@@ -139,9 +143,7 @@ def merge(
     from .merge import merge_adapter
 
     try:
-        with warnings.catch_warnings():
-            _say_our_warnings()
-            base = merge_adapter(adapter, out, model)
+        base = merge_adapter(adapter, out, model)
     except (ValueError, TypeError, OSError) as error:
         raise _failed(error) from None
     _say(f"merged: {adapter} into {base}, saved in {out}")
@@ -209,7 +211,9 @@ def tune(
             raise ValueError(f"dtype: got {dtype!r}, wanted one of {list(DTYPES)}")
         if model is not None:
             _, calls = info.layers(model, r[0], tokens, DTYPES[dtype])
-            problems += [(tokens, N, K) for N, K in calls]
+            problems += [(tokens, *side) for side in calls if len(side) == 2]
+            if any(len(side) == 3 for side in calls):
+                _say("experts: left out, nothing of theirs is tuned")
         if not problems:
             raise ValueError("shapes: got none; give --shapes M,N,K, or --model")
         if device.startswith("cuda") and not torch.cuda.is_available():
@@ -248,8 +252,9 @@ def _say(line: str) -> None:
     console.print(line, markup=False)
 
 
-def _say_our_warnings() -> None:
-    """Until the end of the `warnings.catch_warnings` that one is in."""
+@contextmanager
+def _our_warnings_said() -> Iterator[None]:
+    """While entered: as lines of the program's own."""
     show = warnings.showwarning
 
     def say(message: Warning | str, *rest: Any, **how: Any) -> None:
@@ -258,7 +263,9 @@ def _say_our_warnings() -> None:
         else:
             show(message, *rest, **how)
 
-    warnings.showwarning = say
+    with warnings.catch_warnings():
+        warnings.showwarning = say
+        yield
 
 
 def _free_folder() -> Path:

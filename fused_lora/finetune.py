@@ -31,7 +31,6 @@ from .adapters import save_adapter
 from .expert_layer import FusedLoRAExperts
 from .expert_modules import in_order, plain_weight, projections, weight_of
 from .files import write_atomically
-from .functional import explain
 from .inject import inject
 from .linear import FusedLoRALinear
 from .matching import find_experts, mixtures_of_experts
@@ -182,16 +181,15 @@ class Run:
         """Backend and strategy of the layers' calls, as "210 layers: torch, forward library"."""
         tokens = self.settings.batch_size // self.processes.count * self.settings.seq_len
         found: Counter[str] = Counter()
-        for weight, lora_A, lora_B in _adapters(self.model):
+        self.model.train()  # dropout counts
+        for layer in _adapted(self.model):
+            if not hasattr(layer, "explain"):
+                found["PEFT's own"] += 1
+                continue
+            weight = getattr(layer, "base_layer", layer).weight
             dtype = self.dtype if isinstance(weight, QuantizedWeight) else weight.dtype
-            x = lora_A.new_empty(tokens, weight.shape[1], dtype=dtype)
-            e = explain(
-                x,
-                weight,
-                lora_A,
-                lora_B,
-                dropout_p=self.settings.lora_dropout,
-                backend=self.settings.backend,
+            e = layer.explain(
+                torch.empty(tokens, layer.in_features, dtype=dtype, device=self.device)
             )
             found[f"{e.backend}, forward {e.strategy}, dx {e.strategy_dx}"] += 1
         for mixture, base in self._mixtures():
@@ -367,17 +365,13 @@ def _check_vocabulary(model: Any, blocks: Tensor) -> None:
         )
 
 
-def _adapters(model: nn.Module) -> Iterator[tuple[Tensor | QuantizedWeight, Tensor, Tensor]]:
-    """Base weight [N, K], A [r, K] and B [N, r] of every adapted layer, ours or PEFT's."""
+def _adapted(model: nn.Module) -> Iterator[Any]:
+    """Every layer with an adapter, ours or PEFT's; not what is of experts' parameters."""
     for module in model.modules():
-        if isinstance(module, FusedLoRALinear):
-            yield module.weight, module.lora_A, module.lora_B
-        elif type(module).__name__ == "ParamWrapper":  # of experts
-            continue
-        elif isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
-            layer: Any = module
-            for name in layer.active_adapters:
-                yield layer.base_layer.weight, layer.lora_A[name].weight, layer.lora_B[name].weight
+        of_peft = isinstance(getattr(module, "lora_A", None), nn.ModuleDict)
+        of_parameter = type(module).__name__ == "ParamWrapper"
+        if isinstance(module, FusedLoRALinear) or (of_peft and not of_parameter):
+            yield module
 
 
 def check_new(out: Path) -> None:

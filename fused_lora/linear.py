@@ -413,7 +413,7 @@ class FusedLoRALinear(FrozenLinear):
         if not self.merged:
             return
         if self._before_merge:
-            codes = self._before_merge[0].to(self.lora_A.device)
+            codes = self._before_merge[0].to(self.weight.device, self.weight.dtype)
             del self.weight  # a parameter's name is not given to a module
             self.weight = codes
             self._before_merge, self.merged = (), False

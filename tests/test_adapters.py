@@ -84,6 +84,7 @@ def test_into_a_model_with_wrapped_blocks(tmp_path, targets, named):
         assert torch.equal(again.eval()(X), model(X))
 
 
+@pytest.mark.filterwarnings("error")
 def test_adapters_that_share_a_matrix_and_alphas_of_numpy(tmp_path):
     numpy = pytest.importorskip("numpy")
     model = _adapted(lora_alpha=numpy.float32(6), target_modules=["0.q_proj", "2.q_proj"])

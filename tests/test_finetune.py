@@ -20,7 +20,14 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from typer.testing import CliRunner
 
 from fused_lora import FusedLoRALinear
@@ -115,7 +122,7 @@ def test_learns_and_saves_what_peft_loads(settings, tmp_path, peft):
 )
 def test_a_mixture_of_experts(settings, model_dir, tmp_path, peft, quantize):
     """Trained, resumed, merged and loaded by PEFT, experts and attention."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
+    from transformers import Qwen3MoeConfig
 
     config = Qwen3MoeConfig(
         vocab_size=AutoTokenizer.from_pretrained(model_dir).vocab_size,
@@ -144,6 +151,10 @@ def test_a_mixture_of_experts(settings, model_dir, tmp_path, peft, quantize):
     run = _train(settings, tmp_path / "out")
     assert run.evaluate() < run.history.held_out_before - 0.1
     assert sum("experts" in name for name in run.trained) == 8
+    tune = ["tune", "--model", settings.model, "--device", "cuda"]
+    assert (
+        "sees no CUDA GPU here" in CliRunner().invoke(app, tune).output or torch.cuda.is_available()
+    )
     assert "2 layers: torch, forward library, dx library (experts)" in run.which_ran()
     difference, effect = run.compare_with_peft()
     assert difference < 1e-4 < effect
@@ -236,6 +247,23 @@ def test_all_linear(settings, tmp_path):
         changed = replace(settings, target_modules=("all-linear",), peft=peft)
         run = Run(changed, tmp_path, say=lambda _: None)
         assert run.which_ran().startswith("14 layers")
+
+
+def test_layers_that_stay_pefts_are_said_to(settings, tmp_path):
+    """Embeddings; and Conv1D, whose weight is the other way round, is ours."""
+    changed = replace(settings, target_modules=("embed_tokens", "q_proj"), peft=True)
+    run = Run(changed, tmp_path, say=lambda _: None)
+    assert sorted(run.which_ran().split("; ")) == [
+        "1 layers: PEFT's own",
+        "2 layers: torch, forward library, dx library",
+    ]
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 2}
+    config = GPT2Config(vocab_size=len(AutoTokenizer.from_pretrained(settings.model)), **shape)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+    AutoTokenizer.from_pretrained(settings.model).save_pretrained(tmp_path / "gpt2")
+    gpt2 = replace(settings, model=str(tmp_path / "gpt2"), target_modules=("c_attn",), peft=True)
+    run = Run(gpt2, tmp_path / "out", say=lambda _: None)
+    assert run.which_ran() == "2 layers: torch, forward library, dx library"
 
 
 def test_which_rows_a_step_trains_on():

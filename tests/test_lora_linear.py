@@ -478,6 +478,13 @@ def test_the_output_may_be_changed_in_place(device, backend, lead):
     )
 
 
+@pytest.mark.parametrize("M", [6, 70])
+def test_lazily_negated_views_are_masked(own_nodes, M):
+    p = _drawn(problem(M, 5, 8, 2, dropout_p=0.5))
+    p.x = torch.complex(p.x, -p.x).conj().imag
+    check(run(fused("auto"), p), p)
+
+
 @both_backends
 def test_lazily_negated_views(device, backend):
     """The kernels would read the numbers without their sign: those calls are PyTorch's."""

@@ -831,6 +831,11 @@ def test_multi_layer_parameters_and_state():
     layer.delete_adapter("german")
     assert layer.adapters == ["french"]
     assert set(layer.state_dict()) == {"weight", "bias", "lora_A.french", "lora_B.french"}
+    layer.delete_adapter("french")  # of none nothing has to be said
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    assert "no adapter" in str(layer.explain(x))
+    with pytest.raises(ValueError, match="french"):
+        layer(x, adapter_names="french")
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

@@ -215,7 +215,8 @@ def test_error_of_a_format(format, shape):
     assert q.shape == shape
     assert q.numel() == w.numel()
     error = (q.dequantize() - w).norm() / w.norm()
-    assert error < 1.5 * ERRORS[format]
+    # A number alone may be one that MXFP4 is worst at: just below 8, which becomes 6.
+    assert error < (1.5 * ERRORS[format] if w.numel() > 1 else 0.25)
     assert torch.equal(
         quantize_module.quantize_like(q, q.dequantize()).codes, q.codes
     ) or format in ("fp4", "nf4")
@@ -647,6 +648,10 @@ def test_layer_trains_and_merges(format):
     layer.unmerge()
     assert torch.equal(layer.weight.codes, codes)
     assert torch.equal(layer(x), expected)
+
+    layer.merge()
+    layer.bfloat16().unmerge()
+    assert layer.weight.dtype == torch.bfloat16
 
 
 def test_nf4_layer_state_dict_goes_back_into_its_like():
