@@ -153,11 +153,20 @@ def multiplied_in_fp32(call: Call) -> bool:
     return in_fp32(call.dtype, call.device, call.M, call.N, call.K)
 
 
-def is_small(x: Tensor) -> bool:
-    """Whether x has few rows, or on a CPU in fp32 few elements."""
-    if x.shape[:-1].numel() <= FEW_ROWS:
-        return True
-    return x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() <= _FEW_ELEMENTS
+def _is_small(M: int, elements: int, dtype: torch.dtype, device: torch.device, most: int) -> bool:
+    """Whether an x of so many has few rows, or on a CPU in fp32 few elements."""
+    return M <= FEW_ROWS or (device.type == "cpu" and dtype == torch.float32 and elements <= most)
+
+
+def _has_few(x: Tensor, member: Arguments, most: int) -> bool:
+    """`_is_small` of a layer's x: over codes few rows alone count."""
+    most = most if isinstance(member.weight, Tensor) else 0
+    return _is_small(x.shape[:-1].numel(), x.numel(), x.dtype, x.device, most)
+
+
+def is_small(x: Tensor, member: Arguments) -> bool:
+    """Whether x is so small that PyTorch's own nodes are faster for a layer, or for few rows."""
+    return _has_few(x, member, _FEW_ELEMENTS)
 
 
 def better_apart(x: Tensor, member: Arguments) -> bool:
@@ -170,21 +179,15 @@ def better_apart(x: Tensor, member: Arguments) -> bool:
     """
     if member.backend == "triton":  # asked for
         return False
-    if x.shape[:-1].numel() <= FEW_ROWS:
-        return True
-    if x.device.type != "cpu":
-        return False
-    composed = isinstance(member.weight, Tensor) and x.dtype == torch.float32
-    return member.dropout_p > 0.0 or (composed and x.numel() <= _FEW_OF_GROUP)
+    on_cpu = x.device.type == "cpu"
+    return (on_cpu and member.dropout_p > 0.0) or _has_few(x, member, _FEW_OF_GROUP)
 
 
 def _composes(call: Call) -> bool:
     """Whether a call that PyTorch takes is recorded by its autograd operator by operator."""
-    if call.device.type != "cpu" or call.quantized is not None:
-        return False
-    if call.M <= FEW_ROWS:
-        return not multiplied_in_fp32(call)  # which is ours
-    return call.dtype == torch.float32 and call.M * call.K <= _FEW_ELEMENTS
+    if call.device.type != "cpu" or call.quantized is not None or multiplied_in_fp32(call):
+        return False  # the last is ours
+    return _is_small(call.M, call.M * call.K, call.dtype, call.device, _FEW_ELEMENTS)
 
 
 def takes_kernels(call: Call, backend: Backend) -> bool:

@@ -101,7 +101,7 @@ class GatedMLP(nn.Module):
 
 def _better_apart(gate: Tensor, given: Arguments) -> bool:
     """Whether PyTorch's autograd records both parts in less time: see `is_small`."""
-    return given.backend != "triton" and is_small(gate)
+    return given.backend != "triton" and is_small(gate, given)
 
 
 def _empty(plain: type[nn.Module]) -> nn.Module:

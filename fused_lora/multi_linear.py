@@ -168,7 +168,7 @@ class FusedMultiLoRALinear(FrozenLinear):
         One of the three, or none inside `route`, which then says it. Raises what
         `lora_linear_multi` does.
         """
-        if self.disabled or self._is_plain(adapter_names, adapter_indices, segments):
+        if self.disabled:
             return self._base(x)
         rows = self._rows(x, adapter_names, adapter_indices, segments)
         if not self.lora_A:  # nothing but "__base__" passed
@@ -188,18 +188,12 @@ class FusedMultiLoRALinear(FrozenLinear):
 
         `explain_multi` with the layer's own tensors; raises what that does, computes nothing.
         """
-        plain = self.disabled or self._is_plain(adapter_names, adapter_indices, segments)
-        rows = {} if plain else self._rows(x, adapter_names, adapter_indices, segments)
-        if plain or not self.lora_A:
+        rows = {} if self.disabled else self._rows(x, adapter_names, adapter_indices, segments)
+        if self.disabled or not self.lora_A:
             why = "its adapters are disabled" if self.disabled else "the layer has no adapter"
             return self._explain_base(why)
         options = self._options() | rows
         return explain_multi(x, *self._tensors(), **options)
-
-    def _is_plain(self, *given: object) -> bool:
-        """Whether there is no adapter, and nothing that names one."""
-        named = self._route is not None or any(rows is not None for rows in given)
-        return not (self.lora_A or named)
 
     def _rows(
         self,
@@ -220,6 +214,8 @@ class FusedMultiLoRALinear(FrozenLinear):
         elsewhere: Iterable[str] = ()
         if not given and self._route is not None:
             given, elsewhere = self._route.given, self._route.known
+        if not (given or self.lora_A):  # no adapter, and nothing that names one
+            return {}
         if len(given) != 1:
             raise ValueError(
                 "adapters: wanted a call inside fused_lora.route(model, adapter_names=...), or one "

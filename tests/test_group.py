@@ -613,7 +613,8 @@ def test_members_run_apart_where_that_is_faster(monkeypatch, M, dropout_p):
     for y, p in zip(ys, problems, strict=True):
         tensors = (p.x, p.weight, p.lora_A, p.lora_B)
         alone = lora_linear(*tensors, scaling=1.25, bias=p.bias, dropout_p=dropout_p)
-        torch.testing.assert_close(y, alone, rtol=1e-4, atol=1e-4)
+        # Of a million sums of a group, some are rounded in another order.
+        torch.testing.assert_close(y, alone, **({} if apart else {"rtol": 1e-4, "atol": 1e-4}))
     said = explain_group(problems[0].x, *lists, **options)
     assert ("group" in said.reasons) == apart
 
