@@ -180,7 +180,7 @@ def _cpu() -> Iterator[Case]:
     larger = [square(2048), ("llama-3.1-8b k,v", 1024, 4096)]
     layers = projections("smollm2-135m") + larger
     yield from _overhead("fp32")
-    yield from _cases(layers, (1, 32, 512), dtype=("fp32",))
+    yield from _cases(layers, (1, 32, 128, 512), dtype=("fp32",))
     # The longest last: 512 rows in bf16 take PEFT seconds on a CPU without instructions for it.
     for M in (1, 32, 512):
         yield from _cases(layers, (M,), adapter_dtype="fp32")  # PEFT's default over bf16
