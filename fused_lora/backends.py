@@ -8,9 +8,9 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -56,6 +56,22 @@ def _parts_of_all(weights: Sequence[Tensor | QuantizedWeight]) -> Iterable[Tenso
     return itertools.chain.from_iterable(map(_parts, weights))
 
 
+def _replayed(
+    replays: Replays | None,
+    name: Hashable,
+    operands: Callable[[], Sequence[Tensor | None]],
+    run: Callable[[], tuple[Any, ...]],
+) -> tuple[Any, ...]:
+    """``run()``, or its launches again where all that differs is in its operands.
+
+    replays: of calls that differ in their tensors' values, addresses and strides; None if none may
+    be replayed. name: of what is run, and of which of its results are wanted.
+    """
+    if replays is None or torch.compiler.is_compiling():  # compiled autograd traces a backward
+        return run()
+    return replays(name, operands(), run)
+
+
 def _shaped_as(x: Tensor, y: Tensor) -> Tensor:
     """y [M, N] as [..., N], itself: of a view, autograd would refuse changes in place."""
     return y if x.ndim == 2 else y.resize_(*x.shape[:-1], y.shape[-1])
@@ -74,10 +90,7 @@ def forward(
     need_h: bool,
     replays: Replays | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """y [..., N] and, if needed, h = scaling * (D o x) A^T [M, r], both in x's dtype.
-
-    replays: of calls that differ from this one in their tensors' values, addresses and strides.
-    """
+    """y [..., N] and, if needed, h = scaling * (D o x) A^T [M, r], both in x's dtype."""
 
     def run() -> tuple[Tensor, Tensor | None]:
         arguments = (as_matrix(x), weight, lora_A, lora_B, bias, scaling, dropout)
@@ -89,10 +102,10 @@ def forward(
                 y, h = torch_backend.forward(*arguments)
         return _shaped_as(x, y), h if need_h else None
 
-    if replays is None:
-        return run()
-    operands = (x, *_parts(weight), lora_A, lora_B, bias, seed_of(dropout))
-    y, h = replays(("forward", need_h), operands, run)
+    def operands() -> Sequence[Tensor | None]:
+        return x, *_parts(weight), lora_A, lora_B, bias, seed_of(dropout)
+
+    y, h = _replayed(replays, ("forward", need_h), operands, run)
     return y, h
 
 
@@ -123,10 +136,10 @@ def backward(
                 dx, dA, dB = torch_backend.backward(*arguments, need_dx=need_dx)
         return None if dx is None else dx.view(*g.shape[:-1], dx.shape[-1]), dA, dB
 
-    if replays is None or torch.compiler.is_compiling():  # compiled autograd traces this
-        return run()
-    operands = (g2, x, *_parts(weight), lora_A, lora_B, h, seed_of(dropout))
-    dx, dA, dB = replays(("backward", need_dx), operands, run)
+    def operands() -> Sequence[Tensor | None]:
+        return g2, x, *_parts(weight), lora_A, lora_B, h, seed_of(dropout)
+
+    dx, dA, dB = _replayed(replays, ("backward", need_dx), operands, run)
     return dx, dA, dB
 
 
@@ -191,10 +204,11 @@ def dora_norm(
         w = weight if isinstance(weight, Tensor) else weight.matrix()
         return (weight_norm(w, lora_A, lora_B, scale=scaling),)
 
-    if replays is None:
-        return run()[0]
+    def operands() -> Sequence[Tensor | None]:
+        return lora_A, *_parts(weight), lora_B
+
     # Under autocast W0 has another dtype here than in the layer's product.
-    found: Tensor = replays(("norm", weight.dtype), (lora_A, *_parts(weight), lora_B), run)[0]
+    found: Tensor = _replayed(replays, ("norm", weight.dtype), operands, run)[0]
     return found
 
 
@@ -234,10 +248,10 @@ def dora_forward(
                 y = torch_backend.scale_columns(z, column_scale, bias)
         return _shaped_as(x, y), h if need_h else None, z if need_z else None
 
-    if replays is None:
-        return run()
-    operands = (x, *_parts(weight), lora_A, lora_B, column_scale, bias)
-    y, h, z = replays(("dora forward", need_h, need_z), operands, run)
+    def operands() -> Sequence[Tensor | None]:
+        return x, *_parts(weight), lora_A, lora_B, column_scale, bias
+
+    y, h, z = _replayed(replays, ("dora forward", need_h, need_z), operands, run)
     return y, h, z
 
 
@@ -268,10 +282,10 @@ def dora_backward(
         arguments = (gs.view(g.shape), x, weight, lora_A, lora_B, h, scaling, None, plan)
         return *backward(*arguments, need_dx=need_dx), dot
 
-    if replays is None or torch.compiler.is_compiling():
-        return run()
-    operands = (g2, x, *_parts(weight), lora_A, lora_B, column_scale, h, z)
-    dx, dA, dB, dot = replays(("dora backward", need_dx), operands, run)
+    def operands() -> Sequence[Tensor | None]:
+        return g2, x, *_parts(weight), lora_A, lora_B, column_scale, h, z
+
+    dx, dA, dB, dot = _replayed(replays, ("dora backward", need_dx), operands, run)
     return dx, dA, dB, dot
 
 
@@ -297,18 +311,11 @@ def forward_group(
                 ys, h = torch_backend.forward_group(*arguments)
         return *(_shaped_as(x, y) for y in ys), h
 
-    if replays is None:
-        *ys, h = run()
-    else:
-        operands = (
-            x,
-            *_parts_of_all(weights),
-            *lora_As,
-            *lora_Bs,
-            *biases,
-            *map(seed_of, dropouts),
-        )
-        *ys, h = replays("group forward", operands, run)
+    def operands() -> Sequence[Tensor | None]:
+        seeds = map(seed_of, dropouts)
+        return x, *_parts_of_all(weights), *lora_As, *lora_Bs, *biases, *seeds
+
+    *ys, h = _replayed(replays, "group forward", operands, run)
     return ys, h
 
 
@@ -339,17 +346,9 @@ def backward_group(
                 dx, dAs, dBs = torch_backend.backward_group(*arguments, need_dx=need_dx)
         return None if dx is None else dx.view(*gs[0].shape[:-1], dx.shape[-1]), *dAs, *dBs
 
-    if replays is None or torch.compiler.is_compiling():
-        dx, *gradients = run()
-    else:
-        operands = (
-            *gs2,
-            x,
-            *_parts_of_all(weights),
-            *lora_As,
-            *lora_Bs,
-            *hs,
-            *map(seed_of, dropouts),
-        )
-        dx, *gradients = replays(("group backward", need_dx), operands, run)
+    def operands() -> Sequence[Tensor | None]:
+        seeds = map(seed_of, dropouts)
+        return *gs2, x, *_parts_of_all(weights), *lora_As, *lora_Bs, *hs, *seeds
+
+    dx, *gradients = _replayed(replays, ("group backward", need_dx), operands, run)
     return dx, gradients[: len(gs)], gradients[len(gs) :]
