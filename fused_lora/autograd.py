@@ -27,6 +27,21 @@ def raise_second_derivative(name: str, reference: str | None = None) -> NoReturn
     )
 
 
+def check_first_derivative(name: str, reference: str | None = None) -> None:
+    """`raise_second_derivative` in the backward pass of ``name``, if that is recorded itself.
+
+    `once_differentiable` would let it pass where only A and B depend on the second derivative, and
+    leave their share out of it.
+    """
+    if torch.is_grad_enabled():
+        raise_second_derivative(name, reference)
+
+
+def bias_gradient(g: Tensor | None, needed: bool) -> Tensor | None:
+    """sum_M g [N] of g [..., N]."""
+    return g.sum_to_size(g.shape[-1:]) if needed and g is not None else None
+
+
 class Codes(NamedTuple):
     """A quantised W0 between forward and backward: autograd looks after tensors that it saves."""
 
@@ -55,17 +70,14 @@ class Codes(NamedTuple):
         return self.weight
 
 
-def alias(t: Tensor) -> Tensor:
-    """What to save of a parameter: if ``.data`` is set (`merge`), it has the old values still.
-
-    It counts changes in place with the parameter.
-    """
-    return t.detach()
-
-
 def to_save(weight: Tensor | QuantizedWeight) -> Tensor | None:
-    """What a context saves of a weight; nothing of codes, for which it has `Codes`."""
-    return alias(weight) if isinstance(weight, Tensor) else None
+    """What a context saves of a weight; nothing of codes, for which it has `Codes`.
+
+    Like A and B it is the parameter itself, as PyTorch's own layers save theirs: hooks on saved
+    tensors know it (offloading leaves parameters where they are), and who gives it other memory
+    between forward and backward (DeepSpeed's ZeRO-3) gets that memory read.
+    """
+    return weight if isinstance(weight, Tensor) else None
 
 
 def as_saved(saved: Any, codes: Codes | None) -> Any:
@@ -109,8 +121,8 @@ class LoRALinearFunction(torch.autograd.Function):
         ctx.save_for_backward(
             x if needs_A else None,
             to_save(weight) if needs_x else None,
-            alias(lora_A),
-            alias(lora_B),
+            lora_A,
+            lora_B,
             h,
             seed if needs_x or needs_A else None,
         )
@@ -121,10 +133,7 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of forward's arguments."""
-        # `once_differentiable` would let this pass where only A and B depend on the second
-        # derivative, and leave their share out of it.
-        if torch.is_grad_enabled():
-            raise_second_derivative("lora_linear")
+        check_first_derivative("lora_linear")
         x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
         dropout = dropout_of(seed, ctx.threshold)
         dx, dA, dB = backends.backward(
@@ -140,5 +149,5 @@ class LoRALinearFunction(torch.autograd.Function):
             need_dx=ctx.needs_input_grad[0],
             replays=ctx.replays,
         )
-        dbias = g.sum_to_size(g.shape[-1:]) if ctx.needs_input_grad[4] else None
+        dbias = bias_gradient(g, ctx.needs_input_grad[4])
         return dx, None, dA, dB, dbias, None, None, None, None, None

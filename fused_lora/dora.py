@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .autograd import Codes, alias, as_saved, raise_second_derivative, to_save
+from .autograd import Codes, as_saved, bias_gradient, check_first_derivative, to_save
 from .dispatch import Plan
 from .quantized_weight import QuantizedWeight
 
@@ -102,9 +102,9 @@ class DoRALinearFunction(torch.autograd.Function):
         ctx.save_for_backward(
             x if needs_A else None,
             to_save(weight) if needs_x else None,
-            alias(lora_A),
-            alias(lora_B),
-            alias(magnitude),
+            lora_A,
+            lora_B,
+            magnitude,
             norm,
             h,
             z,
@@ -116,8 +116,7 @@ class DoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of forward's arguments."""
-        if torch.is_grad_enabled():
-            raise_second_derivative("dora_linear")
+        check_first_derivative("dora_linear")
         x, weight, lora_A, lora_B, magnitude, norm, h, z = ctx.saved_tensors
         dx, dA, dB, dm = gradients(
             g,
@@ -134,5 +133,5 @@ class DoRALinearFunction(torch.autograd.Function):
             need_dx=ctx.needs_input_grad[0],
             replays=ctx.replays,
         )
-        dbias = g.sum_to_size(g.shape[-1:]) if ctx.needs_input_grad[6] else None
+        dbias = bias_gradient(g, ctx.needs_input_grad[6])
         return dx, None, dA, dB, dm, None, dbias, None, None, None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .autograd import bias_gradient
 from .calls import Backend, checked_call
 from .differentiable import differentiable
 from .dispatch import Decision, plan, replays_of
@@ -171,7 +172,7 @@ def _backward(ctx: Any, call: Callable[..., Any], g: Tensor, *_: Tensor | None) 
         dA if needs_A else None,
         dB if needs_B else None,
         dm if needs_m else None,
-        g.sum_to_size(g.shape[-1:]) if needs_bias else None,
+        bias_gradient(g, needs_bias),
         [None] * ctx.weights,
         *[None] * 5,
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import expert_ops
 from .autocast import no_autocast
-from .autograd import Codes, alias, as_saved, raise_second_derivative, to_save
+from .autograd import Codes, as_saved, check_first_derivative, to_save
 from .backends import as_gradient
 from .calls import Backend
 from .expert_backends import Path, backward, project
@@ -89,7 +89,10 @@ class LoRAExpertsMLPFunction(torch.autograd.Function):
             p,
             to_save(up),
             to_save(down),
-            *(None if t is None else alias(t) for t in (up_A, up_B, down_A, down_B)),
+            up_A,
+            up_B,
+            down_A,
+            down_B,
             down_bias if needs_p else None,
             z if needs_dz else None,
             acted if needs_dz else None,
@@ -103,8 +106,7 @@ class LoRAExpertsMLPFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of forward's arguments."""
-        if torch.is_grad_enabled():
-            raise_second_derivative("a fused mixture of experts", "lora_linear_experts")
+        check_first_derivative("a fused mixture of experts", "lora_linear_experts")
         x, p, *weights, up_A, up_B, down_A, down_B, down_bias, z, acted, a, h_up, h_down = (
             ctx.saved_tensors
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import expert_ops
-from .autograd import Codes, alias, as_saved, raise_second_derivative, to_save
+from .autograd import Codes, as_saved, check_first_derivative, to_save
 from .backends import as_gradient, as_matrix
 from .calls import Backend
 from .dispatch import multiplied_in_fp32, why_torch
@@ -59,8 +59,8 @@ class LoRALinearExpertsFunction(torch.autograd.Function):
         ctx.save_for_backward(
             x if needs_A else None,
             to_save(weight),
-            None if lora_A is None else alias(lora_A),
-            None if lora_B is None else alias(lora_B),
+            lora_A,
+            lora_B,
             h if needs_B else None,
             seed if needs_x or needs_A else None,
         )
@@ -71,8 +71,7 @@ class LoRALinearExpertsFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of forward's arguments."""
-        if torch.is_grad_enabled():
-            raise_second_derivative("lora_linear_experts")
+        check_first_derivative("lora_linear_experts")
         x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
         call, needs_x = ctx.call, ctx.needs_input_grad[0]
         layer = Projection(as_saved(weight, ctx.codes), None, lora_A, lora_B, call.scaling)

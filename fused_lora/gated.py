@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import backends, checks
 from .arguments import Arguments
 from .autocast import autocast
-from .autograd import Codes, alias, as_saved, raise_second_derivative, to_save
+from .autograd import Codes, as_saved, bias_gradient, check_first_derivative, to_save
 from .calls import Backend, checked_call
 from .dispatch import Decision, Plan, plan, replays_of
 from .functional import (
@@ -64,7 +64,7 @@ class LoRALinearGatedFunction(torch.autograd.Function):
         operands = (x, weight, lora_A, lora_B, bias, scaling, dropout_of(seed, threshold), plan)
         y, h = backends.forward(*operands, need_h=needs_B, replays=replays)
         W = to_save(weight)
-        ctx.save_for_backward(gate, up, acted, W, alias(lora_A), alias(lora_B), h, seed)
+        ctx.save_for_backward(gate, up, acted, W, lora_A, lora_B, h, seed)
         ctx.quantized = Codes.of(weight)
         ctx.activation, ctx.scaling, ctx.threshold = activation, scaling, threshold
         ctx.plan, ctx.replays = plan, replays
@@ -73,8 +73,7 @@ class LoRALinearGatedFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of forward's arguments."""
-        if torch.is_grad_enabled():  # see LoRALinearFunction
-            raise_second_derivative("lora_linear_gated")
+        check_first_derivative("lora_linear_gated")
         gate, up, acted, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
         needs_gate, needs_up, _, _, needs_A, _, needs_bias = ctx.needs_input_grad[:7]
         how = (ctx.activation, ctx.plan)
@@ -94,7 +93,7 @@ class LoRALinearGatedFunction(torch.autograd.Function):
         )
         assert dx is not None
         dgate, dup = backends.gated_backward(dx, gate, up, acted, *how, spare=x)
-        dbias = g.sum_to_size(g.shape[-1:]) if needs_bias else None
+        dbias = bias_gradient(g, needs_bias)
         return (
             dgate if needs_gate else None,
             dup if needs_up else None,

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from . import backends, checks
 from .arguments import Arguments
 from .autocast import autocast
-from .autograd import Codes, alias, as_saved, raise_second_derivative
+from .autograd import Codes, as_saved, bias_gradient, check_first_derivative, to_save
 from .calls import Backend, Call, as_products, checked_call
 from .dispatch import Decision, Plan, better_apart, group_dx, plan, replays_of, why_torch
 from .explanation import Explanation, describe_quantized
@@ -69,8 +69,9 @@ class LoRALinearGroupFunction(torch.autograd.Function):
             x if any(needs_A) else None,
             h if any(needs_B) else None,
             seeds if needs_x or any(needs_A) else None,
-            *(alias(W) if needs_x and isinstance(W, Tensor) else None for W in weights),
-            *map(alias, (*As, *Bs)),
+            *(to_save(W) if needs_x else None for W in weights),
+            *As,
+            *Bs,
         )
         ctx.quantized = [Codes.of(W) if needs_x else None for W in weights]
         ctx.set_materialize_grads(False)
@@ -80,8 +81,7 @@ class LoRALinearGroupFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients in the order of forward's arguments."""
-        if torch.is_grad_enabled():  # see LoRALinearFunction
-            raise_second_derivative("lora_linear_group", "lora_linear")
+        check_first_derivative("lora_linear_group", "lora_linear")
         n = len(ctx.scalings)
         x, h, seeds, *tensors = ctx.saved_tensors
         weights, As, Bs, _ = _in_four([*tensors, *[None] * n], n)
@@ -109,10 +109,7 @@ class LoRALinearGroupFunction(torch.autograd.Function):
             )
             for i, dA, dB in zip(live, live_dAs, live_dBs, strict=True):
                 dAs[i], dBs[i] = dA if needs_A[i] else None, dB
-        dbiases = [
-            g.sum_to_size(g.shape[-1:]) if needs and g is not None else None
-            for g, needs in zip(grads, needs_bias, strict=True)
-        ]
+        dbiases = map(bias_gradient, grads, needs_bias)
         return dx, *[None] * (5 + n), *dAs, *dBs, *dbiases
 
 

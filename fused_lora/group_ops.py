@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .autograd import bias_gradient
 from .calls import Backend, checked_call
 from .dispatch import Plan, plan
 from .kernels.dropout import Dropout
@@ -188,10 +189,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         dx if needs_x else None,
         [dA if needs else None for dA, needs in zip(others[:n], needs_A, strict=True)],
         [dB if needs else None for dB, needs in zip(others[n:], needs_B, strict=True)],
-        [
-            g.sum_to_size(g.shape[-1:]) if needs else None
-            for g, needs in zip(gs, needs_bias, strict=True)
-        ],
+        [bias_gradient(g, needs) for g, needs in zip(gs, needs_bias, strict=True)],
         [None] * len(weights),
         *[None] * 6,
     )

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from . import checks, multi_backends, multi_ops
 from .adapter_set import check_lists
 from .autocast import autocast
-from .autograd import Codes, as_saved, raise_second_derivative, to_save
+from .autograd import Codes, as_saved, bias_gradient, check_first_derivative, to_save
 from .calls import Backend
 from .explanation import Explanation, describe_quantized, explain_call
 from .functional import (
@@ -77,8 +77,7 @@ class LoRALinearMultiFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of forward's arguments."""
-        if torch.is_grad_enabled():
-            raise_second_derivative("lora_linear_multi", "lora_linear")
+        check_first_derivative("lora_linear_multi", "lora_linear")
         x, weight, h, seed, *adapters = ctx.saved_tensors
         quantized, scalings, threshold, rows, plan, layout = ctx.rest
         number, need = len(scalings), ctx.needs_input_grad
@@ -87,7 +86,7 @@ class LoRALinearMultiFunction(torch.autograd.Function):
         weight = as_saved(weight, quantized)
         layer = Adapted(weight, As, Bs, scalings, dropout, rows, layout).unpacked()
         dx, dAs, dBs = multi_backends.backward(g, x, layer, h, plan, need_dx=need[0])
-        dbias = g.sum_to_size(g.shape[-1:]) if need[2] else None
+        dbias = bias_gradient(g, need[2])
         gradients: list[Tensor | None] = [*dAs, *dBs]
         if not all(need[_TENSORS:]):
             pairs = zip(gradients, need[_TENSORS:], strict=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import multi_backends
+from .autograd import bias_gradient
 from .calls import Backend
 from .functional import Weight
 from .kernels.dropout import dropout_of
@@ -212,7 +213,7 @@ def _backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Any, ...]:
         None,
         [dA if needs else None for dA, needs in zip(grads[:n], needs_A, strict=True)],
         [dB if needs else None for dB, needs in zip(grads[n:], needs_B, strict=True)],
-        g.sum_to_size(g.shape[-1:]) if needs_bias else None,
+        bias_gradient(g, needs_bias),
         *[None] * 2,
         None if ctx.segments else [],  # as the operator's arguments are nested
         *[None] * 4,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .autograd import bias_gradient
 from .calls import Backend, checked_call
 from .differentiable import differentiable
 from .dispatch import Decision, Plan, plan, replays_of
@@ -170,7 +171,7 @@ def _backward(ctx: Any, call: Callable[..., Any], g: Tensor, _: Tensor | None) -
         dx if needs_x else None,
         dA if needs_A else None,
         dB if needs_B else None,
-        g.sum_to_size(g.shape[-1:]) if needs_bias else None,
+        bias_gradient(g, needs_bias),
         [None] * len(weight),
         *[None] * 6,
     )

@@ -11,6 +11,7 @@ from fused_lora import (
     FusedLoRALinear,
     dora_linear,
     lora_linear,
+    lora_linear_gated,
     lora_linear_group,
     lora_linear_multi,
 )
@@ -69,3 +70,56 @@ def test_merging_between_forward_and_backward(M, use_dora):
     layer.merge()
     (dx,) = torch.autograd.grad(y, x)
     assert torch.equal(dx, expected)
+
+
+SAVING = {
+    "lora": lambda x, W, A, B, m: lora_linear(x, W, A, B, scaling=2.0),
+    "dora": lambda x, W, A, B, m: dora_linear(x, W, A, B, m, scaling=2.0),
+    "group": lambda x, W, A, B, m: lora_linear_group(x, [W], [A], [B], scalings=2.0)[0],
+    "multi": lambda x, W, A, B, m: lora_linear_multi(
+        x, W, [A], [B], scalings=2.0, segments=[(0, 100)]
+    ),
+    "gated": lambda x, W, A, B, m: lora_linear_gated(x, x, W, A, B, scaling=2.0),
+}
+
+
+@pytest.mark.parametrize("form", SAVING)
+def test_a_parameters_memory_is_read_when_the_gradient_is_made(form, own_nodes):
+    """As by PyTorch's own layers: ZeRO-3 takes a parameter's memory away after the forward."""
+    x = torch.randn(100, 16, dtype=torch.float64, requires_grad=True)
+    parameters = [
+        nn.Parameter(torch.randn(shape, dtype=torch.float64), requires_grad=i > 0)
+        for i, shape in enumerate([(12, 16), (4, 16), (12, 4), 12])
+    ]
+    wanted = [x, *parameters[1 : 4 if form == "dora" else 3]]
+    y = SAVING[form](x, *parameters)
+    expected = torch.autograd.grad(y.square().sum(), wanted, retain_graph=True)
+    values = [p.data for p in parameters]
+    for p in parameters:
+        p.data = p.new_empty(0)
+    for p, value in zip(parameters, values, strict=True):
+        p.data = value.clone()
+        value.fill_(torch.nan)
+    found = torch.autograd.grad(y.square().sum(), wanted)
+    for gradient, wants in zip(found, expected, strict=True):
+        assert torch.equal(gradient, wants)
+
+
+@pytest.mark.parametrize("form", SAVING)
+def test_hooks_on_saved_tensors_know_parameters(form, own_nodes):
+    """Offloading leaves them where they are."""
+    parameters = [nn.Parameter(torch.randn(s)) for s in ((12, 16), (4, 16), (12, 4), 12)]
+    parameters[0].requires_grad_(False)
+    storages = {p.untyped_storage().data_ptr() for p in parameters}
+    seen = []
+
+    def pack(t):
+        if t.numel() and t.untyped_storage().data_ptr() in storages:
+            seen.append(t)
+        return t
+
+    x = torch.randn(100, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        SAVING[form](x, *parameters)
+    assert len(seen) >= 3
+    assert all(type(t) is nn.Parameter for t in seen)
