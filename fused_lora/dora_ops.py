@@ -15,6 +15,7 @@ from .calls import Backend, checked_call
 from .differentiable import differentiable
 from .dispatch import Decision, plan, replays_of
 from .dora import column_scale, gradients
+from .outputs import like_or_empty, or_empty
 from .packing import pack, unpack
 
 
@@ -48,7 +49,7 @@ def dora_linear_op(
     y, h, z = backends.dora_forward(
         *tensors, scaling, chosen, need_h=need_h, need_z=need_z, replays=replays
     )
-    return y, norm, x.new_empty(0) if h is None else h, x.new_empty(0) if z is None else z
+    return y, norm, or_empty(h, x), or_empty(z, x)
 
 
 @dora_linear_op.register_fake
@@ -101,7 +102,7 @@ def dora_linear_backward_op(
     replays = replays_of(like_x.shape, Decision(call, chosen, scaling, threshold=0))
     tensors = (g, x, W, lora_A, lora_B, magnitude, norm, h, z)
     found = gradients(*tensors, scaling, chosen, need_dx=need_dx, replays=replays)
-    dx, dA, dB, dm = (g.new_empty(0) if t is None else t for t in found)
+    dx, dA, dB, dm = (or_empty(t, g) for t in found)
     return dx, dA, dB, dm
 
 
@@ -121,14 +122,9 @@ def _(
     backend: str,
     need_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def gradient(needed: bool, like: Tensor) -> Tensor:
-        if not needed:
-            return g.new_empty(0)
-        return torch.empty_like(like, memory_format=torch.contiguous_format)
-
     dx = g.new_empty((*g.shape[:-1], lora_A.shape[1]) if need_dx else 0)
-    dA, dB = gradient(x is not None, lora_A), gradient(h is not None, lora_B)
-    return dx, dA, dB, gradient(z is not None, magnitude)
+    dA, dB = like_or_empty(lora_A, x is not None, g), like_or_empty(lora_B, h is not None, g)
+    return dx, dA, dB, like_or_empty(magnitude, z is not None, g)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

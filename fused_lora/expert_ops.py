@@ -24,6 +24,7 @@ from .expert_stack import Experts, Projection
 from .functional import fold_scaling, is_trained
 from .kernels.dropout import dropout_of
 from .kernels.rows import RowGroups
+from .outputs import like_or_empty, or_empty
 from .packing import pack, unpack
 
 
@@ -72,7 +73,7 @@ def lora_linear_experts_op(
     rest = (groups, scaling, seed, threshold, backend)
     path, layer = _layer(x, weight, spec, lora_A, lora_B, bias, *rest)
     y, h = project(path, x, layer._replace(fan=fan, scatters=scatters), bias)
-    return y, h if need_h and h is not None else x.new_empty(0)
+    return y, or_empty(h if need_h else None, x)
 
 
 @lora_linear_experts_op.register_fake
@@ -100,13 +101,6 @@ def _h(x: Tensor, M: int, lora_A: Tensor | None, need_h: bool) -> Tensor:
     return x.new_empty((M, lora_A.shape[1]) if need_h and lora_A is not None else 0)
 
 
-def _like(t: Tensor | None, needed: bool, g: Tensor) -> Tensor:
-    """A gradient like t, without values."""
-    if t is None or not needed:
-        return g.new_empty(0)
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
-
-
 @torch.library.custom_op("fused_lora::lora_linear_experts_backward", mutates_args=())
 def lora_linear_experts_backward_op(
     g: Tensor,
@@ -130,11 +124,7 @@ def lora_linear_experts_backward_op(
     path, layer = _layer(g, weight, spec, lora_A, lora_B, None, *rest)
     layer = layer._replace(fan=fan, scatters=scatters)
     dx, dA, dB = backward(path, as_gradient(g, path), x, h, layer, need_dx=need_dx)
-    return _or_empty(dx, g), _or_empty(dA, g), _or_empty(dB, g)
-
-
-def _or_empty(t: Tensor | None, g: Tensor) -> Tensor:
-    return g.new_empty(0) if t is None else t
+    return or_empty(dx, g), or_empty(dA, g), or_empty(dB, g)
 
 
 @lora_linear_experts_backward_op.register_fake
@@ -157,7 +147,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     K = unpack(weight, spec)[0].shape[2]
     dx = g.new_empty((groups[0].shape[0] // fan, K) if need_dx else 0)
-    return dx, _like(lora_A, x is not None, g), _like(lora_B, h is not None, g)
+    return dx, like_or_empty(lora_A, x is not None, g), like_or_empty(lora_B, h is not None, g)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -211,7 +201,7 @@ def lora_experts_combine_op(
     rest = (groups, scaling, None, 0, backend)
     path, layer = _layer(a, weight, spec, lora_A, lora_B, bias, *rest)
     y, h = project_combined(path, a, p, layer._replace(gathers=False, fan_g=p.shape[1]), bias)
-    return y, h if need_h and h is not None else a.new_empty(0)
+    return y, or_empty(h if need_h else None, a)
 
 
 @lora_experts_combine_op.register_fake
@@ -266,7 +256,7 @@ def lora_experts_combine_backward_op(
     operands = (as_gradient(g, path), p, layer, bias, h, experts, middle)
     needs_da = need_da or need_dp
     da, dp, dA, dB = combine_backward(path, *operands, need_da=needs_da, need_dA=need_dA)
-    return _or_empty(da, g), _or_empty(dp, g), _or_empty(dA, g), _or_empty(dB, g)
+    return or_empty(da, g), or_empty(dp, g), or_empty(dA, g), or_empty(dB, g)
 
 
 @lora_experts_combine_backward_op.register_fake
@@ -291,9 +281,9 @@ def _(
     K = unpack(weight, spec)[0].shape[2]
     return (
         g.new_empty((groups[0].shape[0], K) if need_da else 0),
-        _like(p, need_dp, g),
-        _like(lora_A, need_dA, g),
-        _like(lora_B, h is not None, g),
+        like_or_empty(p, need_dp, g),
+        like_or_empty(lora_A, need_dA, g),
+        like_or_empty(lora_B, h is not None, g),
     )
 
 

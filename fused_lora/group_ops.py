@@ -18,6 +18,7 @@ from .autograd import bias_gradient
 from .calls import Backend, checked_call
 from .dispatch import Plan, plan
 from .kernels.dropout import Dropout
+from .outputs import like_or_empty, or_empty
 from .packing import unpack
 from .quantized_weight import QuantizedWeight
 
@@ -127,7 +128,7 @@ def lora_linear_group_backward_op(
     )
     if not any(dropouts):  # then they are rows of one matrix; an operator's outputs share nothing
         dAs = [None if dA is None else dA.clone() for dA in dAs]
-    return [gs[0].new_empty(0) if t is None else t for t in (dx, *dAs, *dBs)]
+    return [or_empty(t, gs[0]) for t in (dx, *dAs, *dBs)]
 
 
 @lora_linear_group_backward_op.register_fake
@@ -145,16 +146,9 @@ def _(
     backend: str,
     need_dx: bool,
 ) -> list[Tensor]:
-    def gradients(tensors: Sequence[Tensor], needed: bool) -> list[Tensor]:
-        return [
-            torch.empty_like(t, memory_format=torch.contiguous_format)
-            if needed
-            else gs[0].new_empty(0)
-            for t in tensors
-        ]
-
     dx = gs[0].new_empty((*gs[0].shape[:-1], lora_As[0].shape[1]) if need_dx else 0)
-    return [dx, *gradients(lora_As, x is not None), *gradients(lora_Bs, h is not None)]
+    dAs = (like_or_empty(A, x is not None, gs[0]) for A in lora_As)
+    return [dx, *dAs, *(like_or_empty(B, h is not None, gs[0]) for B in lora_Bs)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

@@ -20,6 +20,7 @@ from .functional import Weight
 from .kernels.dropout import dropout_of
 from .multi_backends import Adapted, MultiPlan
 from .multi_dispatch import checked
+from .outputs import like_or_empty, or_empty
 from .packing import unpack
 
 
@@ -84,7 +85,7 @@ def lora_linear_multi_op(
         x, weight, lora_As, lora_Bs, scalings, indices, segments, bias, seed, threshold, backend
     )
     y, h = multi_backends.forward(x, layer, bias, chosen, need_h=need_h)
-    return y, x.new_empty(0) if h is None else h
+    return y, or_empty(h, x)
 
 
 @lora_linear_multi_op.register_fake
@@ -143,10 +144,9 @@ def lora_linear_multi_backward_op(
         backend,
     )
     dx, dAs, dBs = multi_backends.backward(g, x, layer, h, chosen, need_dx=need_dx)
-    none = g.new_empty(0)
     # Parts of one tensor on the kernels; an operator's outputs share nothing.
-    grads = [none.clone() if t is None else t.clone() for t in (*dAs, *dBs)]
-    return [none if dx is None else dx, *grads]
+    grads = [None if t is None else t.clone() for t in (*dAs, *dBs)]
+    return [or_empty(t, g) for t in (dx, *grads)]
 
 
 @lora_linear_multi_backward_op.register_fake
@@ -166,13 +166,9 @@ def _(
     backend: str,
     need_dx: bool,
 ) -> list[Tensor]:
-    def gradients(tensors: Sequence[Tensor], needed: bool) -> list[Tensor]:
-        shapes = [t.shape if needed else (0,) for t in tensors]
-        dtypes = [t.dtype if needed else g.dtype for t in tensors]
-        return [g.new_empty(s, dtype=d) for s, d in zip(shapes, dtypes, strict=True)]
-
     dx = g.new_empty((*g.shape[:-1], lora_As[0].shape[1]) if need_dx else 0)
-    return [dx, *gradients(lora_As, x is not None), *gradients(lora_Bs, h is not None)]
+    dAs = (like_or_empty(A, x is not None, g) for A in lora_As)
+    return [dx, *dAs, *(like_or_empty(B, h is not None, g) for B in lora_Bs)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -22,6 +22,7 @@ from .calls import Backend, checked_call
 from .differentiable import differentiable
 from .dispatch import Decision, Plan, plan, replays_of
 from .kernels.dropout import Dropout, dropout_of
+from .outputs import like_or_empty, or_empty
 from .packing import unpack
 from .quantized_weight import QuantizedWeight
 
@@ -67,7 +68,7 @@ def lora_linear_op(
     y, h = backends.forward(
         x, W, lora_A, lora_B, bias, *options, chosen, need_h=need_h, replays=replays
     )
-    return y, x.new_empty(0) if h is None else h
+    return y, or_empty(h, x)
 
 
 @lora_linear_op.register_fake
@@ -114,7 +115,7 @@ def lora_linear_backward_op(
     gradients = backends.backward(
         g, x, W, lora_A, lora_B, h, *options, chosen, need_dx=need_dx, replays=replays
     )
-    dx, dA, dB = (g.new_empty(0) if t is None else t for t in gradients)
+    dx, dA, dB = (or_empty(t, g) for t in gradients)
     return dx, dA, dB
 
 
@@ -133,12 +134,8 @@ def _(
     backend: str,
     need_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    none = g.new_empty(0)
-    return (
-        g.new_empty((*g.shape[:-1], lora_A.shape[1])) if need_dx else none,
-        torch.empty_like(lora_A, memory_format=torch.contiguous_format) if x is not None else none,
-        torch.empty_like(lora_B, memory_format=torch.contiguous_format) if h is not None else none,
-    )
+    dx = g.new_empty((*g.shape[:-1], lora_A.shape[1]) if need_dx else 0)
+    return dx, like_or_empty(lora_A, x is not None, g), like_or_empty(lora_B, h is not None, g)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
