@@ -25,7 +25,7 @@ from oracle import Problem, Result, compare, in_fp64, magnitudes, run
 from torch import Tensor
 
 from fused_lora import device_time
-from fused_lora.functional import draw_seeds
+from fused_lora.seeds import draw_seeds
 
 from . import kinds
 from .providers import Provider

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from fused_lora import FusedLoRALinear, LoRALinearFunction
 from fused_lora.calls import Backend, Call, checked_call
 from fused_lora.dispatch import Plan, plan
-from fused_lora.functional import draw_seeds
 from fused_lora.kernels.configs import ship
 from fused_lora.kernels.device import device_info
 from fused_lora.kernels.dropout import dropout_threshold
+from fused_lora.seeds import draw_seeds
 from fused_lora.strategies import kernel_obstacle
 from fused_lora.tables import Strategy
 

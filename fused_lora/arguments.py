@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .calls import Backend
-from .quantized_weight import QuantizedWeight
+from .quantized_weight import Weight
 
 
 class Arguments(NamedTuple):
     """What a layer passes to `lora_linear` besides x."""
 
-    weight: Tensor | QuantizedWeight
+    weight: Weight
     lora_A: Tensor
     lora_B: Tensor
     scaling: float

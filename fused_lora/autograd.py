@@ -10,7 +10,7 @@ from torch import Tensor
 from . import backends
 from .dispatch import Plan
 from .kernels.dropout import dropout_of
-from .quantized_weight import QuantizedWeight
+from .quantized_weight import QuantizedWeight, Weight
 
 if TYPE_CHECKING:
     from .kernels.replay import Replays
@@ -54,7 +54,7 @@ class Codes(NamedTuple):
         return tuple(0 if part.is_inference() else part._version for part in parts)
 
     @classmethod
-    def of(cls, weight: Tensor | QuantizedWeight) -> Codes | None:
+    def of(cls, weight: Weight) -> Codes | None:
         """What to keep of a weight that is quantised."""
         if isinstance(weight, QuantizedWeight):
             return cls(weight, cls._versions(weight))
@@ -70,7 +70,7 @@ class Codes(NamedTuple):
         return self.weight
 
 
-def to_save(weight: Tensor | QuantizedWeight) -> Tensor | None:
+def to_save(weight: Weight) -> Tensor | None:
     """What a context saves of a weight; nothing of codes, for which it has `Codes`.
 
     Like A and B it is the parameter itself, as PyTorch's own layers save theirs: hooks on saved
@@ -98,7 +98,7 @@ class LoRALinearFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor | QuantizedWeight,
+        weight: Weight,
         lora_A: Tensor,
         lora_B: Tensor,
         bias: Tensor | None,

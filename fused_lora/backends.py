@@ -19,7 +19,7 @@ from . import torch_backend
 from .autocast import no_autocast
 from .dispatch import Plan
 from .kernels.dropout import Dropout, seed_of
-from .quantized_weight import QuantizedWeight
+from .quantized_weight import Weight
 
 if TYPE_CHECKING:
     from .kernels.replay import Replays
@@ -45,14 +45,14 @@ def as_gradient(g: Tensor, backend: str) -> Tensor:
     return as_matrix(g)
 
 
-def _parts(weight: Tensor | QuantizedWeight | None) -> Iterable[Tensor | None]:
+def _parts(weight: Weight | None) -> Iterable[Tensor | None]:
     """Its tensors. A backward that makes no dx has no weight."""
     if weight is None or isinstance(weight, Tensor):
         return (weight,)
     return weight._parameters.values()
 
 
-def _parts_of_all(weights: Sequence[Tensor | QuantizedWeight]) -> Iterable[Tensor | None]:
+def _parts_of_all(weights: Sequence[Weight]) -> Iterable[Tensor | None]:
     return itertools.chain.from_iterable(map(_parts, weights))
 
 
@@ -79,7 +79,7 @@ def _shaped_as(x: Tensor, y: Tensor) -> Tensor:
 
 def forward(
     x: Tensor,
-    weight: Tensor | QuantizedWeight,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -112,7 +112,7 @@ def forward(
 def backward(
     g: Tensor,
     x: Tensor | None,
-    weight: Tensor | QuantizedWeight,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     h: Tensor | None,
@@ -186,7 +186,7 @@ def gated_backward(
 
 
 def dora_norm(
-    weight: Tensor | QuantizedWeight,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -214,7 +214,7 @@ def dora_norm(
 
 def dora_forward(
     x: Tensor,
-    weight: Tensor | QuantizedWeight,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     column_scale: Tensor,
@@ -258,7 +258,7 @@ def dora_forward(
 def dora_backward(
     g: Tensor,
     x: Tensor | None,
-    weight: Tensor | QuantizedWeight,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     column_scale: Tensor,
@@ -291,7 +291,7 @@ def dora_backward(
 
 def forward_group(
     x: Tensor,
-    weights: Sequence[Tensor | QuantizedWeight],
+    weights: Sequence[Weight],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -322,7 +322,7 @@ def forward_group(
 def backward_group(
     gs: Sequence[Tensor],
     x: Tensor | None,
-    weights: Sequence[Tensor | QuantizedWeight],
+    weights: Sequence[Weight],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     hs: Sequence[Tensor | None],

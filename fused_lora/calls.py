@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .quantized_weight import Layout, QuantizedWeight
+from .quantized_weight import Layout, QuantizedWeight, Weight
 from .tables import Direction
 
 Backend = Literal["auto", "triton", "torch"]
@@ -51,7 +51,7 @@ def are_plain(t: Tensor) -> bool:
 
 def _describe(
     x: Tensor,
-    weight: Tensor | QuantizedWeight,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -74,7 +74,7 @@ def _describe(
     )
 
 
-def facts_of(tensor: Tensor | QuantizedWeight) -> tuple[object, ...]:
+def facts_of(tensor: Weight) -> tuple[object, ...]:
     """All that `checked_call` looks at in a tensor."""
     negated = isinstance(tensor, Tensor) and tensor.is_neg()
     return tensor.shape, tensor.dtype, tensor.device, tensor.layout, type(tensor), negated
@@ -86,7 +86,7 @@ _MAX_CALLS = 4096
 
 def checked_call(
     x: Tensor,
-    weight: Tensor | QuantizedWeight,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -114,7 +114,7 @@ Operands = tuple[Any, ...]  # x, W0, A and B, or nothing
 Matrices = tuple[Tensor, Tensor, Tensor]
 
 
-def as_values(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
+def as_values(weight: Weight, dtype: torch.dtype) -> Tensor:
     """W0, or one like the scratch tensor of a quantised one, without data."""
     if isinstance(weight, Tensor):
         return weight

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .quantized_weight import QuantizedWeight
+from .observed import is_constant
+from .quantized_weight import QuantizedWeight, Weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = ("auto", "triton", "torch")
@@ -95,6 +96,19 @@ def check_backend(backend: object) -> None:
         raise ValueError(f"backend: got {backend!r}, wanted one of {', '.join(BACKENDS)}")
 
 
+def check_options(weight: Weight, scaling: float, dropout_p: float, backend: object) -> None:
+    """TypeError or ValueError for what `check_tensors` does not look at."""
+    check_backend(backend)
+    if not torch.compiler.is_compiling() or is_constant(scaling):
+        check_number("scaling", scaling)
+    check_dropout("dropout_p", dropout_p)
+    if torch.is_grad_enabled() and getattr(weight, "requires_grad", False):
+        raise ValueError(
+            "weight: requires a gradient, but LoRA's base weight is frozen and gets none; "
+            "call weight.requires_grad_(False) or pass weight.detach()"
+        )
+
+
 def check_dtype(name: str, dtype: object) -> None:
     """Raises TypeError unless dtype is one that a LoRA layer computes in."""
     if dtype not in DTYPES:
@@ -103,7 +117,7 @@ def check_dtype(name: str, dtype: object) -> None:
 
 
 def check_tensors(
-    x: Tensor, weight: Tensor | QuantizedWeight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
+    x: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
 ) -> None:
     """Raises TypeError or ValueError unless types, shapes, dtypes and devices fit together."""
     tensors: dict[str, Any] = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
@@ -146,7 +160,7 @@ def _check_kind(name: str, tensor: object) -> None:
 
 def check_experts(
     x: Tensor,
-    weight: Tensor | QuantizedWeight,
+    weight: Weight,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     bias: Tensor | None,
@@ -203,9 +217,7 @@ def check_not_rounding(name: str, weight: QuantizedWeight) -> None:
         raise ValueError(f"{name}: {got}, wanted None: experts do not round x")
 
 
-def _check_shape(
-    name: str, tensor: Tensor | QuantizedWeight, wanted: str, shape: tuple[int | None, ...]
-) -> None:
+def _check_shape(name: str, tensor: Weight, wanted: str, shape: tuple[int | None, ...]) -> None:
     if len(tensor.shape) != len(shape) or any(
         size is not None and size != got for size, got in zip(shape, tensor.shape, strict=True)
     ):

@@ -23,7 +23,7 @@ from .kernels.configs import (
 )
 from .kernels.device import DeviceInfo, device_info
 from .products import in_fp32
-from .quantized_weight import QuantizedWeight
+from .quantized_weight import Weight
 from .strategies import (
     PARTS,
     TAKES,
@@ -212,7 +212,7 @@ def plan(call: Call, backend: Backend, form: Form = "layer") -> Plan:
 def group_dx(
     plans: Sequence[Plan],
     gs: Sequence[Tensor],
-    weights: Sequence[Tensor | QuantizedWeight],
+    weights: Sequence[Weight],
     device: torch.device,
 ) -> Literal["split", "library", "ws_split"]:
     """How a group's one dx = sum_i g_i W0_i is made, by how each member would make its own.

@@ -21,7 +21,7 @@ from torch import Tensor
 from . import backends
 from .autograd import Codes, as_saved, bias_gradient, check_first_derivative, to_save
 from .dispatch import Plan
-from .quantized_weight import QuantizedWeight
+from .quantized_weight import Weight
 
 if TYPE_CHECKING:
     from .kernels.replay import Replays
@@ -40,7 +40,7 @@ def over_norm(magnitude: Tensor, norm: Tensor) -> Tensor:
 def gradients(
     g: Tensor,
     x: Tensor | None,
-    weight: Tensor | QuantizedWeight,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude: Tensor,
@@ -74,7 +74,7 @@ class DoRALinearFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor | QuantizedWeight,
+        weight: Weight,
         lora_A: Tensor,
         lora_B: Tensor,
         magnitude: Tensor,

@@ -14,7 +14,6 @@ from .calls import Backend, Call, are_plain
 from .dispatch import takes_kernels
 from .expert_backends import Path
 from .expert_stack import Projection
-from .functional import check_options
 from .kernels.dropout import dropout_threshold
 from .kernels.rows import RowGroups, groups_of_indices
 from .multi_rows import INTEGERS
@@ -52,7 +51,7 @@ def checked(
 ) -> CheckedExperts:
     """The call, ``indexed`` being the indices' shape; TypeError or ValueError if it is wrong."""
     weight, bias, lora_A, lora_B, scaling = layer
-    check_options(weight, scaling, dropout_p, backend)
+    checks.check_options(weight, scaling, dropout_p, backend)
     if isinstance(x, Tensor) and isinstance(weight, Tensor) and autocast_enabled(x):
         # It is cast where it is used, and kept as it is: this one is without values.
         weight = autocast(x, weight.new_empty(1), None)[1].expand(weight.shape)

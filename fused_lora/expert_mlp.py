@@ -32,8 +32,8 @@ from .expert_calls import (
 from .expert_combine import Passed, combine_backward, dots_of, project_combined
 from .expert_middle import Middle
 from .expert_stack import Experts, Projection, laid_out
-from .functional import check_frozen, is_observed, is_recorded
-from .quantized_weight import QuantizedWeight
+from .observed import check_frozen, is_observed, is_recorded
+from .quantized_weight import Weight
 
 
 class ExpertsMLP(NamedTuple):
@@ -62,8 +62,8 @@ class LoRAExpertsMLPFunction(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         p: Tensor,
-        up: Tensor | QuantizedWeight,
-        down: Tensor | QuantizedWeight,
+        up: Weight,
+        down: Weight,
         up_A: Tensor | None,
         up_B: Tensor | None,
         down_A: Tensor | None,

@@ -27,11 +27,11 @@ from .expert_mlp import run_projections
 from .expert_stack import ExpertAdapter, Projection
 from .experts import explain_experts
 from .explanation import Explanation
-from .functional import is_observed
 from .gated_mlp import activation_of
+from .observed import is_observed
 from .paths import in_any_layer
 from .quantize import Quantizer, quantize
-from .quantized_weight import QuantizedWeight
+from .quantized_weight import QuantizedWeight, Weight
 from .sharded import is_sharded
 
 
@@ -147,7 +147,7 @@ def _implementation(experts: Any) -> Any:
     return getattr(getattr(experts, "config", None), "_experts_implementation", None) or "eager"
 
 
-def weight_of(experts: Any, name: str) -> Tensor | QuantizedWeight:
+def weight_of(experts: Any, name: str) -> Weight:
     """The weights [E, out, in] of a projection: a view, or a `QuantizedWeight`."""
     weight = getattr(experts, name)
     return weight if isinstance(weight, QuantizedWeight) else plain_weight(experts, name)
@@ -163,7 +163,7 @@ def as_stack(experts: Any, weight: Tensor) -> Tensor:
     return weight.mT if experts.is_transposed else weight
 
 
-def parameter_for(experts: Any, weight: Tensor | QuantizedWeight) -> Tensor:
+def parameter_for(experts: Any, weight: Weight) -> Tensor:
     """Memory for other weights of a projection, as the module has its parameter."""
     E, N, K = weight.shape
     shape = (E, K, N) if experts.is_transposed else (E, N, K)

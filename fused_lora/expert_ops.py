@@ -21,9 +21,9 @@ from .expert_backends import Path, backward, project
 from .expert_calls import Routing, call_of, path_of
 from .expert_combine import Passed, combine_backward, dots_of, project_combined
 from .expert_stack import Experts, Projection
-from .functional import fold_scaling, is_trained
 from .kernels.dropout import dropout_of
 from .kernels.rows import RowGroups
+from .observed import fold_scaling, is_trained
 from .outputs import like_or_empty, or_empty
 from .packing import pack, unpack
 

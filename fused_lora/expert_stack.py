@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .kernels.dropout import Dropout
 from .kernels.rows import AdapterStack, RowGroups
-from .quantized_weight import QuantizedWeight
+from .quantized_weight import Weight
 
 
 class ExpertAdapter(NamedTuple):
@@ -30,7 +30,7 @@ class ExpertAdapter(NamedTuple):
 class Projection(NamedTuple):
     """Of all experts, as a caller has it."""
 
-    weight: Tensor | QuantizedWeight  # [E, out, in], any strides
+    weight: Weight  # [E, out, in], any strides
     bias: Tensor | None  # [E, out]
     lora_A: Tensor | None = None  # these as of `ExpertAdapter`, or both None
     lora_B: Tensor | None = None
@@ -40,7 +40,7 @@ class Projection(NamedTuple):
 class Experts(NamedTuple):
     """A projection as the products read it, and which rows of the order take which expert."""
 
-    weight: Tensor | QuantizedWeight  # [E, N, K]
+    weight: Weight  # [E, N, K]
     lora_A: Tensor | None  # [E, r, K], contiguous
     lora_B: Tensor | None  # [E, N, r], contiguous
     scaling: float

@@ -17,7 +17,7 @@ from .expert_stack import Experts
 from .kernels.configs import rows_obstacle
 from .kernels.rows import RowGroups
 from .products import WITHOUT_INSTRUCTIONS, addmm_, mm
-from .quantized_weight import QuantizedWeight
+from .quantized_weight import Weight
 from .reference import keep_mask
 from .torch_backend import add_base_dx, base_product, masked
 
@@ -179,9 +179,7 @@ def _add_products(y: Tensor, chunk: _Chunk, a: Tensor, b: Tensor) -> None:
         y += _products(chunk, a, b)
 
 
-def _base_products(
-    chunk: _Chunk, x: Tensor, weight: Tensor | QuantizedWeight, out: Tensor | None
-) -> Tensor:
+def _base_products(chunk: _Chunk, x: Tensor, weight: Weight, out: Tensor | None) -> Tensor:
     """The rows of x times their experts' W0^T, as `_products`."""
     if isinstance(weight, Tensor):
         return _products(chunk, x, weight[chunk.experts].mT, out)
@@ -192,9 +190,7 @@ def _base_products(
     return out
 
 
-def _add_base_products_back(
-    dx: Tensor, chunk: _Chunk, g: Tensor, weight: Tensor | QuantizedWeight
-) -> None:
+def _add_base_products_back(dx: Tensor, chunk: _Chunk, g: Tensor, weight: Weight) -> None:
     """dx += the rows of g times their experts' W0."""
     if isinstance(weight, Tensor):
         _add_products(dx, chunk, g, weight[chunk.experts])

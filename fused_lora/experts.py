@@ -29,9 +29,10 @@ from .expert_calls import (
 )
 from .expert_stack import Experts, Projection, laid_out
 from .explanation import Explanation, describe_fp32, describe_quantized
-from .functional import check_frozen, draw_seeds, is_observed, is_recorded
 from .kernels.dropout import dropout_of
-from .quantized_weight import QuantizedWeight
+from .observed import check_frozen, is_observed, is_recorded
+from .quantized_weight import QuantizedWeight, Weight
+from .seeds import draw_seeds
 
 
 class LoRALinearExpertsFunction(torch.autograd.Function):
@@ -44,7 +45,7 @@ class LoRALinearExpertsFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor | QuantizedWeight,
+        weight: Weight,
         lora_A: Tensor | None,
         lora_B: Tensor | None,
         bias: Tensor | None,
@@ -108,7 +109,7 @@ def _forward(
 
 def lora_linear_experts(
     x: Tensor,
-    weight: Tensor | QuantizedWeight,
+    weight: Weight,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     *,
@@ -168,7 +169,7 @@ def lora_linear_experts(
 
 def explain_experts(
     x: Tensor,
-    weight: Tensor | QuantizedWeight,
+    weight: Weight,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     *,

@@ -11,7 +11,7 @@ from .codes import Format
 from .explanation import Explanation
 from .functional import base_linear
 from .quantize import Quantizer, quantize
-from .quantized_weight import QuantizedWeight
+from .quantized_weight import QuantizedWeight, Weight
 from .switch import Switchable
 
 
@@ -30,7 +30,7 @@ class FrozenLinear(Switchable):
 
     def _adopt_base(
         self,
-        weight: Tensor | QuantizedWeight,
+        weight: Weight,
         bias: Tensor | None,
         lora_dropout: float,
         backend: Backend,
@@ -75,7 +75,7 @@ def check_linear(
 
 def read_base(
     linear: nn.Linear | QuantizedWeight, format: Format | Quantizer | None
-) -> tuple[Tensor | QuantizedWeight, Tensor | None]:
+) -> tuple[Weight, Tensor | None]:
     """A layer's weight, in codes if that is asked for or it is, and its bias.
 
     Raises TypeError for what is no linear layer, ValueError for the codes of experts, or if

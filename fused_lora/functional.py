@@ -7,8 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import backends, checks, dora_ops, ops, torch_backend
 from .arguments import Arguments
@@ -19,33 +17,14 @@ from .dispatch import Decision, plan, replays_of
 from .dora import DoRALinearFunction
 from .explanation import Explanation, explain_call
 from .kernels.dropout import dropout_of, dropout_threshold
+from .observed import check_frozen, fold_scaling, is_observed, is_recorded, is_trained
 from .packing import pack
-from .quantized_weight import QuantizedWeight
+from .quantized_weight import QuantizedWeight, Weight
 from .recall import recall, remember
-from .reference import drawn_mask, fp8_activations
+from .reference import fp8_activations
+from .seeds import draw_for, draw_seed
+from .sharded import is_distributed
 from .strategies import Form
-
-Weight = Tensor | QuantizedWeight
-
-
-def _is_constant(scaling: float) -> bool:
-    """False where Dynamo traces a float that changed before: it has no value while tracing."""
-    from torch.fx.experimental.symbolic_shapes import has_static_value  # 0.25 s to import
-
-    return has_static_value(scaling)
-
-
-def check_options(weight: Weight, scaling: float, dropout_p: float, backend: Backend) -> None:
-    """TypeError or ValueError for what `checks.check_tensors` does not look at."""
-    checks.check_backend(backend)
-    if not torch.compiler.is_compiling() or _is_constant(scaling):
-        checks.check_number("scaling", scaling)
-    checks.check_dropout("dropout_p", dropout_p)
-    if torch.is_grad_enabled() and getattr(weight, "requires_grad", False):
-        raise ValueError(
-            "weight: requires a gradient, but LoRA's base weight is frozen and gets none; "
-            "call weight.requires_grad_(False) or pass weight.detach()"
-        )
 
 
 def lora_linear(
@@ -103,7 +82,7 @@ def call_layer(x: Tensor, given: Arguments, *, lasting: bool = True) -> Tensor:
     if is_distributed() and isinstance(weight, Tensor):
         from . import parallel
 
-        check_options(weight, layer.scaling, layer.dropout_p, layer.backend)
+        checks.check_options(weight, layer.scaling, layer.dropout_p, layer.backend)
         cast = parallel.arrived(cast)
         tensors = (cast, weight, layer.lora_A, layer.lora_B, bias)
         if parallel.has_dtensor(*tensors):
@@ -126,11 +105,6 @@ def base_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight.dequantize(x.dtype), bias)
 
 
-def is_distributed() -> bool:
-    """Whether there can be DTensors: their module takes 0.35 s to import."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def _on_device(
     x: Tensor, layer: Arguments, *, observed: bool, own: bool = False, shard: int | None = None
 ) -> Tensor:
@@ -140,7 +114,7 @@ def _on_device(
     of the logical x this one is. Each part gets a dropout mask of its own.
     """
     weight, lora_A, lora_B, scaling, bias, dropout_p, backend = layer
-    check_options(weight, scaling, dropout_p, backend)
+    checks.check_options(weight, scaling, dropout_p, backend)
     threshold = dropout_threshold(dropout_p)
     if not observed:
         call = checked_call(x, weight, lora_A, lora_B, bias, threshold > 0)
@@ -151,7 +125,7 @@ def _on_device(
         return _run(decision, x, layer, shard)
     checks.check_tensors(x, weight, lora_A, lora_B, bias)
     check_frozen(weight)
-    seed = _draw_seed(x.device, backend, shard or 0) if threshold else None
+    seed = draw_seed(x.device, backend, shard or 0) if threshold else None
     lora_B, scaling = fold_scaling(lora_B, scaling)
     compiling = torch.compiler.is_compiling()
     apply: Any = ops.lora_linear_op if compiling else ops.LoRALinearOpFunction.apply
@@ -177,90 +151,6 @@ def _run(decision: Decision, x: Tensor, layer: Arguments, shard: int | None = No
         x, weight, lora_A, lora_B, bias, scaling, seed, threshold, chosen, replays
     )
     return y
-
-
-def is_recorded() -> bool:
-    """Whether autograd may want to know of a call: a Function costs 12 us."""
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0
-
-
-def is_observed() -> bool:
-    """Whether the call has to be an operator: somebody traces, transforms or watches it."""
-    compiling = torch.compiler.is_compiling()
-    transformed = torch._C._are_functorch_transforms_active()
-    if compiling and transformed:  # Dynamo traces neither an operator's formula nor a Function here
-        torch._dynamo.graph_break(msg="fused_lora inside of a torch.func transform")
-    return compiling or transformed or _get_current_dispatch_mode() is not None
-
-
-def has_tangent(t: Tensor) -> bool:
-    """Whether forward-mode AD is at work on it."""
-    return forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
-
-
-def is_differentiated(t: Tensor) -> bool:
-    """Whether a gradient or a tangent of it is asked for, in any of torch.func's wrappings."""
-    functorch = torch._C._functorch
-    while True:
-        if has_tangent(t) or (t.requires_grad and torch.is_grad_enabled()):
-            return True
-        if not functorch.is_functorch_wrapped_tensor(t):
-            return False
-        t = functorch.get_unwrapped(t)
-
-
-def check_frozen(weight: Weight) -> None:
-    """ValueError if a derivative with respect to W0 is asked for by other means than autograd's."""
-    if torch.compiler.is_compiling():
-        return
-    parts = (weight,) if isinstance(weight, Tensor) else tuple(weight.parameters())
-    if any(map(is_differentiated, parts)):
-        raise ValueError(
-            "weight: torch.func or forward AD differentiates with respect to it, but LoRA's base "
-            "weight is frozen and has no derivative; pass weight.detach()"
-        )
-
-
-def is_trained(tensor: Tensor) -> bool:
-    """Whether an operator has to keep what its gradient needs."""
-    # A batched tensor does not say what the transform outside of it differentiates.
-    transformed = torch._C._are_functorch_transforms_active()
-    return torch.is_grad_enabled() and (tensor.requires_grad or transformed)
-
-
-def fold_scaling(lora_B: Tensor, scaling: float) -> tuple[Tensor, float]:
-    """The two for an operator, whose float is a graph's constant: each alpha would recompile."""
-    if not torch.compiler.is_compiling() or _is_constant(scaling):
-        return lora_B, float(scaling)
-    return lora_B.to(torch.promote_types(lora_B.dtype, torch.float32)) * scaling, 1.0
-
-
-def draw_seeds(n: int, device: torch.device, backend: Backend) -> Tensor:
-    """Seeds of n dropout masks, from torch's generator for the device, and left there.
-
-    Negative where PyTorch's path on a CPU will take the call: see `reference.keep_mask`. For what
-    cannot save the mask itself: registered operators, groups, many adapters. Each begins at 16
-    bytes: launches of kernels that read anything else are not known to be alike.
-    """
-    seeds = torch.randint(2**63 - 1, (1,) if n == 1 else (n, 2), device=device)
-    if device.type == "cpu" and backend != "triton":
-        seeds = ~seeds
-    return seeds if n == 1 else seeds[:, 0]
-
-
-def draw_for(decision: Decision, shard: int | None = None) -> Tensor | None:
-    """The seed of a call's dropout mask, or on a CPU the mask [M, K]; None without dropout."""
-    call, chosen, _, threshold, _ = decision
-    if not threshold:
-        return None
-    if chosen.backend == "torch" and call.device.type == "cpu" and shard is None:
-        return drawn_mask(threshold, call.M, call.K)  # a byte an element is less than x's copy
-    return _draw_seed(call.device, chosen.backend, shard or 0)
-
-
-def _draw_seed(device: torch.device, backend: Backend, shard: int = 0) -> Tensor:
-    seed = draw_seeds(1, device, backend)
-    return seed + shard if shard else seed  # Philox: neighbouring keys are independent streams
 
 
 def _check_magnitude(weight: Weight, magnitude: object) -> None:
@@ -306,7 +196,7 @@ def dora_linear(
     Raises:
         TypeError, ValueError, RuntimeError: as `lora_linear`; TypeError for a DTensor.
     """
-    check_options(weight, scaling, dropout_p, backend)
+    checks.check_options(weight, scaling, dropout_p, backend)
     if is_distributed() and isinstance(weight, Tensor):
         from . import parallel
 
@@ -370,7 +260,7 @@ def explain(
     With ``magnitude`` the same of `dora_linear`. Takes and raises what they do; computes nothing.
     ``print`` the result to read it.
     """
-    check_options(weight, scaling, dropout_p, backend)
+    checks.check_options(weight, scaling, dropout_p, backend)
     x, weight, bias = autocast(x, weight, bias)
     dropout = dropout_threshold(dropout_p) > 0 and magnitude is None
     if is_distributed() and isinstance(weight, Tensor):

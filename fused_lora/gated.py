@@ -18,15 +18,11 @@ from .autocast import autocast
 from .autograd import Codes, as_saved, bias_gradient, check_first_derivative, to_save
 from .calls import Backend, checked_call
 from .dispatch import Decision, Plan, plan, replays_of
-from .functional import (
-    Weight,
-    call_layer,
-    check_options,
-    draw_for,
-    is_differentiated,
-    is_observed,
-)
+from .functional import call_layer
 from .kernels.dropout import dropout_of, dropout_threshold
+from .observed import is_differentiated, is_observed
+from .quantized_weight import Weight
+from .seeds import draw_for
 from .torch_backend import gated
 
 if TYPE_CHECKING:
@@ -181,7 +177,7 @@ def _decided(gate: Tensor, up: Tensor, given: Arguments) -> tuple[Decision, Argu
         return None
     x, weight, bias = autocast(gate, given.weight, given.bias)
     layer = given._replace(weight=weight, bias=bias)
-    check_options(weight, layer.scaling, layer.dropout_p, layer.backend)
+    checks.check_options(weight, layer.scaling, layer.dropout_p, layer.backend)
     threshold = dropout_threshold(layer.dropout_p)
     call = checked_call(x, weight, layer.lora_A, layer.lora_B, bias, threshold > 0)
     chosen = plan(call, layer.backend)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from . import checks
 from .arguments import Arguments
 from .dispatch import FEW_ROWS, is_small
-from .functional import is_observed, is_recorded
 from .gated import Activation, are_alike, call_gated, gated_input
+from .observed import is_observed, is_recorded
 from .paths import in_any_layer
 
 

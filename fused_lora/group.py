@@ -16,21 +16,15 @@ from .autograd import Codes, as_saved, bias_gradient, check_first_derivative, to
 from .calls import Backend, Call, as_products, checked_call
 from .dispatch import Decision, Plan, better_apart, group_dx, plan, replays_of, why_torch
 from .explanation import Explanation, describe_quantized
-from .functional import (
-    Weight,
-    call_layer,
-    check_options,
-    draw_seeds,
-    fold_scaling,
-    is_observed,
-    is_recorded,
-)
+from .functional import call_layer
 from .group_ops import dropouts_of, lora_linear_group_op, plans_of_all
 from .kernels.configs import MAX_GROUP
 from .kernels.dropout import dropout_threshold
+from .observed import fold_scaling, is_observed, is_recorded
 from .packing import pack
-from .quantized_weight import QuantizedWeight
+from .quantized_weight import Weight
 from .recall import recall, remember
+from .seeds import draw_seeds
 from .strategies import runs_as
 
 if TYPE_CHECKING:
@@ -52,7 +46,7 @@ class LoRALinearGroupFunction(torch.autograd.Function):
         thresholds: Sequence[int],
         plans: Sequence[Plan],
         replays: Replays | None,
-        *tensors: Tensor | QuantizedWeight | None,
+        *tensors: Weight | None,
     ) -> tuple[Tensor, ...]:
         """``tensors``: every weight, then every lora_A, every lora_B, every bias (or None).
 
@@ -293,7 +287,7 @@ def _checked(
     for i, member in enumerate(members):
         try:
             backend = member.backend
-            check_options(member.weight, member.scaling, member.dropout_p, backend)
+            checks.check_options(member.weight, member.scaling, member.dropout_p, backend)
             x_cast, W, bias = autocast(x_cast, member.weight, member.bias)
             dropout = dropout_threshold(member.dropout_p) > 0
             calls.append(checked_call(x_cast, W, member.lora_A, member.lora_B, bias, dropout))
@@ -388,7 +382,7 @@ def _traced(x: Tensor, members: Sequence[Arguments]) -> tuple[Tensor, ...]:
     cast = []
     backend = members[0].backend
     for W, A, B, s, bias, p, _ in members:
-        check_options(W, s, p, backend)
+        checks.check_options(W, s, p, backend)
         x, W, bias = autocast(x, W, bias)
         checks.check_tensors(x, W, A, B, bias)
         B, s = fold_scaling(B, s)

@@ -20,7 +20,7 @@ from .dispatch import Plan, plan
 from .kernels.dropout import Dropout
 from .outputs import like_or_empty, or_empty
 from .packing import unpack
-from .quantized_weight import QuantizedWeight
+from .quantized_weight import Weight
 
 
 def dropouts_of(seeds: Tensor | None, thresholds: Sequence[int]) -> list[Dropout | None]:
@@ -39,7 +39,7 @@ def plans_of_all(plans: Sequence[Plan]) -> tuple[Plan, ...]:
 
 def _plans(
     x: Tensor,
-    weights: Sequence[Tensor | QuantizedWeight],
+    weights: Sequence[Weight],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     thresholds: Sequence[int],

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .quantize import quantize_like
-from .quantized_weight import QuantizedWeight
+from .quantized_weight import QuantizedWeight, Weight
 
 _RESIDUAL = re.compile(r"pissa|pissa_niter_\d+|olora|loftq|loftq_niter_[1-9]\d*")
 _NAMES = '"gaussian", "orthogonal", "pissa", "pissa_niter_<N>", "olora", "loftq"'
@@ -39,7 +39,7 @@ class Initial(NamedTuple):
     lora_A: Tensor  # [r, K]
     lora_B: Tensor  # [N, r]
     # [N, K]: the residual, new storage; None if the base weight stays
-    weight: Tensor | QuantizedWeight | None
+    weight: Weight | None
 
 
 def adapter_dtype_over(dtype: torch.dtype) -> torch.dtype:
@@ -78,7 +78,7 @@ def check_init(init: object, r: int, scaling: float, out_features: int, in_featu
 @torch.no_grad()
 def initial_values(
     init: bool | str,
-    weight: Tensor | QuantizedWeight,
+    weight: Weight,
     r: int,
     scaling: float,
     original: Tensor | None = None,
@@ -93,7 +93,7 @@ def initial_values(
     # Both nn.Linears' own draws are made whatever comes after, as in PEFT.
     lora_A = nn.Linear(K, r, bias=False, device="cpu").weight.detach()
     lora_B = nn.Linear(r, N, bias=False, device="cpu").weight.detach()
-    residual: Tensor | QuantizedWeight | None = None
+    residual: Weight | None = None
     if init is True or init == "gaussian":
         if init is True:
             nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
@@ -126,7 +126,7 @@ def initial_values(
     return Initial(lora_A.to(weight.dtype), lora_B.to(weight.dtype), residual)
 
 
-def _exact(weight: Tensor | QuantizedWeight) -> Tensor:
+def _exact(weight: Weight) -> Tensor:
     """The values in fp32 or better."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)

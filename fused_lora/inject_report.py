@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import foreign, sharing
 from .expert_modules import describe_mixtures
 from .gated_mlp import describe_mlps
-from .quantized_weight import QuantizedWeight
+from .quantized_weight import QuantizedWeight, Weight
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def count_parameters(model: nn.Module) -> int:
 
 @torch.no_grad()
 def norms_of_change(
-    linear: nn.Module, weight: Tensor | QuantizedWeight, start: Tensor | None = None
+    linear: nn.Module, weight: Weight, start: Tensor | None = None
 ) -> list[tuple[float, float]]:
     """||W - W0|| and ||W|| if W0 is codes that were made here of W, or of W less ``start``."""
     if not isinstance(weight, QuantizedWeight):
@@ -85,9 +85,7 @@ def norms_of_change(
 
 
 @torch.no_grad()
-def norms_of_experts(
-    original: Tensor, weight: Tensor | QuantizedWeight
-) -> list[tuple[float, float]]:
+def norms_of_experts(original: Tensor, weight: Weight) -> list[tuple[float, float]]:
     """`norms_of_change` of experts' weights [E, N, K], of one at a time."""
     if not isinstance(weight, QuantizedWeight):
         return []

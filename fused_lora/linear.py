@@ -20,7 +20,7 @@ from .functional import call_layer, dora_linear, explain
 from .initial import adapter_dtype_over, check_init, initial_values
 from .lookup import parameters
 from .quantize import Quantizer, quantize_like
-from .quantized_weight import QuantizedWeight
+from .quantized_weight import QuantizedWeight, Weight
 from .sharded import fill, is_sharded
 from .torch_backend import weight_norm
 
@@ -160,7 +160,7 @@ class FusedLoRALinear(FrozenLinear):
 
     def _adopt(
         self,
-        weight: Tensor | QuantizedWeight,
+        weight: Weight,
         bias: Tensor | None,
         r: int,
         lora_alpha: float,
@@ -511,7 +511,7 @@ class FusedLoRALinear(FrozenLinear):
         return ", ".join(parts)
 
 
-def _check_loftq(weight: Tensor | QuantizedWeight, original: Tensor | None) -> None:
+def _check_loftq(weight: Weight, original: Tensor | None) -> None:
     if original is None:
         got = weight.layout.format if isinstance(weight, QuantizedWeight) else weight.dtype
         raise ValueError(

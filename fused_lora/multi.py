@@ -16,20 +16,15 @@ from .autocast import autocast
 from .autograd import Codes, as_saved, bias_gradient, check_first_derivative, to_save
 from .calls import Backend
 from .explanation import Explanation, describe_quantized, explain_call
-from .functional import (
-    Weight,
-    _draw_seed,
-    check_frozen,
-    check_options,
-    fold_scaling,
-    has_tangent,
-)
 from .kernels.dropout import Dropout, dropout_of, dropout_threshold
 from .kernels.rows import AdapterLayout, RowGroups
 from .multi_backends import Adapted, MultiPlan
 from .multi_dispatch import checked, predicted_extra
 from .multi_rows import Segments, check_one
+from .observed import check_frozen, fold_scaling, has_tangent
 from .packing import pack
+from .quantized_weight import Weight
+from .seeds import draw_seed
 
 _TENSORS = 9  # the place of the first adapter among the function's arguments
 
@@ -139,7 +134,7 @@ def lora_linear_multi(
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError("lora_linear_multi: torch.func's transforms are not supported")
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-        check_options(weight, 1.0, dropout_p, backend)
+        checks.check_options(weight, 1.0, dropout_p, backend)
         x, weight, bias = autocast(x, weight, bias)
         check_one(adapter_indices, segments)
         scales = check_lists(lora_As, lora_Bs, scalings)
@@ -161,7 +156,7 @@ def lora_linear_multi(
         x, weight, lora_As, lora_Bs, scalings, adapter_indices, segments, bias, dropout_p, backend
     )
     x, bias, layer, threshold = found.x, found.bias, found.layer, dropout_threshold(dropout_p)
-    seed = _draw_seed(x.device, backend) if threshold else None
+    seed = draw_seed(x.device, backend) if threshold else None
     trains = found.known.needs_grad or x.requires_grad or (bias is not None and bias.requires_grad)
     # Of forward-mode AD too: the Function refuses what plain kernels would give no tangent.
     if (torch.is_grad_enabled() and trains) or forward_ad._current_level >= 0:
@@ -212,7 +207,7 @@ def _observed(
             raise TypeError(f"segments[{i}]: got {segment!r}, wanted (adapter's index, rows)")
     flat = [part for segment in segments or () for part in segment]
     need_h = torch.is_grad_enabled() and any([B.requires_grad for B in Bs])
-    seed = _draw_seed(x.device, backend) if threshold else None
+    seed = draw_seed(x.device, backend) if threshold else None
     weights, spec = pack(weight)
     y: Tensor = multi_ops.lora_linear_multi_op(
         x,

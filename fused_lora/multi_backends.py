@@ -24,7 +24,7 @@ from .kernels.device import device_info
 from .kernels.dropout import Dropout
 from .kernels.rows import AdapterLayout, AdapterTable, RowGroups, adapter_table, addresses_of
 from .products import addmm_, bmm, mm
-from .quantized_weight import QuantizedWeight
+from .quantized_weight import QuantizedWeight, Weight
 from .reference import keep_mask
 from .torch_backend import add_base_dx, base_product, masked
 
@@ -66,7 +66,7 @@ class Batch(NamedTuple):
 class Adapted(NamedTuple):
     """A frozen weight, its adapters, and which rows of the batch take which of them."""
 
-    weight: Tensor | QuantizedWeight  # [N, K]
+    weight: Weight  # [N, K]
     lora_As: Sequence[Tensor]  # each [r_i, K]
     lora_Bs: Sequence[Tensor]  # each [N, r_i]
     scalings: Sequence[float]

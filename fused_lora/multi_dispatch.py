@@ -13,15 +13,16 @@ from torch import Tensor
 from .adapter_set import AdapterSet, adapter_set
 from .autocast import autocast
 from .calls import Backend, Call, checked_call, facts_of, rounds_input, transposed
+from .checks import check_options
 from .cost_model import LAUNCH, ceilings, of_cublas
 from .dispatch import plan
-from .functional import Weight, check_options, is_distributed
 from .kernels.configs import cdiv, padded
 from .kernels.device import device_info
 from .kernels.dropout import dropout_threshold
 from .multi_backends import Adapted, MultiPlan, Strategy
 from .multi_rows import Segments, row_groups
-from .quantized_weight import QuantizedWeight
+from .quantized_weight import QuantizedWeight, Weight
+from .sharded import is_distributed
 
 # A piece's product waits for its loads, which the GEMM's K loop does not.
 _UNPIPELINED = 3

@@ -19,7 +19,7 @@ from .initial import adapter_dtype_over, initial_values
 from .linear import FusedLoRALinear
 from .multi import explain_multi, lora_linear_multi
 from .quantize import Quantizer
-from .quantized_weight import QuantizedWeight
+from .quantized_weight import QuantizedWeight, Weight
 
 BASE = "__base__"  # PEFT's name for no adapter
 NamedSegments = Sequence[tuple[str, int]]
@@ -86,7 +86,7 @@ class FusedMultiLoRALinear(FrozenLinear):
 
     def _adopt(
         self,
-        weight: Tensor | QuantizedWeight,
+        weight: Weight,
         bias: Tensor | None,
         lora_dropout: float,
         backend: Backend,
@@ -225,7 +225,7 @@ class FusedMultiLoRALinear(FrozenLinear):
         index |= {name: i for i, name in enumerate(self.adapters)}
         return _rows_by_index(x, index, **given)
 
-    def _tensors(self) -> tuple[Tensor | QuantizedWeight, list[Tensor], list[Tensor]]:
+    def _tensors(self) -> tuple[Weight, list[Tensor], list[Tensor]]:
         names = self.adapters
         return self.weight, _values(self.lora_A, names), _values(self.lora_B, names)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import checks
 from .calls import Backend
@@ -30,7 +30,7 @@ from .matching import find_targets, is_linear, is_peft_layer
 from .multi_linear import FusedMultiLoRALinear, check_name
 from .patterns import alphas_of, formats_of, ranks_of, unmatched
 from .quantize import Quantize, Quantizer
-from .quantized_weight import QuantizedWeight
+from .quantized_weight import QuantizedWeight, Weight
 
 
 def layers_with(model: nn.Module, adapter_name: str) -> dict[str, FusedMultiLoRALinear]:
@@ -160,9 +160,7 @@ def add_adapter(
     )
 
 
-def _check_same_codes(
-    path: str, weight: Tensor | QuantizedWeight, quantize: Format | Quantizer
-) -> None:
+def _check_same_codes(path: str, weight: Weight, quantize: Format | Quantizer) -> None:
     quantized = isinstance(weight, QuantizedWeight)
     now = weight.layout.format if isinstance(weight, QuantizedWeight) else str(weight.dtype)
     if not quantized or (isinstance(quantize, str) and quantize != now):

@@ -16,12 +16,12 @@ from torch import Tensor
 from . import multi_backends
 from .autograd import bias_gradient
 from .calls import Backend
-from .functional import Weight
 from .kernels.dropout import dropout_of
 from .multi_backends import Adapted, MultiPlan
 from .multi_dispatch import checked
 from .outputs import like_or_empty, or_empty
 from .packing import unpack
+from .quantized_weight import Weight
 
 
 def _decided(

@@ -24,7 +24,7 @@ from .dispatch import Decision, Plan, plan, replays_of
 from .kernels.dropout import Dropout, dropout_of
 from .outputs import like_or_empty, or_empty
 from .packing import unpack
-from .quantized_weight import QuantizedWeight
+from .quantized_weight import Weight
 
 if TYPE_CHECKING:
     from .kernels.replay import Replays
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def _plan(
     x: Tensor,
-    weight: Tensor | QuantizedWeight,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .codes import FOUR_BIT
-from .quantized_weight import Layout, QuantizedWeight
+from .quantized_weight import Layout, QuantizedWeight, Weight
 
 _PARTS = ("codes", "scales")
 _CODEBOOK = ("codebook",)
@@ -26,7 +26,7 @@ _LAYOUT = [field.name for field in fields(Layout)]
 _ABSENT: dict[str, Any] = dict.fromkeys((*_PARTS, *_CODEBOOK, *_NESTED))
 
 
-def pack(*weights: Tensor | QuantizedWeight) -> tuple[list[Tensor], str]:
+def pack(*weights: Weight) -> tuple[list[Tensor], str]:
     """The tensors of ``weights``, not copied, and the spec for `unpack`. Dynamo traces it."""
     tensors: list[Tensor] = []
     words = []
@@ -43,9 +43,9 @@ def pack(*weights: Tensor | QuantizedWeight) -> tuple[list[Tensor], str]:
     return tensors, ";".join(words)
 
 
-def unpack(tensors: Sequence[Tensor], spec: str) -> list[Tensor | QuantizedWeight]:
+def unpack(tensors: Sequence[Tensor], spec: str) -> list[Weight]:
     """The weights again, over the same storage. Checks nothing: `pack` had whole ones."""
-    weights: list[Tensor | QuantizedWeight] = []
+    weights: list[Weight] = []
     rest = iter(tensors)
     for word in spec.split(";"):
         if not word:

@@ -369,6 +369,9 @@ class QuantizedWeight(nn.Module):
         return ", ".join(parts)
 
 
+Weight = Tensor | QuantizedWeight  # a base weight W0
+
+
 def _check_form(
     format: Format, shape: tuple[int, ...], block: tuple[int, int], *, nested: bool
 ) -> None:

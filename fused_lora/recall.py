@@ -15,12 +15,10 @@ from torch import Tensor
 from .autocast import autocast_enabled
 from .guards import Sizes, guards_of
 from .lookup import parameters
-from .quantized_weight import QuantizedWeight
+from .quantized_weight import Weight
 
 if TYPE_CHECKING:
     from .arguments import Arguments
-
-Weight = Tensor | QuantizedWeight
 
 _MAX_CALLS = 4096
 _MAX_SHAPES = 32  # of x for each of the calls

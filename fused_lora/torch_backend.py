@@ -17,13 +17,11 @@ from torch import Tensor
 
 from .kernels.dropout import Dropout, keep_scale
 from .products import addmm_, linear, mm, slices
-from .quantized_weight import QuantizedWeight
+from .quantized_weight import QuantizedWeight, Weight
 from .reference import drawn_mask, fp8_activations, keep_mask
 
 
-def base_product(
-    x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, expert: int = 0
-) -> Tensor:
+def base_product(x: Tensor, weight: Weight, bias: Tensor | None, expert: int = 0) -> Tensor:
     """x W0^T + bias [M, N]. A quantised W0 is there some rows at a time.
 
     ``expert``: which one's, of a stack in codes.
@@ -42,7 +40,7 @@ def base_product(
     return y
 
 
-def add_base_dx(dx: Tensor, g: Tensor, weight: Tensor | QuantizedWeight, expert: int = 0) -> None:
+def add_base_dx(dx: Tensor, g: Tensor, weight: Weight, expert: int = 0) -> None:
     """dx += g W0 in place. A quantised W0 is there some columns at a time: each sum is whole."""
     if isinstance(weight, Tensor):
         addmm_(dx, g, weight)
@@ -74,7 +72,7 @@ def masked(t: Tensor, keep: Tensor, out: Tensor | None = None) -> Tensor:
 
 def forward(
     x: Tensor,
-    weight: Tensor | QuantizedWeight,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -155,7 +153,7 @@ def composed(
 def backward(
     g: Tensor,
     x: Tensor | None,
-    weight: Tensor | QuantizedWeight,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     h: Tensor | None,
@@ -239,9 +237,7 @@ _CHUNK = 1 << 22
 
 
 @torch.no_grad()
-def weight_norm(
-    weight: Tensor | QuantizedWeight, lora_A: Tensor, lora_B: Tensor, scaling: float
-) -> Tensor:
+def weight_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """||W0 + scaling * B A|| of each row, [N], in fp32 or better; some rows at a time."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     A, B = lora_A.to(dtype), lora_B.to(dtype)
@@ -291,7 +287,7 @@ def _dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
 
 def forward_group(
     x: Tensor,
-    weights: Sequence[Tensor | QuantizedWeight],
+    weights: Sequence[Weight],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -319,7 +315,7 @@ def forward_group(
 def backward_group(
     gs: Sequence[Tensor],
     x: Tensor | None,
-    weights: Sequence[Tensor | QuantizedWeight],
+    weights: Sequence[Weight],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     hs: Sequence[Tensor | None],

@@ -24,7 +24,7 @@ from .kernels.group import add_group, gemm_group, stack_rows
 from .kernels.persistent import persistent_add_lora, persistent_one_pass, persistent_produced
 from .kernels.quantized import QuantizedMatrix, dequantize
 from .kernels.skinny import skinny
-from .quantized_weight import QuantizedWeight
+from .quantized_weight import Weight
 from .strategies import Form, runs_as
 from .tables import Strategy
 
@@ -42,11 +42,11 @@ def _tile_of_h(x: Tensor, r: int, dropout: Dropout | None) -> TileConfig:
     return part_config("h", M, r, K, r, x.dtype, dropout is not None, device)
 
 
-def _operand(weight: Tensor | QuantizedWeight) -> Tensor | QuantizedMatrix:
+def _operand(weight: Weight) -> Tensor | QuantizedMatrix:
     return weight if isinstance(weight, Tensor) else weight.matrix()
 
 
-def _values(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
+def _values(weight: Weight, dtype: torch.dtype) -> Tensor:
     """W0 itself, or what a quantised one stands for in a scratch tensor."""
     return weight if isinstance(weight, Tensor) else dequantize(weight.matrix(), dtype)
 
@@ -154,7 +154,7 @@ def _add_lora(
 
 def forward(
     x: Tensor,
-    weight: Tensor | QuantizedWeight,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -185,7 +185,7 @@ def forward(
 def backward(
     g: Tensor,
     x: Tensor | None,
-    weight: Tensor | QuantizedWeight,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     h: Tensor | None,
@@ -230,7 +230,7 @@ def backward(
 
 def forward_group(
     x: Tensor,
-    weights: Sequence[Tensor | QuantizedWeight],
+    weights: Sequence[Weight],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -263,7 +263,7 @@ def forward_group(
 
 def _group_dx(
     gs: Sequence[Tensor],
-    weights: Sequence[Tensor | QuantizedWeight],
+    weights: Sequence[Weight],
     dh: Tensor,
     dhs: Sequence[Tensor],
     lora_As: Sequence[Tensor],
@@ -303,7 +303,7 @@ def _group_dx(
 def backward_group(
     gs: Sequence[Tensor],
     x: Tensor | None,
-    weights: Sequence[Tensor | QuantizedWeight],
+    weights: Sequence[Weight],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     hs: Sequence[Tensor | None],

@@ -55,8 +55,8 @@ from fused_lora import (
     save_adapter,
     triton_backend,
 )
-from fused_lora.functional import draw_seeds
 from fused_lora.parallel import ColwiseParallel, RowwiseParallel
+from fused_lora.seeds import draw_seeds
 
 K, HIDDEN, N, R = 12, 16, 8, 2
 BATCH, LENGTH = 4, 8  # the global batch, whatever the number of processes

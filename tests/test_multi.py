@@ -20,7 +20,6 @@ from fused_lora import (
     reference,
     route,
 )
-from fused_lora.functional import draw_seeds
 from fused_lora.kernels import rows
 from fused_lora.kernels.dropout import dropout_threshold
 from fused_lora.kernels.rows import groups_of_indices, groups_of_runs
@@ -28,6 +27,7 @@ from fused_lora.multi import LoRALinearMultiFunction
 from fused_lora.multi_backends import MultiPlan
 from fused_lora.multi_dispatch import plan_multi
 from fused_lora.multi_rows import row_groups
+from fused_lora.seeds import draw_seeds
 
 BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu, id="bf16")
 HALF = [pytest.param(torch.float16, id="fp16"), BF16]

@@ -20,12 +20,12 @@ from fused_lora.calls import Call
 from fused_lora.cost_model import predicted_seconds
 from fused_lora.dispatch import Plan, plan
 from fused_lora.explanation import explain_call
-from fused_lora.functional import draw_seeds
 from fused_lora.group import LoRALinearGroupFunction
 from fused_lora.kernels import persistent, specialized
 from fused_lora.kernels.configs import TileConfig, cdiv
 from fused_lora.kernels.device import INTERPRETED
 from fused_lora.kernels.dropout import dropout_threshold
+from fused_lora.seeds import draw_seeds
 
 pytestmark = pytest.mark.by_hand
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
