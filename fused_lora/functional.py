@@ -80,13 +80,13 @@ def call_layer(x: Tensor, given: Arguments, *, lasting: bool = True) -> Tensor:
     cast, weight, bias = autocast(x, given.weight, given.bias)
     layer = given._replace(weight=weight, bias=bias)
     if is_distributed() and isinstance(weight, Tensor):
-        from . import parallel
+        from . import layouts
 
         checks.check_options(weight, layer.scaling, layer.dropout_p, layer.backend)
-        cast = parallel.arrived(cast)
+        cast = layouts.arrived(cast)
         tensors = (cast, weight, layer.lora_A, layer.lora_B, bias)
-        if parallel.has_dtensor(*tensors):
-            layout = parallel.Layout.of(*tensors)
+        if layouts.has_dtensor(*tensors):
+            layout = layouts.Layout.of(*tensors)
             cast, weight, lora_A, lora_B, bias = layout.to_local(*tensors)
             layer = layer._replace(weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
             y = _on_device(cast, layer, observed=observed, shard=layout.shard)
@@ -198,10 +198,10 @@ def dora_linear(
     """
     checks.check_options(weight, scaling, dropout_p, backend)
     if is_distributed() and isinstance(weight, Tensor):
-        from . import parallel
+        from . import layouts
 
-        x = parallel.arrived(x)
-        if parallel.has_dtensor(x, weight, lora_A, lora_B, magnitude, bias):
+        x = layouts.arrived(x)
+        if layouts.has_dtensor(x, weight, lora_A, lora_B, magnitude, bias):
             raise TypeError("x, weight, ...: got a DTensor, which dora_linear does not take yet")
     exact_weight = weight
     x, weight, bias = autocast(x, weight, bias)
@@ -264,11 +264,11 @@ def explain(
     x, weight, bias = autocast(x, weight, bias)
     dropout = dropout_threshold(dropout_p) > 0 and magnitude is None
     if is_distributed() and isinstance(weight, Tensor):
-        from . import parallel
+        from . import layouts
 
         tensors = (x, weight, lora_A, lora_B, bias)
-        if parallel.has_dtensor(*tensors):
-            x, weight, lora_A, lora_B, bias = parallel.Layout.of(*tensors).to_local(*tensors)
+        if layouts.has_dtensor(*tensors):
+            x, weight, lora_A, lora_B, bias = layouts.Layout.of(*tensors).to_local(*tensors)
     call = checked_call(x, weight, lora_A, lora_B, bias, dropout)
     form: Form = "layer" if magnitude is None else "dora"
     found = explain_call(call, backend, (x, weight, lora_A, lora_B), form)

@@ -104,11 +104,11 @@ def checked(
     check_options(weight, 1.0, dropout_p, backend)
     x, weight, bias = autocast(x, weight, bias)
     if is_distributed():
-        from . import parallel
+        from . import layouts
 
         plain = None if isinstance(weight, QuantizedWeight) else weight
         kinds = [t for i in known.kinds for t in (lora_As[i], lora_Bs[i])]
-        if parallel.has_dtensor(x, plain, bias, *kinds):
+        if layouts.has_dtensor(x, plain, bias, *kinds):
             raise TypeError("lora_linear_multi: got DTensors, wanted plain tensors")
     call = _checked_call(x, weight, lora_As, lora_Bs, bias, dropout_threshold(dropout_p) > 0, known)
     rows = row_groups(x.shape[:-1], x.device, len(lora_As), adapter_indices, segments)
