@@ -16,8 +16,7 @@ from .adapter_config import CONFIG_NAME, numbers_of
 from .adapter_layers import PREFIX, check_one_path, key_of, whole_modules
 from .expert_layer import nested
 from .expert_modules import weight_of
-from .initial import adapter_dtype_over
-from .linear import FusedLoRALinear
+from .initial import adapter_dtype_over, scaling_of
 from .matching import IN_SAVED, find_experts, match_modules
 from .paths import own_path, place_of
 from .patterns import alphas_of, ranks_of
@@ -178,7 +177,7 @@ def check_computation(layers: dict[str, Any], config: dict[str, Any]) -> None:
                 f"{CONFIG_NAME}: use_dora: got {config['use_dora']}, and {path} of the model has "
                 f"{layer.use_dora}"
             )
-        scaling = FusedLoRALinear.scaling_of(alphas[path], layer.r, config["use_rslora"])
+        scaling = scaling_of(alphas[path], layer.r, config["use_rslora"])
         if not math.isclose(scaling, layer.scaling, rel_tol=1e-9):  # an alpha of it is rounded
             raise ValueError(
                 f"{CONFIG_NAME}: gives {path} a scaling of {scaling}, the model's is "

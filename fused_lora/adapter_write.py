@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .adapter_layers import TENSORS, NamedAdapter
 from .expert_layer import ExpertsAdapter
+from .initial import scaling_of
 from .linear import FusedLoRALinear
 from .modules_to_save import trained_copies
 from .paths import match_paths, own_path
@@ -43,9 +44,9 @@ def saved_form(layer: FusedLoRALinear | ExpertsAdapter | NamedAdapter) -> Saved:
     alpha, rank = layer.lora_alpha, A.shape[0]
     if isinstance(layer, ExpertsAdapter):
         rank = layer.r  # of each
-    if layer.scaling != FusedLoRALinear.scaling_of(alpha, rank, layer.use_rslora):
+    if layer.scaling != scaling_of(alpha, rank, layer.use_rslora):
         # It is the larger rank of a residual, or A and B or the scaling were replaced.
-        alpha = layer.scaling / FusedLoRALinear.scaling_of(1.0, rank, layer.use_rslora)
+        alpha = layer.scaling / scaling_of(1.0, rank, layer.use_rslora)
     return Saved(A, B, magnitude, alpha, rank)
 
 

@@ -31,8 +31,7 @@ from .expert_modules import (
 )
 from .expert_stack import ExpertAdapter
 from .explanation import Explanation
-from .initial import adapter_dtype_over, initial_values
-from .linear import FusedLoRALinear
+from .initial import adapter_dtype_over, initial_values, scaling_of
 from .quantize import Quantizer, check_format
 from .quantized_weight import QuantizedWeight
 from .sharded import is_sharded
@@ -73,7 +72,7 @@ class ExpertsAdapter(nn.Module):
         self.num_experts, self.out_features, self.in_features = weight.shape
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
         self.merged = False
-        self.scaling = FusedLoRALinear.scaling_of(lora_alpha, r, use_rslora)
+        self.scaling = scaling_of(lora_alpha, r, use_rslora)
         ranks = r * self.num_experts
         found = initial_values(init_lora_weights, weight[0], ranks, self.scaling)
         dtype = adapter_dtype or adapter_dtype_over(weight.dtype)
@@ -211,7 +210,7 @@ class FusedLoRAExperts(Switchable):
         adapters = self._by_projection()
         found = explain_experts_module(self.base_layer, x, top_k_index, adapters, self.backend)
         if self.disabled:
-            found.reasons["adapters"] = "left out: they are disabled"
+            found = found.with_reasons({"adapters": "left out: they are disabled"})
         return found
 
     @torch.no_grad()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -23,7 +24,11 @@ class Explanation:
     backend: Literal["triton", "torch"]
     strategy: str  # a `Strategy`, or one of many adapters' own
     strategy_dx: str
-    reasons: dict[str, str]  # backend or strategy -> why it is taken or not
+    reasons: Mapping[str, str]  # backend or strategy -> why it is taken or not
+
+    def with_reasons(self, more: Mapping[str, str]) -> Explanation:
+        """The same with more of them."""
+        return replace(self, reasons={**self.reasons, **more})
 
     def __str__(self) -> str:
         head = f"backend {self.backend}, forward {self.strategy}, dx {self.strategy_dx}"

@@ -274,9 +274,10 @@ def explain(
     found = explain_call(call, backend, (x, weight, lora_A, lora_B), form)
     if magnitude is not None:
         _check_magnitude(weight, magnitude)
-        found.reasons["dora"] = (
+        why = (
             "one more read of W0 for the norm; the column scale is "
             + ("in the epilogue" if found.backend == "triton" else "one more pass over y")
             + ("; dropout costs a second product with W0" if dropout_p > 0.0 else "")
         )
+        found = found.with_reasons({"dora": why})
     return found

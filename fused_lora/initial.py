@@ -42,6 +42,11 @@ class Initial(NamedTuple):
     weight: Weight | None
 
 
+def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
+    """What B A x is multiplied by: lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA."""
+    return float(lora_alpha) / (math.sqrt(r) if use_rslora else r)
+
+
 def adapter_dtype_over(dtype: torch.dtype) -> torch.dtype:
     """PEFT's, of adapters over a weight of ``dtype``, or over the codes of other libraries."""
     return torch.float64 if dtype == torch.float64 else torch.float32

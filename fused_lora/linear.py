@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from .dora import over_norm
 from .explanation import Explanation
 from .frozen import FrozenLinear, check_linear, read_base
 from .functional import call_layer, dora_linear, explain
-from .initial import adapter_dtype_over, check_init, initial_values
+from .initial import adapter_dtype_over, check_init, initial_values, scaling_of
 from .lookup import parameters
 from .quantize import Quantizer, quantize_like
 from .quantized_weight import QuantizedWeight, Weight
@@ -180,7 +179,7 @@ class FusedLoRALinear(FrozenLinear):
         if adapter_dtype is None:
             adapter_dtype = adapter_dtype_over(weight.dtype)
         checks.check_dtype("adapter_dtype", adapter_dtype)
-        self.scaling = self.scaling_of(lora_alpha, r, use_rslora)
+        self.scaling = scaling_of(lora_alpha, r, use_rslora)
         sizes = (self.out_features, self.in_features)
         check_init(init_lora_weights, r, self.scaling, *sizes)
         if isinstance(init_lora_weights, str) and init_lora_weights.startswith("loftq"):
@@ -203,11 +202,6 @@ class FusedLoRALinear(FrozenLinear):
         self.register_buffer("lora_A_init", None)
         self.register_buffer("lora_B_init", None)
         self._start(original)
-
-    @staticmethod
-    def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
-        """What B A x is multiplied by: lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA."""
-        return float(lora_alpha) / (math.sqrt(r) if use_rslora else r)
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
@@ -314,7 +308,7 @@ class FusedLoRALinear(FrozenLinear):
         adapter = (call.lora_A, call.lora_B)
         found = explain(x, call.weight, *adapter, magnitude=magnitude, **call.options())
         if self.shared_input is not None:
-            found.reasons.update(self.shared_input.group.explain(x, call, self.backend))
+            found = found.with_reasons(self.shared_input.group.explain(x, call, self.backend))
         return found
 
     @torch.no_grad()

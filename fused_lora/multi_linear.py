@@ -15,8 +15,7 @@ from .calls import Backend
 from .codes import Format
 from .explanation import Explanation
 from .frozen import FrozenLinear, check_linear, read_base
-from .initial import adapter_dtype_over, initial_values
-from .linear import FusedLoRALinear
+from .initial import adapter_dtype_over, initial_values, scaling_of
 from .multi import explain_multi, lora_linear_multi
 from .quantize import Quantizer
 from .quantized_weight import QuantizedWeight, Weight
@@ -129,7 +128,7 @@ class FusedMultiLoRALinear(FrozenLinear):
         if adapter_dtype is None:
             adapter_dtype = adapter_dtype_over(self.weight.dtype)
         checks.check_dtype("adapter_dtype", adapter_dtype)
-        scaling = FusedLoRALinear.scaling_of(lora_alpha, r, use_rslora)
+        scaling = scaling_of(lora_alpha, r, use_rslora)
         start = initial_values(True, self.weight, r, scaling)
         factory: dict[str, Any] = {"device": self.weight.device, "dtype": adapter_dtype}
         self.lora_A[name] = nn.Parameter(start.lora_A.to(**factory))

@@ -113,7 +113,7 @@ class _FusedForward:
         why = explain(x, call.weight, *adapter, magnitude=found.magnitude, **call.options())
         place: Place | None = self.fused_lora_group
         if place is not None:
-            why.reasons.update(place.group.explain(x, self.passed_on(x), call.backend))
+            why = why.with_reasons(place.group.explain(x, self.passed_on(x), call.backend))
         return why
 
 
