@@ -181,6 +181,7 @@ class Run:
         """Backend and strategy of the layers' calls, as "210 layers: torch, forward library"."""
         tokens = self.settings.batch_size // self.processes.count * self.settings.seq_len
         found: Counter[str] = Counter()
+        training = self.model.training
         self.model.train()  # dropout counts
         for layer in _adapted(self.model):
             if not hasattr(layer, "explain"):
@@ -198,6 +199,7 @@ class Run:
             index = torch.zeros(tokens, 1, dtype=torch.int64, device=x.device)
             e = mixture.explain(x, index, x[:, :1])
             found[f"{e.backend}, forward {e.strategy}, dx {e.strategy_dx} (experts)"] += 1
+        self.model.train(training)
         return "; ".join(f"{count} layers: {how}" for how, count in found.items())
 
     def _mixtures(self) -> Iterator[tuple[Any, Any]]:

@@ -65,7 +65,7 @@ class GatedMLP(nn.Module):
         gate, up = self.gate_proj(x), self.up_proj(x)
         down: Any = self.down_proj
         given: Arguments | None = down.passed_on(gate)
-        if given is None or not are_alike(gate, up) or _better_apart(gate, given):
+        if given is None or not are_alike(gate, up) or _is_pytorchs(gate, given):
             y = self.down_proj(self.act_fn(gate) * up)
         elif is_recorded():
             y = call_gated(gate, up, activation, given)
@@ -99,7 +99,7 @@ class GatedMLP(nn.Module):
         return _empty if ours else object.__new__, (self.plain,), self.__dict__
 
 
-def _better_apart(gate: Tensor, given: Arguments) -> bool:
+def _is_pytorchs(gate: Tensor, given: Arguments) -> bool:
     """Whether PyTorch's autograd records both parts in less time: see `is_small`."""
     return given.backend != "triton" and is_small(gate, given)
 

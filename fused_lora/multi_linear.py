@@ -106,7 +106,7 @@ class FusedMultiLoRALinear(FrozenLinear):
 
     def add_adapter(
         self,
-        name: str,
+        adapter_name: str,
         r: int = 8,
         lora_alpha: float = 16,
         *,
@@ -116,12 +116,13 @@ class FusedMultiLoRALinear(FrozenLinear):
         """Adds an adapter that starts at zero, as `FusedLoRALinear`'s does.
 
         ``adapter_dtype``: None is float32 over a bf16 or fp16 base, else the base's own.
-        Raises TypeError or ValueError, and adds nothing, if an argument is invalid, the name taken
+        Raises TypeError or ValueError, and adds nothing, if an argument is invalid, the
+        name taken
         or not one that a parameter can have.
         """
-        check_name("name", name)
-        if name in self.lora_A:
-            raise ValueError(f"name: there is an adapter {name!r} already")
+        check_name("adapter_name", adapter_name)
+        if adapter_name in self.lora_A:
+            raise ValueError(f"adapter_name: there is an adapter {adapter_name!r} already")
         checks.check_rank(r)
         checks.check_number("lora_alpha", lora_alpha)
         checks.check_flag("use_rslora", use_rslora)
@@ -131,18 +132,22 @@ class FusedMultiLoRALinear(FrozenLinear):
         scaling = scaling_of(lora_alpha, r, use_rslora)
         start = initial_values(True, self.weight, r, scaling)
         factory: dict[str, Any] = {"device": self.weight.device, "dtype": adapter_dtype}
-        self.lora_A[name] = nn.Parameter(start.lora_A.to(**factory))
-        self.lora_B[name] = nn.Parameter(start.lora_B.to(**factory))
-        self.r[name], self.lora_alpha[name], self.use_rslora[name] = r, lora_alpha, use_rslora
-        self.scaling[name] = scaling
+        self.lora_A[adapter_name] = nn.Parameter(start.lora_A.to(**factory))
+        self.lora_B[adapter_name] = nn.Parameter(start.lora_B.to(**factory))
+        self.r[adapter_name], self.lora_alpha[adapter_name], self.use_rslora[adapter_name] = (
+            r,
+            lora_alpha,
+            use_rslora,
+        )
+        self.scaling[adapter_name] = scaling
 
-    def delete_adapter(self, name: str) -> None:
+    def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter. Raises ValueError if there is none of that name."""
-        if name not in self.adapters:
-            raise ValueError(f"name: got {name!r}, wanted one of {self.adapters}")
+        if adapter_name not in self.adapters:
+            raise ValueError(f"adapter_name: got {adapter_name!r}, wanted one of {self.adapters}")
         numbers = (self.r, self.lora_alpha, self.use_rslora, self.scaling)
         for by_name in (self.lora_A, self.lora_B, *numbers):
-            del by_name[name]
+            del by_name[adapter_name]
 
     @property
     def adapters(self) -> list[str]:
