@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .autograd import raise_second_derivative
+from .operators import LIBRARY, name_of
 
 
 def differentiable(
@@ -29,7 +30,7 @@ def differentiable(
     the order of the operator's arguments, a list for a list, and calls ``backward_operator`` as
     ``call``. vmap runs each operator once for each example.
     """
-    name = operator._qualname.partition("::")[2]
+    name = name_of(operator).partition("::")[2]
 
     class BackwardFunction(torch.autograd.Function):
         generate_vmap_rule = True
@@ -63,7 +64,9 @@ def differentiable(
     def formula(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         return backward(ctx, backward_operator, *grads)
 
-    operator.register_autograd(formula, setup_context=setup_context)
+    torch.library.register_autograd(
+        name_of(operator), formula, setup_context=setup_context, lib=LIBRARY
+    )
     _loop_over_examples(operator)
     _loop_over_examples(backward_operator)
     return ForwardFunction
@@ -73,7 +76,7 @@ def _loop_over_examples(operator: Any) -> None:
     """The loop that PyTorch has for operators without a list, and its warning."""
 
     def call(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        name = operator._qualname
+        name = name_of(operator)
         warnings.warn(
             f"There is a performance drop: vmap runs {name} once for each example", stacklevel=2
         )
@@ -94,4 +97,4 @@ def _loop_over_examples(operator: Any) -> None:
         out_dims = pytree.tree_unflatten([0] * len(stacked), as_outputs)
         return pytree.tree_unflatten(stacked, as_outputs), out_dims
 
-    operator.register_vmap(call)
+    torch.library.register_vmap(name_of(operator), call, lib=LIBRARY)

@@ -15,11 +15,12 @@ from .calls import Backend, checked_call
 from .differentiable import differentiable
 from .dispatch import Decision, plan, replays_of
 from .dora import column_scale, gradients
+from .operators import fake, operator
 from .outputs import like_or_empty, or_empty
 from .packing import pack, unpack
 
 
-@torch.library.custom_op("fused_lora::dora_linear", mutates_args=())
+@operator("dora_linear")
 def dora_linear_op(
     x: Tensor,
     lora_A: Tensor,
@@ -52,7 +53,7 @@ def dora_linear_op(
     return y, norm, or_empty(h, x), or_empty(z, x)
 
 
-@dora_linear_op.register_fake
+@fake(dora_linear_op)
 def _(
     x: Tensor,
     lora_A: Tensor,
@@ -77,7 +78,7 @@ def _(
     )
 
 
-@torch.library.custom_op("fused_lora::dora_linear_backward", mutates_args=())
+@operator("dora_linear_backward")
 def dora_linear_backward_op(
     g: Tensor,
     x: Tensor | None,
@@ -106,7 +107,7 @@ def dora_linear_backward_op(
     return dx, dA, dB, dm
 
 
-@dora_linear_backward_op.register_fake
+@fake(dora_linear_backward_op)
 def _(
     g: Tensor,
     x: Tensor | None,

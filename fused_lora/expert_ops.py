@@ -24,6 +24,7 @@ from .expert_stack import Experts, Projection
 from .kernels.dropout import dropout_of
 from .kernels.rows import RowGroups
 from .observed import fold_scaling, is_trained
+from .operators import fake, operator
 from .outputs import like_or_empty, or_empty
 from .packing import pack, unpack
 
@@ -49,7 +50,7 @@ def _layer(
     return path_of(call, cast(Backend, backend)), experts
 
 
-@torch.library.custom_op("fused_lora::lora_linear_experts", mutates_args=())
+@operator("lora_linear_experts")
 def lora_linear_experts_op(
     x: Tensor,
     lora_A: Tensor | None,
@@ -76,7 +77,7 @@ def lora_linear_experts_op(
     return y, or_empty(h if need_h else None, x)
 
 
-@lora_linear_experts_op.register_fake
+@fake(lora_linear_experts_op)
 def _(
     x: Tensor,
     lora_A: Tensor | None,
@@ -101,7 +102,7 @@ def _h(x: Tensor, M: int, lora_A: Tensor | None, need_h: bool) -> Tensor:
     return x.new_empty((M, lora_A.shape[1]) if need_h and lora_A is not None else 0)
 
 
-@torch.library.custom_op("fused_lora::lora_linear_experts_backward", mutates_args=())
+@operator("lora_linear_experts_backward")
 def lora_linear_experts_backward_op(
     g: Tensor,
     x: Tensor | None,
@@ -127,7 +128,7 @@ def lora_linear_experts_backward_op(
     return or_empty(dx, g), or_empty(dA, g), or_empty(dB, g)
 
 
-@lora_linear_experts_backward_op.register_fake
+@fake(lora_linear_experts_backward_op)
 def _(
     g: Tensor,
     x: Tensor | None,
@@ -182,7 +183,7 @@ _ExpertsFunction: Any = differentiable(
 )
 
 
-@torch.library.custom_op("fused_lora::lora_experts_combine", mutates_args=())
+@operator("lora_experts_combine")
 def lora_experts_combine_op(
     a: Tensor,
     p: Tensor,
@@ -204,7 +205,7 @@ def lora_experts_combine_op(
     return y, or_empty(h if need_h else None, a)
 
 
-@lora_experts_combine_op.register_fake
+@fake(lora_experts_combine_op)
 def _(
     a: Tensor,
     p: Tensor,
@@ -223,7 +224,7 @@ def _(
     return y, _h(a, groups[0].shape[0], lora_A, need_h)
 
 
-@torch.library.custom_op("fused_lora::lora_experts_combine_backward", mutates_args=())
+@operator("lora_experts_combine_backward")
 def lora_experts_combine_backward_op(
     g: Tensor,
     a: Tensor | None,
@@ -259,7 +260,7 @@ def lora_experts_combine_backward_op(
     return or_empty(da, g), or_empty(dp, g), or_empty(dA, g), or_empty(dB, g)
 
 
-@lora_experts_combine_backward_op.register_fake
+@fake(lora_experts_combine_backward_op)
 def _(
     g: Tensor,
     a: Tensor | None,

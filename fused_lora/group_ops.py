@@ -18,6 +18,7 @@ from .autograd import bias_gradient
 from .calls import Backend, checked_call
 from .dispatch import Plan, plan
 from .kernels.dropout import Dropout
+from .operators import LIBRARY, fake, name_of, operator
 from .outputs import like_or_empty, or_empty
 from .packing import unpack
 from .quantized_weight import Weight
@@ -58,7 +59,7 @@ def _present(tensors: Sequence[Tensor]) -> list[Tensor | None]:
     return [t if t.numel() else None for t in tensors]
 
 
-@torch.library.custom_op("fused_lora::lora_linear_group", mutates_args=())
+@operator("lora_linear_group")
 def lora_linear_group_op(
     x: Tensor,
     lora_As: Sequence[Tensor],
@@ -82,7 +83,7 @@ def lora_linear_group_op(
     return [*ys, h if need_h else x.new_empty(0)]
 
 
-@lora_linear_group_op.register_fake
+@fake(lora_linear_group_op)
 def _(
     x: Tensor,
     lora_As: Sequence[Tensor],
@@ -101,7 +102,7 @@ def _(
     return [*ys, x.new_empty((math.prod(x.shape[:-1]), ranks) if need_h else 0)]
 
 
-@torch.library.custom_op("fused_lora::lora_linear_group_backward", mutates_args=())
+@operator("lora_linear_group_backward")
 def lora_linear_group_backward_op(
     gs: Sequence[Tensor],
     x: Tensor | None,
@@ -131,7 +132,7 @@ def lora_linear_group_backward_op(
     return [or_empty(t, gs[0]) for t in (dx, *dAs, *dBs)]
 
 
-@lora_linear_group_backward_op.register_fake
+@fake(lora_linear_group_backward_op)
 def _(
     gs: Sequence[Tensor],
     x: Tensor | None,
@@ -189,4 +190,6 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     )
 
 
-lora_linear_group_op.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    name_of(lora_linear_group_op), _backward, setup_context=_setup_context, lib=LIBRARY
+)

@@ -19,6 +19,7 @@ from .calls import Backend
 from .kernels.dropout import dropout_of
 from .multi_backends import Adapted, MultiPlan
 from .multi_dispatch import checked
+from .operators import LIBRARY, fake, name_of, operator
 from .outputs import like_or_empty, or_empty
 from .packing import unpack
 from .quantized_weight import Weight
@@ -60,7 +61,7 @@ def _decided(
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
-@torch.library.custom_op("fused_lora::lora_linear_multi", mutates_args=(), tags=_TAGS)
+@operator("lora_linear_multi", tags=_TAGS)
 def lora_linear_multi_op(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -88,7 +89,7 @@ def lora_linear_multi_op(
     return y, or_empty(h, x)
 
 
-@lora_linear_multi_op.register_fake
+@fake(lora_linear_multi_op)
 def _(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -109,7 +110,7 @@ def _(
     return y, x.new_empty((math.prod(x.shape[:-1]), rank) if need_h else 0)
 
 
-@torch.library.custom_op("fused_lora::lora_linear_multi_backward", mutates_args=(), tags=_TAGS)
+@operator("lora_linear_multi_backward", tags=_TAGS)
 def lora_linear_multi_backward_op(
     g: Tensor,
     x: Tensor | None,
@@ -149,7 +150,7 @@ def lora_linear_multi_backward_op(
     return [or_empty(t, g) for t in (dx, *grads)]
 
 
-@lora_linear_multi_backward_op.register_fake
+@fake(lora_linear_multi_backward_op)
 def _(
     g: Tensor,
     x: Tensor | None,
@@ -216,4 +217,6 @@ def _backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     )
 
 
-lora_linear_multi_op.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    name_of(lora_linear_multi_op), _backward, setup_context=_setup_context, lib=LIBRARY
+)

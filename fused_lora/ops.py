@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor
 
 from . import backends
@@ -22,6 +21,7 @@ from .calls import Backend, checked_call
 from .differentiable import differentiable
 from .dispatch import Decision, Plan, plan, replays_of
 from .kernels.dropout import Dropout, dropout_of
+from .operators import fake, operator
 from .outputs import like_or_empty, or_empty
 from .packing import unpack
 from .quantized_weight import Weight
@@ -46,7 +46,7 @@ def _plan(
     return chosen, replays_of(x.shape, Decision(call, chosen, scaling, threshold))
 
 
-@torch.library.custom_op("fused_lora::lora_linear", mutates_args=())
+@operator("lora_linear")
 def lora_linear_op(
     x: Tensor,
     lora_A: Tensor,
@@ -71,7 +71,7 @@ def lora_linear_op(
     return y, or_empty(h, x)
 
 
-@lora_linear_op.register_fake
+@fake(lora_linear_op)
 def _(
     x: Tensor,
     lora_A: Tensor,
@@ -90,7 +90,7 @@ def _(
     return y, x.new_empty((math.prod(x.shape[:-1]), lora_A.shape[0]) if need_h else 0)
 
 
-@torch.library.custom_op("fused_lora::lora_linear_backward", mutates_args=())
+@operator("lora_linear_backward")
 def lora_linear_backward_op(
     g: Tensor,
     x: Tensor | None,
@@ -119,7 +119,7 @@ def lora_linear_backward_op(
     return dx, dA, dB
 
 
-@lora_linear_backward_op.register_fake
+@fake(lora_linear_backward_op)
 def _(
     g: Tensor,
     x: Tensor | None,
