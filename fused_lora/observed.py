@@ -59,11 +59,11 @@ def check_frozen(weight: Weight) -> None:
         )
 
 
-def is_constant(scaling: float) -> bool:
-    """False where Dynamo traces a float that changed before: it has no value while tracing."""
+def is_constant(number: float) -> bool:
+    """False where Dynamo traces a number that changed before: it has no value while tracing."""
     from torch.fx.experimental.symbolic_shapes import has_static_value  # 0.25 s to import
 
-    return has_static_value(scaling)
+    return has_static_value(number)
 
 
 def fold_scaling(lora_B: Tensor, scaling: float) -> tuple[Tensor, float]:

@@ -101,6 +101,18 @@ def _is_exact(scaling: float, dtype: torch.dtype) -> bool:
     return rounded == scaling or (dtype == torch.float32 and math.isfinite(rounded))
 
 
+def formula(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """y [..., N] without dropout, for Inductor, which adds in its own passes what is added."""
+    return F.linear(x, weight, bias) + F.linear(F.linear(x, lora_A) * scaling, lora_B)
+
+
 _LARGE = 1 << 16  # elements
 
 

@@ -61,19 +61,43 @@ def test_only_the_wanted_gradients(device, launches):
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
-def test_no_recompilation_when_M_changes(compiler, recompiled):
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_no_recompilation_when_M_changes(compiler, dropout_p, recompiled):
     p = problem(6, 12, 20, 4)
     A, B = p.lora_A.requires_grad_(), p.lora_B.requires_grad_()  # so that h comes out too
 
     @torch.compile(backend=compiler, fullgraph=True, dynamic=True)
     def call(x):
-        return lora_linear(x, p.weight, A, B, scaling=2.0, dropout_p=0.1)
+        return lora_linear(x, p.weight, A, B, scaling=2.0, dropout_p=dropout_p)
 
     call(torch.randn(2, 6, 20)).sum().backward()
     before = recompiled()
     for M in (7, 64, 3, 1000):
         call(torch.randn(3, M, 20)).sum().backward()
     assert recompiled() == before
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "is_operator"),
+    [
+        (torch.float32, {}, False),
+        (torch.float64, {"backend": "torch"}, False),
+        (torch.float32, {"backend": "triton"}, True),
+        (torch.float32, {"dropout_p": 0.1}, True),
+        (torch.bfloat16, {}, True),
+    ],
+)
+def test_on_a_cpu_the_compiler_gets_the_formula(dtype, options, is_operator):
+    targets = []
+
+    def compiler(module, _):
+        targets.extend(str(node.target) for node in module.graph.nodes)
+        return module
+
+    p = problem((3, 70), 12, 20, 4, dtype=dtype)
+    p.lora_A.requires_grad_()
+    torch.compile(_call, backend=compiler, fullgraph=True)(p, **options)
+    assert any("fused_lora" in target for target in targets) == is_operator
 
 
 def test_at_most_one_recompilation_when_alpha_changes(recompiled):
