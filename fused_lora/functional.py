@@ -147,6 +147,7 @@ def _is_inductors(x: Tensor, layer: Arguments) -> bool:
 
     0.85 of the time at 32 x 576, 0.99 at 512 x 2048, and what follows is made with the sum. Not
     with dropout: Inductor draws each element by itself, 2 times the operator's time at 512 x 576.
+    Not in an export (which PyTorch 2.11 takes every graph for): it may run on another device.
     """
     if x.device.type != "cpu" or layer.backend == "triton" or layer.dropout_p > 0.0:
         return False

@@ -97,7 +97,9 @@ def test_on_a_cpu_the_compiler_gets_the_formula(dtype, options, is_operator):
     p = problem((3, 70), 12, 20, 4, dtype=dtype)
     p.lora_A.requires_grad_()
     torch.compile(_call, backend=compiler, fullgraph=True)(p, **options)
-    assert any("fused_lora" in target for target in targets) == is_operator
+    # Of PyTorch 2.11's Dynamo every call is told that it is exported, and an export has operators.
+    exported = torch.compile(lambda: torch.compiler.is_exporting(), backend="eager")()
+    assert any("fused_lora" in target for target in targets) == (is_operator or exported)
 
 
 def test_at_most_one_recompilation_when_alpha_changes(recompiled):
