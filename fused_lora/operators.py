@@ -1,7 +1,8 @@
-"""Registers operators, as `torch.library.custom_op` does, for a fifth of what that adds to a call.
+"""Registers operators, as `torch.library.custom_op` does, for a third of what that adds to a call.
 
 Its operators look in each call for outputs that share memory with inputs, and enter three more
-Python functions: 28 us where these take 10, of 88 and 67 that a layer of 64 x 64 takes on a CPU.
+Python functions: 17 to 19 us where these take 5 to 6, of the 113 and 106 us that a call of
+`lora_linear` takes on a CPU at 2 x 64 x 64.
 """
 
 from __future__ import annotations
