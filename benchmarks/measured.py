@@ -113,7 +113,7 @@ def _heading(row: Row) -> str:
     parts.append(f"torch {row['torch']}, commit {row['commit']}{' + changes' * bool(row['dirty'])}")
     if row["bitsandbytes"]:
         parts.append(f"bitsandbytes {row['bitsandbytes']}")
-    return ", ".join([*parts, row["date"]])
+    return ", ".join([*parts, row["date"][:10]])
 
 
 def label(case: Case) -> str:

@@ -115,7 +115,7 @@ def environment(device: torch.device, clock: str, note: str = "") -> Row:
         "bitsandbytes": _version("bitsandbytes"),
         "commit": given or _output("git", "rev-parse", "--short=8", "HEAD") or "unknown",
         "dirty": None if changed is None else bool(changed),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M"),
         "note": note,
     }
 
@@ -123,7 +123,7 @@ def environment(device: torch.device, clock: str, note: str = "") -> Row:
 def file_name(environment: Row) -> str:
     """`nvidia-h100-80gb-hbm3-2026-11-24-1a2b3c4d.json`."""
     device = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
-    return f"{device}-{environment['date']}-{environment['commit']}.json"
+    return f"{device}-{environment['date'][:10]}-{environment['commit']}.json"
 
 
 def save(path: Path, environment: Row, rows: Iterable[Row], not_measured: Iterable[Row]) -> None:
