@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .autograd import raise_second_derivative
-from .operators import LIBRARY, name_of
+from .operators import LIBRARY, name_of, register_autograd
 
 
 def differentiable(
@@ -64,9 +64,7 @@ def differentiable(
     def formula(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         return backward(ctx, backward_operator, *grads)
 
-    torch.library.register_autograd(
-        name_of(operator), formula, setup_context=setup_context, lib=LIBRARY
-    )
+    register_autograd(operator, formula, setup_context)
     _loop_over_examples(operator)
     _loop_over_examples(backward_operator)
     return ForwardFunction

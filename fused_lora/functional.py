@@ -17,13 +17,7 @@ from .dispatch import Decision, plan, replays_of
 from .dora import DoRALinearFunction
 from .explanation import Explanation, explain_call
 from .kernels.dropout import dropout_of, dropout_threshold
-from .observed import (
-    check_frozen,
-    fold_scaling,
-    is_observed,
-    is_recorded,
-    is_trained,
-)
+from .observed import check_frozen, fold_scaling, is_observed, is_recorded, is_trained
 from .packing import pack
 from .quantized_weight import QuantizedWeight, Weight
 from .recall import recall, remember

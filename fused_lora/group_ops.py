@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from . import backends
@@ -18,7 +17,7 @@ from .autograd import bias_gradient
 from .calls import Backend, checked_call
 from .dispatch import Plan, plan
 from .kernels.dropout import Dropout
-from .operators import LIBRARY, fake, name_of, operator
+from .operators import fake, operator, register_autograd
 from .outputs import like_or_empty, or_empty
 from .packing import unpack
 from .quantized_weight import Weight
@@ -80,7 +79,7 @@ def lora_linear_group_op(
     ys, h = backends.forward_group(
         x, Ws, lora_As, lora_Bs, _present(biases), scalings, dropouts, chosen
     )
-    return [*ys, h if need_h else x.new_empty(0)]
+    return [*ys, or_empty(h if need_h else None, x)]
 
 
 @fake(lora_linear_group_op)
@@ -190,6 +189,4 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     )
 
 
-torch.library.register_autograd(
-    name_of(lora_linear_group_op), _backward, setup_context=_setup_context, lib=LIBRARY
-)
+register_autograd(lora_linear_group_op, _backward, _setup_context)

@@ -116,8 +116,7 @@ class FusedMultiLoRALinear(FrozenLinear):
         """Adds an adapter that starts at zero, as `FusedLoRALinear`'s does.
 
         ``adapter_dtype``: None is float32 over a bf16 or fp16 base, else the base's own.
-        Raises TypeError or ValueError, and adds nothing, if an argument is invalid, the
-        name taken
+        Raises TypeError or ValueError, and adds nothing, if an argument is invalid, the name taken
         or not one that a parameter can have.
         """
         check_name("adapter_name", adapter_name)
@@ -134,11 +133,9 @@ class FusedMultiLoRALinear(FrozenLinear):
         factory: dict[str, Any] = {"device": self.weight.device, "dtype": adapter_dtype}
         self.lora_A[adapter_name] = nn.Parameter(start.lora_A.to(**factory))
         self.lora_B[adapter_name] = nn.Parameter(start.lora_B.to(**factory))
-        self.r[adapter_name], self.lora_alpha[adapter_name], self.use_rslora[adapter_name] = (
-            r,
-            lora_alpha,
-            use_rslora,
-        )
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.use_rslora[adapter_name] = use_rslora
         self.scaling[adapter_name] = scaling
 
     def delete_adapter(self, adapter_name: str) -> None:

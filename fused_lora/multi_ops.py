@@ -19,7 +19,7 @@ from .calls import Backend
 from .kernels.dropout import dropout_of
 from .multi_backends import Adapted, MultiPlan
 from .multi_dispatch import checked
-from .operators import LIBRARY, fake, name_of, operator
+from .operators import fake, operator, register_autograd
 from .outputs import like_or_empty, or_empty
 from .packing import unpack
 from .quantized_weight import Weight
@@ -217,6 +217,4 @@ def _backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     )
 
 
-torch.library.register_autograd(
-    name_of(lora_linear_multi_op), _backward, setup_context=_setup_context, lib=LIBRARY
-)
+register_autograd(lora_linear_multi_op, _backward, _setup_context)

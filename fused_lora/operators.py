@@ -43,6 +43,13 @@ def fake(of: Callable[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return cast(Callable[[Callable[P, R]], Callable[P, R]], register)
 
 
+def register_autograd(
+    of: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., Any]
+) -> None:
+    """Gives the operator ``of`` its gradient, as `torch.library.register_autograd` does."""
+    torch.library.register_autograd(name_of(of), backward, setup_context=setup_context, lib=LIBRARY)
+
+
 def name_of(of: Any) -> str:
     """With its namespace."""
     name: str = of._schema.name

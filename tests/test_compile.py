@@ -97,7 +97,7 @@ def test_on_a_cpu_the_compiler_gets_the_formula(dtype, options, is_operator):
     p = problem((3, 70), 12, 20, 4, dtype=dtype)
     p.lora_A.requires_grad_()
     torch.compile(_call, backend=compiler, fullgraph=True)(p, **options)
-    # Of PyTorch 2.11's Dynamo every call is told that it is exported, and an export has operators.
+    # PyTorch 2.11's Dynamo tells every call that it is exported, and an export has operators.
     exported = torch.compile(lambda: torch.compiler.is_exporting(), backend="eager")()
     assert any("fused_lora" in target for target in targets) == (is_operator or exported)
 
