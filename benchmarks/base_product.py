@@ -23,8 +23,9 @@ import torch.nn.functional as F
 
 from fused_lora.device_time import median_seconds
 from fused_lora.kernels import gemm, persistent
-from fused_lora.kernels.configs import Kind, TileConfig, tunable
+from fused_lora.kernels.configs import tunable
 from fused_lora.kernels.device import device_info
+from fused_lora.kernels.tile_config import Kind, TileConfig
 from fused_lora.strategies import specialized_obstacle
 from fused_lora.tune import Timer, checked_seconds, fastest, in_processes, shape
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
-from fused_lora.kernels.configs import Kind, TileConfig, is_specialized, is_tma, tunable
+from fused_lora.kernels.configs import tunable
 from fused_lora.kernels.device import SHARED_MEMORY, DeviceInfo
+from fused_lora.kernels.tile_config import Kind, TileConfig, is_specialized, is_tma
 from fused_lora.strategies import gluon_problem
 
 # One rank for each width of tile that a rank is padded to within its kind.

@@ -27,8 +27,9 @@ from typing import Any
 import triton
 
 from fused_lora.cost_model import CEILINGS
-from fused_lora.kernels.configs import MAX_GROUP, is_specialized, is_tma
+from fused_lora.kernels.configs import MAX_GROUP
 from fused_lora.kernels.device import SHARED_MEMORY
+from fused_lora.kernels.tile_config import is_specialized, is_tma
 
 from .cases import RANKS, Case, cases, heaviest
 from .sources import FP8_ARCH, compiled

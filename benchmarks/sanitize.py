@@ -44,10 +44,12 @@ from fused_lora.expert_middle import Middle
 from fused_lora.expert_mlp import run_projections
 from fused_lora.expert_stack import Projection
 from fused_lora.group import LoRALinearGroupFunction
-from fused_lora.kernels.configs import MAX_SKINNY_M, TileConfig, rows_obstacle
+from fused_lora.kernels.alignment import rows_obstacle
+from fused_lora.kernels.configs import MAX_SKINNY_M
 from fused_lora.kernels.copy import aligned_copy
 from fused_lora.kernels.device import device_info
 from fused_lora.kernels.dropout import dropout_threshold
+from fused_lora.kernels.tile_config import TileConfig
 from fused_lora.multi import LoRALinearMultiFunction
 from fused_lora.multi_backends import MultiPlan
 from fused_lora.multi_rows import row_groups

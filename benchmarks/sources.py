@@ -19,7 +19,9 @@ from fused_lora.kernels import (
     pieces,
     skinny,
 )
-from fused_lora.kernels.configs import MAX_GROUP, MAX_SPLIT_K, is_specialized, is_tma, padded
+from fused_lora.kernels.configs import MAX_GROUP, MAX_SPLIT_K
+from fused_lora.kernels.sizes import padded
+from fused_lora.kernels.tile_config import is_specialized, is_tma
 
 from .cases import Case
 

@@ -8,18 +8,11 @@ import torch
 
 from .calls import Call, rounds_input
 from .codes import FOUR_BIT
-from .kernels.configs import (
-    ALIGNED,
-    Kind,
-    TileConfig,
-    cdiv,
-    choose_config,
-    computed,
-    for_odd_rows,
-    padded,
-    split_k,
-)
+from .kernels.alignment import for_odd_rows
+from .kernels.configs import choose_config, computed, split_k
 from .kernels.device import DeviceInfo, has_fp8
+from .kernels.sizes import ALIGNED, cdiv, padded
+from .kernels.tile_config import Kind, TileConfig
 from .quantized_weight import Layout
 from .strategies import WAYS, obstacle
 from .tables import Strategy

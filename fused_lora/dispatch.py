@@ -14,14 +14,10 @@ from . import recall, tables
 from .arguments import Arguments
 from .calls import Backend, Call, as_values, transposed
 from .cost_model import predicted_seconds
-from .kernels.configs import (
-    TileConfig,
-    choose_config,
-    is_transposed,
-    tma_obstacle,
-    tunable,
-)
+from .kernels.alignment import is_transposed, tma_obstacle
+from .kernels.configs import choose_config, tunable
 from .kernels.device import DeviceInfo, device_info
+from .kernels.tile_config import TileConfig
 from .products import in_fp32
 from .quantized_weight import Weight
 from .strategies import (

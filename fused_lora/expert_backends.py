@@ -15,9 +15,11 @@ from . import expert_torch
 from .autocast import no_autocast
 from .cost_model import decodes_in_loop
 from .expert_stack import Experts
-from .kernels.configs import Kind, TileConfig, cdiv, choose_config
+from .kernels.configs import choose_config
 from .kernels.device import device_info
 from .kernels.rows import RowGroups
+from .kernels.sizes import cdiv
+from .kernels.tile_config import Kind, TileConfig
 from .quantized_weight import QuantizedWeight
 
 Path = Literal["triton", "torch"]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .expert_stack import Experts
-from .kernels.configs import rows_obstacle
+from .kernels.alignment import rows_obstacle
 from .kernels.rows import RowGroups
 from .products import WITHOUT_INSTRUCTIONS, addmm_, mm
 from .quantized_weight import Weight

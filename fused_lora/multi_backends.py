@@ -19,10 +19,11 @@ from torch import Tensor
 
 from .autocast import no_autocast
 from .backends import as_gradient, as_matrix
-from .kernels.configs import Kind, TileConfig, choose_config
+from .kernels.configs import choose_config
 from .kernels.device import device_info
 from .kernels.dropout import Dropout
 from .kernels.rows import AdapterLayout, AdapterTable, RowGroups, adapter_table, addresses_of
+from .kernels.tile_config import Kind, TileConfig
 from .products import addmm_, bmm, mm
 from .quantized_weight import QuantizedWeight, Weight
 from .reference import keep_mask

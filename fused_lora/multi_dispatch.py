@@ -16,9 +16,9 @@ from .calls import Backend, Call, checked_call, facts_of, rounds_input, transpos
 from .checks import check_options
 from .cost_model import LAUNCH, ceilings, of_cublas
 from .dispatch import plan
-from .kernels.configs import cdiv, padded
 from .kernels.device import device_info
 from .kernels.dropout import dropout_threshold
+from .kernels.sizes import cdiv, padded
 from .multi_backends import Adapted, MultiPlan, Strategy
 from .multi_rows import Segments, row_groups
 from .quantized_weight import QuantizedWeight, Weight

@@ -12,19 +12,11 @@ import torch
 from torch import Tensor
 
 from .calls import Call, rounds_input
-from .kernels.configs import (
-    MAX_RANK,
-    MAX_SKINNY_M,
-    MIN_DOT,
-    TMA_ALIGNMENT,
-    Kind,
-    TileConfig,
-    is_odd_rank,
-    padded,
-    ship,
-    tma_obstacle,
-)
+from .kernels.alignment import TMA_ALIGNMENT, is_odd_rank, tma_obstacle
+from .kernels.configs import MAX_RANK, MAX_SKINNY_M, ship
 from .kernels.device import DeviceInfo, device_info
+from .kernels.sizes import MIN_DOT, padded
+from .kernels.tile_config import Kind, TileConfig
 from .reference import FP8_BLOCK
 from .tables import Product, Strategy
 

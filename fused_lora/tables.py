@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from .files import write_atomically
-from .kernels.configs import TileConfig
+from .kernels.tile_config import TileConfig
 
 # "in_loop" is for a quantised W0, whose tiles it makes values as it reads them, and otherwise as
 # "split". With any other strategy the whole of a quantised W0 goes to a scratch tensor first.

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import Plan, group_dx, part_config
-from .kernels.configs import Kind, TileConfig, choose_config
+from .kernels.configs import choose_config
 from .kernels.device import device_info
 from .kernels.dropout import Dropout
 from .kernels.expand import add_lora
@@ -24,6 +24,7 @@ from .kernels.group import add_group, gemm_group, stack_rows
 from .kernels.persistent import persistent_add_lora, persistent_one_pass, persistent_produced
 from .kernels.quantized import QuantizedMatrix, dequantize
 from .kernels.skinny import skinny
+from .kernels.tile_config import Kind, TileConfig
 from .quantized_weight import Weight
 from .strategies import Form, runs_as
 from .tables import Strategy

@@ -21,9 +21,10 @@ from . import dispatch, tables
 from .calls import Call, transposed
 from .cost_model import predicted_seconds
 from .device_time import median_seconds
-from .kernels.configs import TileConfig, tunable
+from .kernels.configs import tunable
 from .kernels.device import device_guard, device_info
 from .kernels.dropout import Dropout, dropout_threshold
+from .kernels.tile_config import TileConfig
 from .strategies import PARTS, WAYS, kernel_obstacle
 from .tables import Choice, Product, Strategy
 

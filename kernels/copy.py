@@ -10,9 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import FP_FUSION, aligned_row, cdiv
+from .alignment import aligned_row
 from .device import device_guard
 from .launch import Launcher
+from .sizes import cdiv
+from .tile_config import FP_FUSION
 
 _ELEMENTS = 2048  # a program's: 4 warps, 16 each
 

@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import FP_FUSION, cdiv
 from .device import device_guard
 from .launch import Launcher
+from .sizes import cdiv
+from .tile_config import FP_FUSION
 
 _ELEMENTS = 4096  # of [BLOCK_P, GROUPS], which is in registers
 

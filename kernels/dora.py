@@ -14,11 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import FP_FUSION, MIN_DOT, cdiv, padded
 from .device import device_guard, device_info
 from .grads import rows_in_split, sum_partials
 from .launch import Launcher
 from .quantized import QuantizedMatrix, load_weight
+from .sizes import MIN_DOT, cdiv, padded
+from .tile_config import FP_FUSION
 
 # Both are bound by memory. The norm's products are exact (FMA): few rows, so that many programs
 # share them; the columns' tile is one of plain loads.

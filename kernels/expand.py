@@ -15,11 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import TileConfig, cdiv, padded
 from .device import device_guard
 from .dropout import Dropout, scale_and_threshold, seed_of
 from .gemm import dot_precision
 from .launch import Launcher
+from .sizes import cdiv, padded
+from .tile_config import TileConfig
 from .tiles import add_product, keep_mask, tile_places
 
 

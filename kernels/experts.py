@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import ALIGNED, TileConfig, cdiv, for_odd_rows, is_odd, may_be_odd
+from .alignment import for_odd_rows, is_odd, may_be_odd
 from .device import device_guard
 from .dropout import Dropout, scale_and_threshold, seed_of
 from .gemm import GROUP_M, dot_precision
@@ -25,6 +25,8 @@ from .launch import Launcher
 from .pieces import MAX_BLOCK_R, add_adapter, load_piece, rows_at
 from .quantized import QuantizedMatrix, add_quantized_product
 from .rows import AdapterStack, RowGroups
+from .sizes import ALIGNED, cdiv
+from .tile_config import TileConfig
 from .tiles import add_product, grouped_tile, keep_mask
 
 

@@ -17,9 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import FP_FUSION, cdiv
 from .device import device_guard
 from .launch import Launcher
+from .sizes import cdiv
+from .tile_config import FP_FUSION
 
 # Bound by memory: a program has a part of one row, eight elements a thread, so that 16 bits are
 # loaded 16 bytes at a time.

@@ -31,13 +31,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import ALIGNED, MIN_DOT, TileConfig, cdiv, for_odd_rows, is_odd, may_be_odd, padded
+from .alignment import for_odd_rows, is_odd, may_be_odd
 from .device import device_guard
 from .dropout import Dropout, scale_and_threshold, seed_of
 from .launch import Launcher
 from .pieces import MAX_BLOCK_R, add_pieces
 from .quantized import FP8_BLOCK, QuantizedMatrix, add_fp8_product, fp8_input, load_operand
 from .rows import AdapterTable, RowGroups
+from .sizes import ALIGNED, MIN_DOT, cdiv, padded
+from .tile_config import TileConfig
 from .tiles import add_product, grouped_tile, keep_mask
 
 GROUP_M = 8  # rows of tiles that run side by side and share W's tiles in L2

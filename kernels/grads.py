@@ -17,11 +17,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import FP_FUSION, TileConfig, cdiv, is_odd
+from .alignment import is_odd
 from .device import device_guard, device_info
 from .dropout import Dropout, scale_and_threshold, seed_of
 from .gemm import dot_precision
 from .launch import Launcher
+from .sizes import cdiv
+from .tile_config import FP_FUSION, TileConfig
 from .tiles import keep_mask
 
 REDUCE_BLOCK = 1024

@@ -15,11 +15,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import ALIGNED, FP_FUSION, MIN_DOT, TileConfig, cdiv, for_odd_rows, is_odd, padded
+from .alignment import for_odd_rows, is_odd
 from .device import device_guard
 from .dropout import Dropout, scale_and_threshold, seed_of
 from .gemm import GROUP_M, dot_precision
 from .launch import Launcher
+from .sizes import ALIGNED, MIN_DOT, cdiv, padded
+from .tile_config import FP_FUSION, TileConfig
 from .tiles import add_product, grouped_tile, keep_mask, tile_places
 
 

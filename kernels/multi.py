@@ -30,13 +30,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import ALIGNED, FP_FUSION, TileConfig, cdiv, for_odd_rows, is_odd, padded
+from .alignment import for_odd_rows, is_odd
 from .device import device_guard, device_info
 from .dropout import Dropout, scale_and_threshold, seed_of
 from .gemm import dot_precision
 from .launch import Launcher
 from .pieces import load_adapter, load_piece, load_rank, rows_at
 from .rows import Adapters, AdapterTable, RowGroups
+from .sizes import ALIGNED, cdiv, padded
+from .tile_config import FP_FUSION, TileConfig
 from .tiles import keep_mask
 
 MAX_SPLIT_K = 16

@@ -44,11 +44,14 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from .configs import MAX_CHUNK_R, TileConfig, cdiv, is_transposed, padded
+from .alignment import is_transposed
+from .configs import MAX_CHUNK_R
 from .device import device_guard, device_info
 from .dropout import Dropout, scale_and_threshold, seed_of
 from .gemm import dot_precision
 from .launch import Launcher, Tiled, hearing
+from .sizes import cdiv, padded
+from .tile_config import TileConfig
 from .tiles import grouped_tile, keep_mask
 
 # Words of the sync buffer before the flags: the epoch of the launch before, the programs of this
@@ -533,7 +536,7 @@ def persistent_one_pass(
     scale: float,
     store_h: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`gemm.gemm_one_pass` on tensor descriptors; see `configs.tma_obstacle` for what it takes."""
+    """`gemm.gemm_one_pass` on tensor descriptors, for what has no `alignment.tma_obstacle`."""
     h = x.new_empty((x.shape[0], a.shape[1])) if store_h else None
     return _launch(config, x, w, bias=bias, a=a, h=h, b=b, scale=scale), h
 

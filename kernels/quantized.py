@@ -23,9 +23,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import ALIGNED, FP_FUSION, Kind, cdiv
 from .device import device_guard, has_fp8
 from .launch import Launcher
+from .sizes import ALIGNED, cdiv
+from .tile_config import FP_FUSION, Kind
 
 NESTED_BLOCK = tl.constexpr(256)  # scales that share one scale of theirs, as in bitsandbytes
 FP8_BLOCK = tl.constexpr(128)  # columns of an fp8 x that share a scale
@@ -100,7 +101,7 @@ class QuantizedMatrix:
 
     @property
     def is_odd(self) -> bool:
-        """As `configs.is_odd` of a matrix: rows of codes are not read 16 bytes at a time."""
+        """As `alignment.is_odd` of a matrix: rows of codes are not read 16 bytes at a time."""
         return self.code_row % ALIGNED != 0
 
     def code_bytes(self) -> torch.Tensor:

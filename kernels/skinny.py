@@ -15,11 +15,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import FP_FUSION, TileConfig, cdiv, padded, split_k
+from .configs import split_k
 from .device import device_guard, device_info
 from .dropout import Dropout, scale_and_threshold, seed_of
 from .gemm import dot_precision
 from .launch import Launcher
+from .sizes import cdiv, padded
+from .tile_config import FP_FUSION, TileConfig
 from .tiles import keep_mask
 
 SUM_BLOCK_N = 32  # columns of y in the second kernel: small, so that many programs share it

@@ -47,22 +47,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from . import persistent
-from .configs import (
-    MAX_GROUP,
-    TileConfig,
-    aligned_row,
-    cdiv,
-    is_transposed,
-    padded,
-    rows_obstacle,
-)
+from .alignment import aligned_row, is_transposed, rows_obstacle
+from .configs import MAX_GROUP
 from .copy import aligned_copy
 from .device import device_guard, device_info
 from .gemm import ColumnScale
 from .launch import Launcher, Tiled
+from .sizes import cdiv, padded
 from .specialized_consumer import CONSUMER_WARPS, CONSUMERS, consume
 from .specialized_loader import loader
 from .specialized_ring import BOARD
+from .tile_config import TileConfig
 
 EPOCH = persistent.EPOCH
 # Of a block's 64 K registers: 12 warps start with as many each, then most are the consumers'.

@@ -17,7 +17,6 @@ from triton.runtime import driver
 from benchmarks import compile_report, launch_overhead
 from fused_lora import quantize_int8
 from fused_lora.kernels import configs, expand, experts, gemm, grads, group, multi, skinny
-from fused_lora.kernels.configs import padded
 from fused_lora.kernels.device import SHARED_MEMORY, DeviceInfo
 from fused_lora.kernels.dropout import Dropout
 from fused_lora.kernels.rows import (
@@ -26,6 +25,7 @@ from fused_lora.kernels.rows import (
     groups_of_indices,
     groups_of_runs,
 )
+from fused_lora.kernels.sizes import padded
 
 HOPPER = DeviceInfo(capability=90, num_sms=132, shared_memory=SHARED_MEMORY[90])
 M, N, K = 133, 261, 70

@@ -8,7 +8,7 @@ import torch
 from outside import run_outside
 
 from fused_lora import reference
-from fused_lora.kernels import configs
+from fused_lora.kernels import configs, tile_config
 from fused_lora.kernels.copy import aligned_copy
 from fused_lora.kernels.device import INTERPRETED, SHARED_MEMORY, DeviceInfo
 from fused_lora.kernels.dropout import Dropout
@@ -168,9 +168,9 @@ def test_choice_of_a_tile():
         choose(8192, 4096, r=65)
 
 
-BY_COPIES = {*get_args(configs.TmaKind), *get_args(configs.SpecializedKind)}
+BY_COPIES = {*get_args(tile_config.TmaKind), *get_args(tile_config.SpecializedKind)}
 ELSEWHERE = {"quantized", "fp8"}  # in test_quantize.py and test_fp8.py
-OTHERS = {*get_args(configs.Kind)} - BY_COPIES - ELSEWHERE
+OTHERS = {*get_args(tile_config.Kind)} - BY_COPIES - ELSEWHERE
 
 
 # New ones in each run, on Hopper of every form of a kernel: compiling and disassembling one takes
@@ -187,7 +187,7 @@ OTHERS = {*get_args(configs.Kind)} - BY_COPIES - ELSEWHERE
 )
 def test_what_ships_fits_and_keeps_its_tensor_cores(arch, kinds, sample, tmp_path):
     rows_file = tmp_path / "rows.json"
-    by_hand = set(get_args(configs.SpecializedKind))
+    by_hand = set(get_args(tile_config.SpecializedKind))
     if gluon_problem():
         kinds = kinds - by_hand
     options = ["--arch", arch, "--heaviest", "--dtype", "bf16", "--kind", ",".join(kinds)]
@@ -198,7 +198,7 @@ def test_what_ships_fits_and_keeps_its_tensor_cores(arch, kinds, sample, tmp_pat
     assert not any(row["problem"] for row in rows)
     assert all(row["predicted_us"].keys() == {"H100", "H200"} for row in rows)
     if arch == "sm_90":
-        tma = set(get_args(configs.TmaKind))
+        tma = set(get_args(tile_config.TmaKind))
         assert {row["kind"] for row in rows} == kinds
         large = [r for r in rows if r["dtype"] == "bf16" and r["config"]["BLOCK_M"] >= 64]
         large = [r for r in large if not r["sums"]]

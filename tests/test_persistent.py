@@ -8,7 +8,7 @@ from pairs import pairs
 
 from fused_lora import reference
 from fused_lora.kernels import persistent
-from fused_lora.kernels.configs import TileConfig, tma_obstacle
+from fused_lora.kernels.alignment import tma_obstacle
 from fused_lora.kernels.dropout import Dropout
 from fused_lora.kernels.persistent import (
     persistent_add_lora,
@@ -16,6 +16,7 @@ from fused_lora.kernels.persistent import (
     persistent_plain,
     persistent_produced,
 )
+from fused_lora.kernels.tile_config import TileConfig
 
 M, N, K, R = 69, 136, 40, 24
 DTYPES = [(torch.float32, 1e-6), (torch.float16, 2e-3)]  # of the result's norm: a few roundings

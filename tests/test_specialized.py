@@ -22,9 +22,10 @@ from fused_lora.dispatch import Plan, plan
 from fused_lora.explanation import explain_call
 from fused_lora.group import LoRALinearGroupFunction
 from fused_lora.kernels import persistent, specialized
-from fused_lora.kernels.configs import TileConfig, cdiv
 from fused_lora.kernels.device import INTERPRETED
 from fused_lora.kernels.dropout import dropout_threshold
+from fused_lora.kernels.sizes import cdiv
+from fused_lora.kernels.tile_config import TileConfig
 from fused_lora.seeds import draw_seeds
 
 pytestmark = pytest.mark.by_hand

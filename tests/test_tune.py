@@ -21,8 +21,9 @@ from fused_lora import dispatch, explain, tables
 from fused_lora import tune as module
 from fused_lora.calls import Call, checked_call, transposed
 from fused_lora.dispatch import Plan, forget_plans, plan
-from fused_lora.kernels.configs import TileConfig, ship
+from fused_lora.kernels.configs import ship
 from fused_lora.kernels.device import INTERPRETED, SHARED_MEMORY, DeviceInfo
+from fused_lora.kernels.tile_config import TileConfig
 from fused_lora.tables import Choice, key, save, table, user_path
 from fused_lora.tune import candidates, tune
 
