@@ -19,16 +19,13 @@ the router's weights and of the adapters.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import importlib.util
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -39,9 +36,8 @@ from fused_lora import QuantizedWeight, quantize_nf4
 from fused_lora.expert_middle import Middle
 from fused_lora.expert_mlp import run_projections
 from fused_lora.expert_stack import ExpertAdapter, Projection
-from fused_lora.tune import in_processes
 
-from . import csv_rows, measure, rows
+from . import csv_rows, measure
 from .shapes import EXPERTS
 
 RANK, SCALING = 16, 2.0
@@ -167,12 +163,8 @@ class Mixture:
 
     def difference(self, name: str) -> float:
         """The largest between our results and another's, over their norms."""
-        pairs = zip(
-            (self.fused(), *self.gradient("fused")),
-            (getattr(self, name)(), *self.gradient(name)),
-            strict=True,
-        )
-        return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+        theirs = (getattr(self, name)(), *self.gradient(name))
+        return csv_rows.difference((self.fused(), *self.gradient("fused")), theirs)
 
 
 def act(z: Tensor) -> Tensor:
@@ -232,7 +224,7 @@ def _compile(problem: Problem) -> None:
 
 
 def _measure(problem: Problem, seconds: float) -> Iterator[tuple[str, csv_rows.Medians]]:
-    """By name of every mode the median in us, or the bytes; AssertionError if ours are wrong."""
+    """By name of every mode the medians in us, or the bytes; AssertionError if ours are wrong."""
     mixture = problem.mixture()
     device = mixture.x.device
     for name in ("nf4", *OTHERS):
@@ -240,29 +232,21 @@ def _measure(problem: Problem, seconds: float) -> Iterator[tuple[str, csv_rows.M
         assert error < TOLERANCE, f"{error:.1e} of the norm from {name}"
     forward: dict[str, measure.Call] = {name: getattr(mixture, name) for name in NAMES}
     both: dict[str, measure.Call] = {name: partial(mixture.gradient, name) for name in NAMES}
-    for mode, calls in (("forward", forward), ("forward+backward", both)):
-        times = measure.undisturbed(calls, device, seconds)
-        yield mode, {name: statistics.median(samples) for name, samples in times.items()}
-    yield "memory", {name: measure.peak_memory(call, device) for name, call in both.items()}
+    yield "forward", csv_rows.times(forward, device, seconds)
+    yield "forward+backward", csv_rows.times(both, device, seconds)
+    yield "memory", csv_rows.memory(both, device)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; 1 if our results are wrong, or something fails."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = csv_rows.parser(__doc__)
     parser.add_argument("--models", choices=EXPERTS, nargs="+", help="whose experts")
-    parser.add_argument("--rows", type=int, nargs="+", help="tokens")
-    parser.add_argument("--seconds-a-mode", type=float, default=0.15)
-    parser.add_argument("--out", type=Path, default=rows.RESULTS, help="folder for the rows")
-    parser.add_argument("--workers", type=int, default=0, help="processes that compile first")
     args = parser.parse_args(argv)
     cuda = torch.cuda.is_available()
     *large, small, olmoe = EXPERTS
     models = args.models or (large if cuda else (small, olmoe))
     todo = problems(models, args.rows or ((8192, 2048) if cuda else (2048, 512, 128)))
-    if args.workers:
-        in_processes(_compile, todo, args.workers)
-    measured = partial(_measure, seconds=args.seconds_a_mode)
-    return csv_rows.write("experts", todo, measured, args.out, versus=OTHERS[0])
+    return csv_rows.main("experts", args, todo, _compile, _measure, versus=OTHERS[0])
 
 
 if __name__ == "__main__":

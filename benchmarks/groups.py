@@ -9,14 +9,11 @@ And the most memory that forward and backward hold at once, in bytes.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -26,9 +23,8 @@ from torch import Tensor
 from fused_lora import lora_linear, lora_linear_gated, lora_linear_group
 from fused_lora.arguments import Arguments
 from fused_lora.dispatch import better_apart
-from fused_lora.tune import in_processes
 
-from . import csv_rows, measure, rows
+from . import csv_rows, measure
 from .providers import peft_expression
 from .shapes import MODELS
 
@@ -124,12 +120,8 @@ class Members:
 
     def difference(self) -> float:
         """The largest between a group's results and those of layers apart, over their norms."""
-        pairs = zip(
-            (*self.group(), *self.gradient("group")),
-            (*self.apart(), *self.gradient("apart")),
-            strict=True,
-        )
-        return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+        group = (*self.group(), *self.gradient("group"))
+        return csv_rows.difference(group, (*self.apart(), *self.gradient("apart")))
 
 
 class MLP(Members):
@@ -176,21 +168,19 @@ def _compile(problem: Problem) -> None:
             members.gradient(name)
 
 
-def _measured(members: Members, seconds: float) -> Iterator[tuple[str, dict[str, float]]]:
-    """By name of every mode the median in us, or the bytes."""
+def _measured(members: Members, seconds: float) -> Iterator[tuple[str, csv_rows.Medians]]:
+    """By name of every mode the medians in us, or the bytes."""
     device = members.x.device
     forward: dict[str, measure.Call] = {name: getattr(members, name) for name in NAMES}
     both: dict[str, measure.Call] = {name: partial(members.gradient, name) for name in NAMES}
-    modes = [("forward", forward, False), ("forward+backward", both, False)]
+    yield "forward", csv_rows.times(forward, device, seconds)
+    yield "forward+backward", csv_rows.times(both, device, seconds)
     if len(members.x) <= OVERHEAD_ROWS:
-        modes.append(("overhead", both, True))
-    for mode, calls, overhead in modes:
-        times = measure.undisturbed(calls, device, seconds, overhead=overhead)
-        yield mode, {name: statistics.median(samples) for name, samples in times.items()}
-    yield "memory", {name: measure.peak_memory(call, device) for name, call in both.items()}
+        yield "overhead", csv_rows.times(both, device, seconds, overhead=True)
+    yield "memory", csv_rows.memory(both, device)
 
 
-def _measure(problem: Problem, seconds: float) -> Iterator[tuple[str, dict[str, float]]]:
+def _measure(problem: Problem, seconds: float) -> Iterator[tuple[str, csv_rows.Medians]]:
     """What `_measured` gives; AssertionError if the group's results are wrong."""
     members = problem.members()
     if problem.layers != "mlp" and better_apart(members.x, members.first()):
@@ -204,20 +194,13 @@ def _measure(problem: Problem, seconds: float) -> Iterator[tuple[str, dict[str, 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; 1 if a group's results are wrong, or something fails."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = csv_rows.parser(__doc__)
     parser.add_argument("--model", choices=MODELS, help="whose q, k, v and gate, up")
-    parser.add_argument("--rows", type=int, nargs="+", help="M")
-    parser.add_argument("--seconds-a-mode", type=float, default=0.15)
-    parser.add_argument("--out", type=Path, default=rows.RESULTS, help="folder for the rows")
-    parser.add_argument("--workers", type=int, default=0, help="processes that compile first")
     args = parser.parse_args(argv)
     cuda = torch.cuda.is_available()
     Ms = args.rows or ((8192, 2048, 512, OVERHEAD_ROWS) if cuda else (512,))
     todo = problems(args.model or ("llama-3.1-8b" if cuda else "smollm2-135m"), Ms)
-    if args.workers:
-        in_processes(_compile, todo, args.workers)
-    measured = partial(_measure, seconds=args.seconds_a_mode)
-    return csv_rows.write("groups", todo, measured, args.out, versus="apart")
+    return csv_rows.main("groups", args, todo, _compile, _measure, versus="apart")
 
 
 if __name__ == "__main__":
