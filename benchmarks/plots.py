@@ -11,11 +11,11 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from fused_lora.cost_model import CEILINGS
+
 from .measured import LABELS, Measured, label, order
 from .shapes import Case
 
-# Measured on these cards: TFLOP/s of a bf16 product at 8192^3, TB/s of a copy.
-CEILINGS = {"H100": (798.0, 3.0), "H200": (788.0, 4.3)}
 COLORS = {
     "fused": "#c0392b",
     "one_pass": "#e59866",
@@ -173,7 +173,7 @@ def _roofline(measured: Measured) -> Figure | None:
     if ceiling is None:
         return None
     measured = measured.only("plain")
-    teraflops, terabytes = ceiling
+    teraflops, terabytes = (rate / 1e12 for rate in ceiling)
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     reach = [0.5, teraflops / terabytes, 10_000]
     intensities = [reach[1]]

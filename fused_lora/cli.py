@@ -19,9 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import __version__
-from .finetune import History, Run, saved_settings
+from .finetune import History, Run
 from .plots import plot_losses
 from .settings import ALL_PROJECTIONS, DTYPES, NAMES, Settings
+from .training_state import read_state
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(soft_wrap=True, highlight=False)
@@ -288,7 +289,7 @@ def _resumed(context: typer.Context, out: Path) -> Settings:
             f"resume: goes on with the settings saved in {out}; wanted no other option than "
             f"--out and --steps, got {', '.join('--' + name.replace('_', '-') for name in others)}"
         )
-    settings = saved_settings(out)
+    settings = read_state(out).settings
     return replace(settings, steps=context.params["steps"]) if "steps" in given else settings
 
 

@@ -7,22 +7,19 @@ on is a function of (seed, step), so that a resumed run goes on as if it had not
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapter_config import CONFIG_NAME
@@ -30,7 +27,6 @@ from .adapter_read import WEIGHTS_NAME
 from .adapters import save_adapter
 from .expert_layer import FusedLoRAExperts
 from .expert_modules import in_order, plain_weight, projections, weight_of
-from .files import write_atomically
 from .inject import inject
 from .linear import FusedLoRALinear
 from .matching import find_experts, mixtures_of_experts
@@ -38,12 +34,11 @@ from .models import load_model, load_tokenizer
 from .modules_to_save import find_modules_to_save
 from .processes import Processes
 from .quantized_weight import QuantizedWeight
-from .settings import DTYPES, NAMES, Settings
+from .settings import DTYPES, Settings
 from .text import counted, next_token_loss, read_documents, split_held_out, token_blocks
+from .training_state import STATE_NAME, TrainingState, load_tensors, read_state, save_state
 
-STATE_NAME = "training_state.safetensors"
 _MAX_GRAD_NORM = 1.0
-_MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
 
 
 @dataclass
@@ -67,7 +62,7 @@ class Run:
         settings: see `Settings`.
         out: the folder that `save` writes to and ``resume`` reads from.
         resume: go on from what an earlier run saved in ``out``; ``settings`` must be that run's,
-            but for ``steps`` (`saved_settings` reads them).
+            but for ``steps`` (`training_state.read_state` has them).
         say: gets a line of text for each stage.
 
     Raises what reading the model or the data raises, and ValueError for a saved state that is
@@ -86,7 +81,12 @@ class Run:
         if settings.peft and find_spec("peft") is None:
             raise ValueError("peft: is not installed; pip install 'fused-lora[peft]'")
         if resume:
-            _check_unfinished(out / STATE_NAME, settings.steps)
+            done = len(read_state(out).losses)
+            if done >= settings.steps:
+                raise ValueError(
+                    f"steps: {out / STATE_NAME} has done {done} of {settings.steps}; "
+                    "wanted a larger number"
+                )
         else:
             check_new(out)
         self.processes = Processes(settings.device)
@@ -279,42 +279,21 @@ class Run:
             self.model.save_pretrained(str(self.out))  # type: ignore[operator]
         else:
             save_adapter(self.model, self.out)
-        tensors: dict[str, Tensor] = {}
-        for name, p in self.trained.items():
-            tensors[f"parameter.{name}"] = p.detach().cpu()
-            for key, value in self.optimizer.state[p].items():
-                tensors[f"{key}.{name}"] = value.detach().cpu()
-        state = {
-            "settings": asdict(self.settings),
-            "data": self.data_hash,
-            "losses": self.history.losses,
-            "held_out_before": self.history.held_out_before,
-        }
-        metadata = {"state": json.dumps(state)}
-        write_atomically(self.out / STATE_NAME, lambda to: save_file(tensors, to, metadata))
+        history = self.history
+        state = TrainingState(
+            self.settings, self.data_hash, history.losses, history.held_out_before
+        )
+        save_state(self.out, state, self.trained, self.optimizer)
 
     def _load_state(self) -> None:
-        path = self.out / STATE_NAME
-        state = _read_state(path)
-        if _settings_of(path, state) != replace(self.settings, steps=state["settings"]["steps"]):
+        path, state = self.out / STATE_NAME, read_state(self.out)
+        if state.settings != replace(self.settings, steps=state.settings.steps):
             raise ValueError(f"{path}: was saved by a run with other settings")
-        if state["data"] != self.data_hash:
+        if state.data != self.data_hash:
             raise ValueError(f"data: {self.settings.data} is not what {path} was trained on")
-        wanted: dict[str, list[int]] = {}
-        for name, p in self.trained.items():
-            wanted |= {f"{key}.{name}": list(p.shape) for key in ("parameter", *_MOMENTS)}
-            wanted[f"step.{name}"] = []
-        with safe_open(path, framework="pt") as file:
-            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-            if shapes != wanted:
-                raise ValueError(f"{path}: its tensors do not fit the model's adapters")
-            with torch.no_grad():
-                for name, p in self.trained.items():
-                    p.copy_(file.get_tensor(f"parameter.{name}"))
-                    moments = {key: file.get_tensor(f"{key}.{name}").to(p) for key in _MOMENTS}
-                    self.optimizer.state[p] = {"step": file.get_tensor(f"step.{name}"), **moments}
-        self.history.losses = [float(loss) for loss in state["losses"]]
-        self.history.held_out_before = float(state["held_out_before"])
+        load_tensors(self.out, self.trained, self.optimizer)
+        self.history.losses = state.losses
+        self.history.held_out_before = state.held_out_before
         self.say(f"resumed: {path}, after step {self.history.step}")
 
     def compare_with_peft(self) -> tuple[float, float]:
@@ -426,40 +405,3 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def saved_settings(out: Path) -> Settings:
-    """Those of the run that was saved in ``out``. Raises FileNotFoundError or ValueError."""
-    path = out / STATE_NAME
-    return _settings_of(path, _read_state(path))
-
-
-def _settings_of(path: Path, state: dict[str, Any]) -> Settings:
-    try:
-        saved = dict(state["settings"])
-        # Some are not in a run from before there were any.
-        return Settings(**saved | {name: tuple(saved.get(name, ())) for name in NAMES})
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its settings are damaged: {error}") from None
-
-
-def _check_unfinished(path: Path, steps: int) -> None:
-    done = len(_read_state(path)["losses"])
-    if done >= steps:
-        raise ValueError(f"steps: {path} has done {done} of {steps}; wanted a larger number")
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file, so no run to resume")
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = json.loads(file.metadata()["state"])
-        losses = state["losses"]
-        if not all(isinstance(loss, float) for loss in (*losses, state["held_out_before"])):
-            raise TypeError("losses are no numbers")
-        if not isinstance(state["data"], str) or not isinstance(state["settings"], dict):
-            raise TypeError("data or settings are of another type")
-    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is no saved run, or a damaged one: {error}") from None
-    return dict(state)

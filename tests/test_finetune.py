@@ -32,7 +32,7 @@ from typer.testing import CliRunner
 
 from fused_lora import FusedLoRALinear
 from fused_lora.cli import app
-from fused_lora.finetune import STATE_NAME, Run, batch, learning_rate, saved_settings
+from fused_lora.finetune import Run, batch, learning_rate
 from fused_lora.settings import Settings
 from fused_lora.text import (
     NOT_COUNTED,
@@ -43,6 +43,7 @@ from fused_lora.text import (
     split_held_out,
     token_blocks,
 )
+from fused_lora.training_state import STATE_NAME, read_state
 
 ROOT = Path(__file__).parents[1]
 TEXT = "the frozen layer and the adapter share one pass over the input of the layer " * 40
@@ -161,7 +162,7 @@ def test_a_mixture_of_experts(settings, model_dir, tmp_path, peft, quantize):
     assert difference < 1e-4 < effect
     again = _train(replace(settings, steps=8), tmp_path / "out", resume=True)
     assert again.history.step == 8
-    assert saved_settings(tmp_path / "out").target_parameters == names
+    assert read_state(tmp_path / "out").settings.target_parameters == names
     done = CliRunner().invoke(app, ["merge", str(tmp_path / "out"), str(tmp_path / "merged")])
     assert done.exit_code == 0, done.output
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -228,7 +229,7 @@ def test_resumed_run_is_the_uninterrupted_one(settings, tmp_path, lora_dropout, 
     run = Run(settings, tmp_path / "out", say=lambda _: None)
     assert run.train(stop_after_3).interrupted
     run.save()
-    assert saved_settings(tmp_path / "out") == settings
+    assert read_state(tmp_path / "out").settings == settings
     resumed = _train(settings, tmp_path / "out", resume=True).history
     assert resumed.losses == whole
     assert not resumed.interrupted
@@ -454,7 +455,7 @@ def test_what_cannot_be_resumed(settings, tmp_path):
     state = out / STATE_NAME
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(ValueError, match="no saved run, or a damaged one"):
-        saved_settings(out)
+        read_state(out)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(settings, tmp_path):
@@ -580,7 +581,7 @@ def test_interrupted_command_saves_and_says_how_to_go_on(settings, tmp_path):
     rest = process.communicate(timeout=120)[0]
     assert process.returncode == 130
     assert f"go on with: fused-lora finetune --resume --out {out}" in rest.replace("\n", " ")
-    assert saved_settings(out).steps == 100_000
+    assert read_state(out).settings.steps == 100_000
 
 
 # Two of them, at 20 s for a launch; with prompts or over codes alone, too, they were three.
