@@ -507,6 +507,8 @@ def test_groups_without_a_number_are_no_repetitions(tmp_path):
     _edit(target_modules=r"(?:self_attn|mlp)\.(?:q_proj|k_proj)(?:|a)(?:|b)(?:|c)")(tmp_path)
     plain = nn.ModuleDict({"self_attn": nn.ModuleDict({"q_proj": nn.Linear(4, 4)})})
     load_adapter(plain, tmp_path)
+    loaded, saved = plain["self_attn"]["q_proj"], model["self_attn"]["q_proj"]
+    assert torch.equal(loaded.lora_A, saved.lora_A)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])

@@ -233,7 +233,8 @@ def test_the_output_may_be_changed_in_place():
     fused_lora.peft.fuse(model)
     y = model(x.requires_grad_(), index, weights)
     y += 1
-    y.sum().backward()
+    (changed,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(changed, torch.autograd.grad(model(x, index, weights).sum(), x)[0])
 
 
 def test_what_autograd_s_node_cannot_goes_to_peft():
