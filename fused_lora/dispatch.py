@@ -18,7 +18,7 @@ from .kernels.alignment import is_transposed, tma_obstacle
 from .kernels.configs import choose_config, tunable
 from .kernels.device import DeviceInfo, device_info
 from .kernels.tile_config import TileConfig
-from .products import in_fp32
+from .products import has_instructions, in_fp32
 from .quantized_weight import Weight
 from .strategies import (
     PARTS,
@@ -37,14 +37,18 @@ if TYPE_CHECKING:
 
 # Few rows: PyTorch's own nodes beat one of ours on a CPU, and members of a group are faster apart.
 FEW_ROWS = 64
-# And so do they with an x in fp32 of up to so many elements. A node of ours saves a pass over dx,
-# which is as large, and costs 50 to 150 us: its Python comes from memory after each product. Their
-# time on an EPYC, of ours, by M, N x K: 96, 192 x 576 0.84; 512, 192 x 576 0.98; 256, 576 x 576
-# 0.98; 512, 576 x 576 1.01; with dropout 0.81 to 0.99.
-_FEW_ELEMENTS = 1 << 18
-# Against members of a group, which has one node for all, up to so many. (0.87 to 1 of the time, and
-# 1.02 to 1.16 with twice as many; over quantised W0s 1 to 1.08.)
-_FEW_OF_GROUP = 1 << 17
+# And so do they where x and y have up to so many elements together. A node of ours saves passes
+# over dx and y, and costs 50 to 150 us: its Python comes from memory after each product. Their
+# time, of ours, by M, N x K, on a Xeon with AMX in bf16 and in fp32: 96, 192 x 576 0.87, 0.89; 256,
+# 576 x 576 0.98, 0.96; 128, 2048 x 2048 1.00, 0.98; 256, 1536 x 576 1.05, 0.98; with dropout 0.84
+# to 1.04. On an EPYC in fp32: 0.84, 0.98; 512, 576 x 576 1.01.
+_FEW_ELEMENTS = 1 << 19
+# Where A and B are wider, y + scaling h B^T is made in their dtype: 128, 576 x 576 0.91, 256 1.10.
+_FEW_UNDER_WIDER = 1 << 18
+# Against members of a group, which has one node for all, x has up to so many for each byte of one.
+# (On an EPYC 0.87 to 1 of the group's time in fp32, and 1.02 to 1.16 with twice as many; over
+# quantised W0s 1 to 1.08. On a Xeon with AMX in bf16 0.95 to 1, with twice as many 1.04 to 1.14.)
+_FEW_OF_GROUP = 1 << 15
 # What is chosen between while no table says more, but for Hopper, where that is all: no other GPU
 # has measured the rest.
 _BY_MODEL: tuple[Strategy, ...] = ("one_pass", "split", "skinny", "in_loop", "library")
@@ -149,20 +153,26 @@ def multiplied_in_fp32(call: Call) -> bool:
     return in_fp32(call.dtype, call.device, call.M, call.N, call.K)
 
 
-def _is_small(M: int, elements: int, dtype: torch.dtype, device: torch.device, most: int) -> bool:
-    """Whether an x of so many has few rows, or on a CPU in fp32 few elements."""
-    return M <= FEW_ROWS or (device.type == "cpu" and dtype == torch.float32 and elements <= most)
+def _multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a CPU has instructions for products in 32 or 16 bits."""
+    return device.type == "cpu" and dtype.itemsize <= 4 and has_instructions(dtype)
 
 
-def _has_few(x: Tensor, member: Arguments, most: int) -> bool:
-    """`_is_small` of a layer's x: over codes few rows alone count."""
-    most = most if isinstance(member.weight, Tensor) else 0
-    return _is_small(x.shape[:-1].numel(), x.numel(), x.dtype, x.device, most)
+def _is_small(
+    M: int, N: int, K: int, dtype: torch.dtype, adapter: torch.dtype, device: torch.device
+) -> bool:
+    """Whether PyTorch's own nodes are faster for a layer on a CPU."""
+    most = _FEW_UNDER_WIDER if adapter.itemsize > dtype.itemsize else _FEW_ELEMENTS
+    return M <= FEW_ROWS or (_multiplies(dtype, device) and M * (N + K) <= most)
 
 
 def is_small(x: Tensor, member: Arguments) -> bool:
-    """Whether x is so small that PyTorch's own nodes are faster for a layer, or for few rows."""
-    return _has_few(x, member, _FEW_ELEMENTS)
+    """Whether PyTorch's own nodes are faster for a layer's x, or it has few rows."""
+    M = x.shape[:-1].numel()
+    if not isinstance(member.weight, Tensor):
+        return M <= FEW_ROWS
+    N, K = member.weight.shape
+    return _is_small(M, N, K, x.dtype, member.lora_A.dtype, x.device)
 
 
 def better_apart(x: Tensor, member: Arguments) -> bool:
@@ -175,15 +185,18 @@ def better_apart(x: Tensor, member: Arguments) -> bool:
     """
     if member.backend == "triton":  # asked for
         return False
-    on_cpu = x.device.type == "cpu"
-    return (on_cpu and member.dropout_p > 0.0) or _has_few(x, member, _FEW_OF_GROUP)
+    if x.shape[:-1].numel() <= FEW_ROWS or (x.device.type == "cpu" and member.dropout_p > 0.0):
+        return True
+    few = _multiplies(x.dtype, x.device) and x.numel() <= _FEW_OF_GROUP * x.itemsize
+    return few and isinstance(member.weight, Tensor)
 
 
 def _composes(call: Call) -> bool:
     """Whether a call that PyTorch takes is recorded by its autograd operator by operator."""
     if call.device.type != "cpu" or call.quantized is not None or multiplied_in_fp32(call):
         return False  # the last is ours
-    return _is_small(call.M, call.M * call.K, call.dtype, call.device, _FEW_ELEMENTS)
+    adapter = max(call.adapter_dtypes, key=lambda dtype: dtype.itemsize, default=call.dtype)
+    return _is_small(call.M, call.N, call.K, call.dtype, adapter, call.device)
 
 
 def takes_kernels(call: Call, backend: Backend) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ from .arguments import Arguments
 from .autocast import autocast
 from .autograd import LoRALinearFunction
 from .calls import Backend, checked_call
-from .dispatch import Decision, plan, replays_of
+from .dispatch import FEW_ROWS, Decision, plan, replays_of
 from .dora import DoRALinearFunction
 from .explanation import Explanation, explain_call
 from .kernels.dropout import dropout_of, dropout_threshold
 from .observed import check_frozen, fold_scaling, is_observed, is_recorded, is_trained
 from .packing import pack
+from .products import has_instructions
 from .quantized_weight import QuantizedWeight, Weight
 from .recall import recall, remember
 from .reference import fp8_activations
@@ -48,8 +50,8 @@ def lora_linear(
         lora_A, lora_B: adapter [r, K] and [N, r], in any floating dtype; they are multiplied in
             x's dtype with fp32 accumulation, as under autocast, and their gradients have their own
             dtype. No copy of x is made for fp32 adapters over a bf16 x. But a small x on a CPU
-            that multiplies x's dtype (see products.py; up to 64 rows, or in fp32 2^18 elements) is
-            multiplied in the adapters' dtype where that is the wider one, as PEFT does.
+            that multiplies x's dtype (see products.py; up to 64 rows, or 2^18 elements of x and y)
+            is multiplied in the adapters' dtype where that is the wider one, as PEFT does.
         scaling: alpha / r (rsLoRA: alpha / sqrt(r)); finite. Not differentiated.
         bias: [N] in x's dtype, or None; trainable if it requires a gradient.
         dropout_p: probability in [0, 1) of dropping an element of the adapter's input, rounded to
@@ -127,6 +129,11 @@ def _on_device(
     check_frozen(weight)
     compiling = torch.compiler.is_compiling()
     if compiling and isinstance(weight, Tensor) and _is_inductors(x, layer):
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # 0.2 s, SymPy
+
+        if not statically_known_true(math.prod(x.shape[:-1]) <= FEW_ROWS):
+            # To cast so few rows is less than to cast A and B.
+            lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         return torch_backend.formula(x, weight, lora_A, lora_B, bias, scaling)
     seed = draw_seed(x.device, backend, shard or 0) if threshold else None
     lora_B, scaling = fold_scaling(lora_B, scaling)
@@ -139,15 +146,17 @@ def _on_device(
 def _is_inductors(x: Tensor, layer: Arguments) -> bool:
     """Whether Inductor gets the formula instead of an operator, whose call on a CPU takes longer.
 
-    0.85 of the time at 32 x 576, 0.99 at 512 x 2048, and what follows is made with the sum. Not
-    with dropout: Inductor draws each element by itself, 2 times the operator's time at 512 x 576.
-    Not in an export (which PyTorch 2.11 takes every graph for): it may run on another device.
+    0.85 of the time at 32 x 576 in fp32, 0.99 at 512 x 2048, 0.68 and 0.97 in bf16, and what
+    follows is made with the sum. Not with dropout: Inductor draws each element by itself, 2 times
+    the operator's time at 512 x 576. Not in an export (which PyTorch 2.11 takes every graph for):
+    it may run on another device.
     """
     if x.device.type != "cpu" or layer.backend == "triton" or layer.dropout_p > 0.0:
         return False
-    if x.dtype not in (torch.float32, torch.float64) or torch.compiler.is_exporting():
+    if not has_instructions(x.dtype) or torch.compiler.is_exporting():
         return False
-    return layer.lora_A.dtype == x.dtype and layer.lora_B.dtype == x.dtype
+    A, B = layer.lora_A.dtype, layer.lora_B.dtype
+    return A == B and torch.promote_types(x.dtype, A) == A
 
 
 def _run(decision: Decision, x: Tensor, layer: Arguments, shard: int | None = None) -> Tensor:

@@ -159,8 +159,8 @@ def lora_linear_group(
     ValueError if there is no member, or not the same number of everything.
 
     Under torch.func's transforms, dispatch modes, for tensor subclasses such as DTensor, for up to
-    64 rows, and on a CPU with dropout or up to 2^17 elements of x in fp32, each member is a call of
-    its own.
+    64 rows, and on a CPU with dropout or up to 2^17 elements of x in fp32, 2^16 in 16 bits, each
+    member is a call of its own.
 
     The members are one node of the graph: a backward pass through one output alone frees what the
     others need too, unless it is told to retain the graph.

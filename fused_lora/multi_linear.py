@@ -108,7 +108,7 @@ class FusedMultiLoRALinear(FrozenLinear):
         self,
         adapter_name: str,
         r: int = 8,
-        lora_alpha: float = 16,
+        lora_alpha: float = 8,
         *,
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,

@@ -262,8 +262,8 @@ def fuse(
             `fused_lora.sharing` for how; `lora_linear_group` for what it saves, and what a backward
             pass through one of them alone needs. And compute act(gate) * up with down, in MLPs
             whose forward is Llama's: see `lora_linear_gated`. All are computed on their own under
-            torch.compile and torch.func, and for up to 64 rows, or on a CPU in fp32 so few elements
-            (see there); what shares its input also under CUDA graph capture, with dropout on a CPU,
+            torch.compile and torch.func, and for up to 64 rows, or on a CPU so few elements (see
+            there); what shares its input also under CUDA graph capture, with dropout on a CPU,
             and on a GPU without gradients for up to 512.
 
     Raises:

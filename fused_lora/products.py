@@ -33,9 +33,14 @@ _LEFT, _RIGHT = 1 << 20, 1 << 18
 _CAST, _OVERHEAD = 4, 100_000
 
 
+def has_instructions(dtype: torch.dtype) -> bool:
+    """Whether the CPU multiplies such numbers by itself."""
+    return dtype not in WITHOUT_INSTRUCTIONS
+
+
 def in_fp32(dtype: torch.dtype, device: torch.device, M: int, N: int, K: int) -> bool:
     """Whether [M, K] x [K, N] is multiplied in fp32: with few rows the casts would cost more."""
-    if dtype not in WITHOUT_INSTRUCTIONS or device.type != "cpu":
+    if has_instructions(dtype) or device.type != "cpu":
         return False
     return M * N * K > _CAST * (M * K + K * N + M * N) + _OVERHEAD
 

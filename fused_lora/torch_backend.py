@@ -109,8 +109,13 @@ def formula(
     bias: Tensor | None,
     scaling: float,
 ) -> Tensor:
-    """y [..., N] without dropout, for Inductor, which adds in its own passes what is added."""
-    return F.linear(x, weight, bias) + F.linear(F.linear(x, lora_A) * scaling, lora_B)
+    """y [..., N] without dropout, for Inductor, which adds in its own passes what is added.
+
+    The adapter's part is in A's and B's dtype, x's or a wider one.
+    """
+    y = F.linear(x, weight, bias)
+    h = F.linear(x.to(lora_A.dtype), lora_A) * scaling
+    return (y + F.linear(h, lora_B)).to(y.dtype)
 
 
 _LARGE = 1 << 16  # elements

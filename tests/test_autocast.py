@@ -93,7 +93,9 @@ class Allocations(TorchDispatchMode):
 
 
 @both_backends
-def test_fp32_adapters_make_no_fp32_copy_of_x(device, monkeypatch, cpu_without, backend, dtype):
+def test_fp32_adapters_make_no_fp32_copy_of_x(
+    device, monkeypatch, own_nodes, cpu_without, backend, dtype
+):
     """PEFT casts x to the adapters' dtype. Here nothing of x's or y's size is ever fp32."""
     cpu_without()
     M, N, K, r = 80, 48, 40, 4  # too many for what is composed

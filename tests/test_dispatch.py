@@ -64,21 +64,22 @@ def test_auto(h100, changes, backend, strategy):
     ("changes", "composed"),
     [
         ({"M": FEW_ROWS}, True),
-        ({"M": FEW_ROWS + 1}, True),
-        ({"M": 1 << 10, "K": 1 << 8}, True),
-        ({"M": (1 << 10) + 1, "K": 1 << 8}, False),
+        ({"M": 1024}, True),
+        ({"M": 1025}, False),
         ({"M": FEW_ROWS, "K": 1 << 20}, True),
-        ({"M": FEW_ROWS, "dtype": torch.bfloat16}, True),
-        ({"M": FEW_ROWS + 1, "dtype": torch.bfloat16}, False),
+        ({"M": 1024, "dtype": torch.bfloat16}, True),
+        ({"M": 512, "dtype": torch.bfloat16, "adapter_dtypes": (torch.float32,) * 2}, True),
+        ({"M": 513, "dtype": torch.bfloat16, "adapter_dtypes": (torch.float32,) * 2}, False),
+        ({"M": FEW_ROWS, "dtype": torch.float16}, False),
         ({"M": FEW_ROWS + 1, "dtype": torch.float64}, False),
         ({"M": 1, "quantized": Layout("nf4", (1, 64), False, True, None)}, False),
         ({"M": 1, "device": torch.device("cuda", 0), "r": 513}, False),
     ],
 )
 def test_what_pytorch_records_by_itself(h100, cpu_without, changes, composed):
-    """A small x on a CPU."""
-    cpu_without()
-    small = replace(CALL, K=64, N=4096, dtype=torch.float32, device=torch.device("cpu"))
+    """A small x and y on a CPU."""
+    cpu_without(torch.float16)
+    small = replace(CALL, K=64, N=448, dtype=torch.float32, device=torch.device("cpu"))
     chosen = plan(replace(small, **changes), "auto")
     assert (chosen.backend, chosen.composed) == ("torch", composed)
 

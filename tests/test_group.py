@@ -639,7 +639,7 @@ def test_module_explains_itself():
 def _layers(**kwargs):
     layers = {
         "q": FusedLoRALinear(6, 8, 2, **kwargs),
-        "k": FusedLoRALinear(6, 4, 3, 24, **kwargs),
+        "k": FusedLoRALinear(6, 4, 3, 12, **kwargs),
         "v": FusedLoRALinear(6, 4, 2, bias=False, **kwargs),
     }
     for layer in layers.values():
