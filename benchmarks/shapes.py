@@ -182,7 +182,7 @@ def _cpu() -> Iterator[Case]:
     yield from _overhead("fp32")
     yield from _cases(layers, (1, 32, 128, 512), dtype=("fp32",))
     # The longest last: 512 rows in bf16 take PEFT seconds on a CPU without instructions for it.
-    for M in (1, 32, 512):
+    for M in (1, 32, 128, 512):
         yield from _cases(layers, (M,), adapter_dtype="fp32")  # PEFT's default over bf16
         yield from _cases(larger, (M,))
 
