@@ -30,7 +30,7 @@ class Call:
     plain_tensors: bool
     quantized: Layout | None = None  # W0's, if it is a QuantizedWeight
     direction: Direction = "forward"  # for dx, N and K are the other way round: see `transposed`
-    adapter_dtypes: tuple[torch.dtype, ...] = ()  # A's and B's
+    adapter_dtypes: tuple[torch.dtype, ...] = ()  # A's and B's: no choice depends on them
 
 
 def transposed(call: Call) -> Call:

@@ -39,12 +39,11 @@ if TYPE_CHECKING:
 FEW_ROWS = 64
 # And so do they where x and y have up to so many elements together. A node of ours saves passes
 # over dx and y, and costs 50 to 150 us: its Python comes from memory after each product. Their
-# time, of ours, by M, N x K, on a Xeon with AMX in bf16 and in fp32: 96, 192 x 576 0.87, 0.89; 256,
-# 576 x 576 0.98, 0.96; 128, 2048 x 2048 1.00, 0.98; 256, 1536 x 576 1.05, 0.98; with dropout 0.84
-# to 1.04. On an EPYC in fp32: 0.84, 0.98; 512, 576 x 576 1.01.
-_FEW_ELEMENTS = 1 << 19
-# Where A and B are wider, y + scaling h B^T is made in their dtype: 128, 576 x 576 0.91, 256 1.10.
-_FEW_UNDER_WIDER = 1 << 18
+# time, of ours, by M, N x K, on a Xeon with AMX in bf16, in bf16 under fp32 adapters and in fp32:
+# 96, 192 x 576 0.87, 0.78, 0.89; 64, 2048 x 2048 0.98, 0.98, 0.95; with twice as many elements,
+# 256, 576 x 576 0.98, 1.10, 0.96, and PEFT's memory, of which a node takes 0.6. With dropout 0.8 to
+# 0.96 of the time. On an EPYC in fp32 96, 192 x 576 0.84; 256, 576 x 576 0.98.
+_FEW_ELEMENTS = 1 << 18
 # Against members of a group, which has one node for all, x has up to so many for each byte of one.
 # (On an EPYC 0.87 to 1 of the group's time in fp32, and 1.02 to 1.16 with twice as many; over
 # quantised W0s 1 to 1.08. On a Xeon with AMX in bf16 0.95 to 1, with twice as many 1.04 to 1.14.)
@@ -158,12 +157,9 @@ def _multiplies(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype.itemsize <= 4 and has_instructions(dtype)
 
 
-def _is_small(
-    M: int, N: int, K: int, dtype: torch.dtype, adapter: torch.dtype, device: torch.device
-) -> bool:
+def _is_small(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether PyTorch's own nodes are faster for a layer on a CPU."""
-    most = _FEW_UNDER_WIDER if adapter.itemsize > dtype.itemsize else _FEW_ELEMENTS
-    return M <= FEW_ROWS or (_multiplies(dtype, device) and M * (N + K) <= most)
+    return M <= FEW_ROWS or (_multiplies(dtype, device) and M * (N + K) <= _FEW_ELEMENTS)
 
 
 def is_small(x: Tensor, member: Arguments) -> bool:
@@ -172,7 +168,7 @@ def is_small(x: Tensor, member: Arguments) -> bool:
     if not isinstance(member.weight, Tensor):
         return M <= FEW_ROWS
     N, K = member.weight.shape
-    return _is_small(M, N, K, x.dtype, member.lora_A.dtype, x.device)
+    return _is_small(M, N, K, x.dtype, x.device)
 
 
 def better_apart(x: Tensor, member: Arguments) -> bool:
@@ -195,8 +191,7 @@ def _composes(call: Call) -> bool:
     """Whether a call that PyTorch takes is recorded by its autograd operator by operator."""
     if call.device.type != "cpu" or call.quantized is not None or multiplied_in_fp32(call):
         return False  # the last is ours
-    adapter = max(call.adapter_dtypes, key=lambda dtype: dtype.itemsize, default=call.dtype)
-    return _is_small(call.M, call.N, call.K, call.dtype, adapter, call.device)
+    return _is_small(call.M, call.N, call.K, call.dtype, call.device)
 
 
 def takes_kernels(call: Call, backend: Backend) -> bool:

@@ -136,7 +136,7 @@ def lora_linear_gated(
 
     Under torch.compile, torch.func's transforms and dispatch modes, for tensor subclasses such as
     DTensor, for inputs that autocast changes, and for a small x on a CPU (up to 64 rows,
-    or 2^19 elements of x and y), x is made by PyTorch.
+    or 2^18 elements of x and y), x is made by PyTorch.
     """
     given = Arguments(weight, lora_A, lora_B, scaling, bias, dropout_p, backend)
     return call_gated(gate, up, activation, given)

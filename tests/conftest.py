@@ -108,8 +108,8 @@ def own_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Calls of many rows have a node of ours on a CPU too, where x is too small in tests."""
     from fused_lora import dispatch
 
-    for most in ("_FEW_ELEMENTS", "_FEW_UNDER_WIDER", "_FEW_OF_GROUP"):
-        monkeypatch.setattr(dispatch, most, 0)
+    monkeypatch.setattr(dispatch, "_FEW_ELEMENTS", 0)
+    monkeypatch.setattr(dispatch, "_FEW_OF_GROUP", 0)
     dispatch.forget_plans()
     yield
     dispatch.forget_plans()
