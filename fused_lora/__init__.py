@@ -1,4 +1,4 @@
-"""LoRA layers in one fused GPU pass: Triton kernels, their autograd function, a drop-in layer."""
+"""LoRA layers fused into their base product: Triton kernels, their autograd function, a layer."""
 
 from . import interrupt as interrupt  # isort: skip  # before all that takes long
 from . import flops, reference

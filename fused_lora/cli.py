@@ -41,7 +41,7 @@ def _fused_lora(
         bool, typer.Option("--version", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """LoRA layers in one fused GPU pass."""
+    """LoRA layers fused into their base product."""
     context.with_resource(_our_warnings_said())
 
 
@@ -58,8 +58,8 @@ def finetune(
     data: Annotated[
         str,
         typer.Option(
-            help='A text file, a .jsonl file ("text", "messages", or "prompt" and "completion", '
-            "whose prompts do not count in the loss), or python-docs."
+            help='A text file, a .jsonl or .ndjson file ("text", "messages", or "prompt" and '
+            '"completion", whose prompts do not count in the loss), or python-docs.'
         ),
     ] = _DEFAULT.data,
     out: Annotated[
@@ -72,10 +72,16 @@ def finetune(
         str, typer.Option(help="Names of the layers, with commas between, or all-linear.")
     ] = ",".join(ALL_PROJECTIONS),
     target_parameters: Annotated[
-        str, typer.Option(help="Of mixtures of experts: mlp.experts.gate_up_proj,...")
+        str,
+        typer.Option(
+            help="Of mixtures of experts, such as mlp.experts.gate_up_proj,mlp.experts.down_proj."
+        ),
     ] = "",
     modules_to_save: Annotated[
-        str, typer.Option(help="Trained in whole and saved with the adapter: lm_head,...")
+        str,
+        typer.Option(
+            help="Trained in whole and saved with the adapter, such as lm_head,embed_tokens."
+        ),
     ] = "",
     use_rslora: Annotated[
         bool, typer.Option("--use-rslora", help="scaling = alpha / sqrt(r).")

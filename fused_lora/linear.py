@@ -1,4 +1,4 @@
-"""`FusedLoRALinear`: `nn.Linear` with a frozen weight and a LoRA adapter, in one fused pass."""
+"""`FusedLoRALinear`: `nn.Linear` with a frozen weight and a LoRA adapter, in one call."""
 
 from __future__ import annotations
 

@@ -72,8 +72,8 @@ class ColwiseParallel(torch_parallel.ColwiseParallel):
     """torch's `ColwiseParallel` that takes a `FusedLoRALinear` too: splits out_features.
 
     Same arguments, and the same behaviour for `nn.Linear` and `nn.Embedding`. Raises ValueError
-    if out_features does not divide by the number of ranks, TypeError for a quantised weight, DoRA
-    or several adapters.
+    if out_features does not divide by the number of ranks or the mesh has several dimensions,
+    TypeError for a quantised weight, DoRA, several adapters or a group, RuntimeError if merged.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -87,8 +87,8 @@ class RowwiseParallel(torch_parallel.RowwiseParallel):
     """torch's `RowwiseParallel` that takes a `FusedLoRALinear` too: splits in_features.
 
     Same arguments, and the same behaviour for `nn.Linear` and `nn.Embedding`. Raises ValueError
-    if in_features does not divide by the number of ranks, TypeError for a quantised weight, DoRA or
-    several adapters.
+    if in_features does not divide by the number of ranks or the mesh has several dimensions,
+    TypeError for a quantised weight, DoRA, several adapters or a group, RuntimeError if merged.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
