@@ -8,9 +8,10 @@ import torch
 from pretending import pretend
 
 from fused_lora import explain
+from fused_lora.arguments import Arguments
 from fused_lora.calls import Call
 from fused_lora.cost_model import ceilings, of_cublas, predicted_seconds
-from fused_lora.dispatch import FEW_ROWS, forget_plans, plan
+from fused_lora.dispatch import FEW_ROWS, better_apart, forget_plans, plan
 from fused_lora.kernels.device import SHARED_MEMORY, DeviceInfo, device_info
 from fused_lora.quantized_weight import Layout
 from fused_lora.tables import Strategy
@@ -81,6 +82,25 @@ def test_what_pytorch_records_by_itself(h100, cpu_without, changes, composed):
     small = replace(CALL, K=64, N=448, dtype=torch.float32, device=torch.device("cpu"))
     chosen = plan(replace(small, **changes), "auto")
     assert (chosen.backend, chosen.composed) == ("torch", composed)
+
+
+@pytest.mark.parametrize(
+    ("M", "dtype", "apart"),
+    [
+        (FEW_ROWS, torch.float16, True),
+        (4096, torch.float32, True),
+        (4097, torch.float32, False),
+        (2048, torch.bfloat16, True),
+        (2049, torch.bfloat16, False),
+        (FEW_ROWS + 1, torch.float16, False),
+        (FEW_ROWS + 1, torch.float64, False),
+    ],
+)
+def test_members_of_a_group_that_are_faster_apart(cpu_without, M, dtype, apart):
+    cpu_without(torch.float16)
+    x, W, A, B = (torch.empty(shape, dtype=dtype) for shape in ((M, 32), (8, 32), (4, 32), (8, 4)))
+    assert better_apart(x, Arguments(W, A, B, 1.0, None, 0.0, "auto")) == apart
+    assert better_apart(x, Arguments(W, A, B, 1.0, None, 0.1, "auto"))
 
 
 def test_the_input_gradient_is_decided_by_its_own_shape(h100):

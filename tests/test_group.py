@@ -600,7 +600,7 @@ def test_explain_says_how_dx_is_made(monkeypatch, dropout_p):
 def test_members_run_apart_where_that_is_faster(monkeypatch, M, dropout_p):
     """The same as calls of their own, random numbers too, and `explain_group` says so."""
     monkeypatch.setattr(group_module, "better_apart", better_apart)
-    apart = M * 8 <= dispatch._FEW_OF_GROUP or dropout_p > 0
+    apart = M * 8 <= 4 * dispatch._FEW_OF_GROUP or dropout_p > 0
     problems = _group(M, 8, SIZES[:2], device="cpu")
     lists = [[getattr(p, n) for p in problems] for n in ("weight", "lora_A", "lora_B")]
     options = {"scalings": 1.25, "biases": [p.bias for p in problems]}
