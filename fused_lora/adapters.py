@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from .adapter_read import (
 from .adapter_write import config_of, saved_form
 from .files import write_atomically
 from .inject import inject
+from .inject_report import InjectReport
 from .matching import has_peft_layers, is_linear
 from .modules_to_save import find_modules_to_save, trained_copies
 from .multi_linear import FusedMultiLoRALinear
@@ -132,7 +133,7 @@ def load_adapter(
     *,
     adapter_name: str | None = None,
     quantize: Quantize = None,
-) -> None:
+) -> InjectReport | None:
     """Loads what `save_adapter` or PEFT saved.
 
     A model without adapters gets them injected as the config says, trainable; one that has them
@@ -146,6 +147,8 @@ def load_adapter(
     trained over. One saved after "pissa", "olora" or "loftq" was trained over the codes of a
     residual, which those of the whole weight are not. Files of `save_adapter` say what it was, and
     a warning when it is something else here.
+
+    Returns what `inject` or `add_adapter` did to the model; None where its layers had adapters.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -167,12 +170,12 @@ def load_adapter(
                 f"model: has adapters already, at {next(iter(layers))}; wanted a "
                 "model without, or with named ones"
             )
-        _warn(folder, model, *_load_named(model, folder, adapter_name, quantize))
-        return
-    named = adapter_names(model)
-    if named:
+        named, report = _load_named(model, folder, adapter_name, quantize)
+        _warn(folder, model, named, report)
+        return report
+    if names := adapter_names(model):
         raise ValueError(
-            f"model: has adapters {named}; wanted an adapter_name for this one, or a model without"
+            f"model: has adapters {names}; wanted an adapter_name for this one, or a model without"
         )
     if layers and quantize is not None:
         raise ValueError(
@@ -202,11 +205,11 @@ def load_adapter(
     wanted |= wanted_of_modules(to_save)
     tensors = without_copies(tensors, wanted, to_save)
     check_tensors(tensors, wanted)
-    unused: tuple[str, ...] = ()
+    done: InjectReport | None = None
     if layers:
         check_computation(layers, config)
     else:
-        report = inject(
+        done = inject(
             model,
             config["r"],
             config["lora_alpha"],
@@ -219,7 +222,6 @@ def load_adapter(
             quantize=quantize,
             **options,
         )
-        unused = report.unused_quantize
         layers = adapted_layers(model)
         places = places_of(model, layers)
     for path, layer in layers.items():
@@ -229,12 +231,15 @@ def load_adapter(
                 fill(getattr(layer, name), tensors[key])
     for name, tensor in whole_modules(trained_copies(model)).items():
         fill(tensor, tensors[name])
-    _warn(folder, model, layers, unused)
+    _warn(folder, model, layers, done)
+    return done
 
 
-def _warn(folder: Path, model: nn.Module, layers: dict[str, Any], unused: Iterable[str]) -> None:
-    """Of codes that the adapter does not know, and of patterns in a report that nobody sees."""
-    for pattern in unused:
+def _warn(
+    folder: Path, model: nn.Module, layers: dict[str, Any], report: InjectReport | None
+) -> None:
+    """Of codes that the adapter does not know, and of patterns of ``quantize`` without a match."""
+    for pattern in report.unused_quantize if report else ():
         warnings.warn(f"fused_lora: {pattern}", stacklevel=3)
     trained_over.warn_if_other(folder / WEIGHTS_NAME, model, layers)
 
@@ -249,8 +254,8 @@ def _folder(directory: object) -> Path:
 
 def _load_named(
     model: nn.Module, folder: Path, adapter_name: str, quantize: Quantize
-) -> tuple[dict[str, FusedMultiLoRALinear], tuple[str, ...]]:
-    """The layers that have it now, by path, and what of ``quantize`` matches none."""
+) -> tuple[dict[str, FusedMultiLoRALinear], InjectReport]:
+    """The layers that have it now, by path, and what was done to the model."""
     config = read_config(folder / CONFIG_NAME)
     if config["use_dora"]:
         raise ValueError(
@@ -277,4 +282,4 @@ def _load_named(
     for path, layer in given.items():
         fill(layer.lora_A[adapter_name], tensors[key_of(path, "lora_A")])
         fill(layer.lora_B[adapter_name], tensors[key_of(path, "lora_B")])
-    return {own_path(path): layer for path, layer in given.items()}, report.unused_quantize
+    return {own_path(path): layer for path, layer in given.items()}, report

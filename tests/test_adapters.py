@@ -12,6 +12,7 @@ from torch import nn
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 from fused_lora import FusedLoRALinear, add_adapter, inject, route  # noqa: E402
+from fused_lora.adapter_layers import adapted_layers  # noqa: E402
 from fused_lora.adapters import load_adapter, save_adapter  # noqa: E402
 
 
@@ -108,8 +109,10 @@ def test_round_trip(tmp_path, options):
     model = _adapted(**options)
     save_adapter(model, tmp_path)
     for other in (_base(), _adapted(**options)):  # without adapters, and with
-        load_adapter(other, tmp_path)
+        adapted = any(isinstance(m, FusedLoRALinear) for m in other.modules())
+        report = load_adapter(other, tmp_path)
         assert torch.equal(other.eval()(X), model(X))
+        assert report is None if adapted else report.layers == tuple(adapted_layers(model))
     assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
 
 

@@ -372,7 +372,8 @@ def test_multi_weights_stay_in_the_codes_that_their_adapters_have():
 def test_multi_adapters_from_disk_over_codes(saved):
     folder, _ = saved
     model, expected = llama(), llama()
-    load_adapter(model, folder / "legal", adapter_name="legal", quantize="nf4")
+    report = load_adapter(model, folder / "legal", adapter_name="legal", quantize="nf4")
+    assert report.quantization_error > 0
     load_adapter(expected, folder / "legal", quantize="nf4")
     assert model.model.layers[0].mlp.down_proj.weight.layout.format == "nf4"
     with torch.no_grad(), route(model, adapter_names="legal"):
