@@ -75,6 +75,18 @@ DTYPES = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_values_in_16_bits_are_those_in_fp32_rounded_once(name):
+    """Also of a weight that is made in parts, of tiles that are cut off and of its transpose's."""
+    weight = QUANTIZERS[name](torch.randn(1090, 2048))
+    expected = weight.dequantize(torch.float32).bfloat16()
+    assert torch.equal(weight.dequantize(torch.bfloat16), expected)
+    tiles = [list(tiles(torch.bfloat16)) for tiles in (weight.row_tiles, weight.column_tiles)]
+    for dim, parts in enumerate(tiles):
+        assert len(parts) > 1
+        assert torch.equal(torch.cat([tile for _, tile in parts], dim), expected)
+
+
 def _quantized(p, quantizer):
     """The problem over what the quantised weight stands for, and a call of it over the codes."""
     weight = QUANTIZERS[quantizer](p.weight)
