@@ -27,7 +27,7 @@ def like() -> torch.Tensor:
 
 
 def difference(ours: Iterable[torch.Tensor], theirs: Iterable[torch.Tensor]) -> float:
-    """The largest between tensors of the same names, over the norms of theirs."""
+    """The largest between a tensor of ours and its counterpart, over the norm of that."""
     return max(((a - b).norm() / b.norm()).item() for a, b in zip(ours, theirs, strict=True))
 
 

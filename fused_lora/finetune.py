@@ -80,8 +80,9 @@ class Run:
         self.settings, self.out = settings, out
         if settings.peft and find_spec("peft") is None:
             raise ValueError("peft: is not installed; pip install 'fused-lora[peft]'")
-        if resume:
-            done = len(read_state(out).losses)
+        saved = read_state(out) if resume else None
+        if saved is not None:
+            done = len(saved.losses)
             if done >= settings.steps:
                 raise ValueError(
                     f"steps: {out / STATE_NAME} has done {done} of {settings.steps}; "
@@ -122,8 +123,8 @@ class Run:
         self.say(f"kernels: {self.which_ran()}")
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=0.0, weight_decay=0.0)
-        if resume:
-            self._load_state()
+        if saved is not None:
+            self._load_state(saved)
 
     def _attach(self, model: nn.Module) -> nn.Module:
         s = self.settings
@@ -285,8 +286,8 @@ class Run:
         )
         save_state(self.out, state, self.trained, self.optimizer)
 
-    def _load_state(self) -> None:
-        path, state = self.out / STATE_NAME, read_state(self.out)
+    def _load_state(self, state: TrainingState) -> None:
+        path = self.out / STATE_NAME
         if state.settings != replace(self.settings, steps=state.settings.steps):
             raise ValueError(f"{path}: was saved by a run with other settings")
         if state.data != self.data_hash:

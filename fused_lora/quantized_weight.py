@@ -252,16 +252,11 @@ class QuantizedWeight(nn.Module):
             yield slice(0, length), self._matrix(dtype, expert)
             return
         scales = self._scales_of(expert)
-        for chunk in self._chunks(length, width * dtype.itemsize):
+        most = _CPU_CHUNK if self.device.type == "cpu" else _CHUNK
+        step = most // max(1, width * dtype.itemsize)
+        for chunk in _in_blocks(length, step, max(self.layout.block)):
             rows, cols = (chunk, slice(0, K)) if of_rows else (slice(0, N), chunk)
             yield chunk, self._tile(rows, cols, dtype, scales, expert)
-
-    def _chunks(self, length: int, row_bytes: int) -> Iterator[slice]:
-        step = max(1, (_CPU_CHUNK if self.device.type == "cpu" else _CHUNK) // max(1, row_bytes))
-        unit = max(*self.layout.block, 1)  # blocks stay whole
-        step = -(-step // unit) * unit
-        for start in range(0, length, step):
-            yield slice(start, min(start + step, length))
 
     def _tile(
         self, rows: slice, cols: slice, dtype: torch.dtype, scales: Tensor, expert: int
@@ -270,13 +265,10 @@ class QuantizedWeight(nn.Module):
         height, width = rows.stop - rows.start, cols.stop - cols.start
         if self.device.type != "cpu" or dtype.itemsize > 2 or height * width <= 4 * _IN_CACHE:
             return self._values(rows, cols, scales, expert).to(dtype)
-        unit = max(1, self.layout.block[0])
-        step = -(-_IN_CACHE // (width * unit)) * unit  # blocks stay whole
         tile = self.codes.new_empty((height, width), dtype=dtype)
-        for start in range(0, height, step):
-            stop = min(start + step, height)
-            part = slice(rows.start + start, rows.start + stop)
-            tile[start:stop] = self._values(part, cols, scales, expert)
+        for part in _in_blocks(height, _IN_CACHE // width, self.layout.block[0]):
+            of_all = slice(rows.start + part.start, rows.start + part.stop)
+            tile[part] = self._values(of_all, cols, scales, expert)
         return tile
 
     def _values(self, rows: slice, cols: slice, scales: Tensor, expert: int) -> Tensor:
@@ -387,6 +379,14 @@ class QuantizedWeight(nn.Module):
 
 
 Weight = Tensor | QuantizedWeight  # a base weight W0
+
+
+def _in_blocks(length: int, step: int, block: int) -> Iterator[slice]:
+    """A side of a weight, ``step`` at a time or what more makes its blocks whole."""
+    block = max(1, block)
+    step = blocks_of(max(1, step), block) * block
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
 
 
 def _check_form(
